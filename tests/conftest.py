@@ -1,8 +1,8 @@
 """The PostgreSQL server that tests run against, and a fresh database for each of them.
 
-``tests/run.sh`` starts a server and tells its port in ``PGREALTIME_TEST_PG_PORT``; by hand any
-server with ``wal_level = logical`` on 127.0.0.1 will do that lets ``postgres`` in without a
-password. Without one the tests that need it skip; where that mustn't happen they fail.
+``tests/run.sh`` starts a server and sets its port in ``PGREALTIME_TEST_PG_PORT``; by hand any
+server with ``wal_level = logical`` on 127.0.0.1 will do that admits ``postgres`` without a
+password. Without one the tests that need it skip; in CI they fail.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def pytest_configure() -> None:
 
 
 def lacking(reason: str) -> NoReturn:
-    """Skip for want of a program that ``tests/run.sh`` installs or starts; in CI fail instead."""
+    """Skip for lack of a program that ``tests/run.sh`` installs or starts; in CI fail instead."""
     if os.environ.get("CI") == "true" or os.environ.get("PGREALTIME_REQUIRE_SERVER") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
@@ -64,7 +64,7 @@ def postgresql_proc(request: pytest.FixtureRequest) -> NoopExecutor:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Give all skips for want of a server one place, so that the summary says it once."""
+    """Give all skips for lack of a server one location, so that the summary reports it once."""
     report = yield
     match report.longrepr:
         case (str(), int(), str(reason)) if _NO_SERVER in reason:
@@ -74,7 +74,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture
 def make_database(postgresql_proc: NoopExecutor) -> Iterator[MakeDatabase]:
-    """Makes empty UTF8 databases, as many as a test asks for; they go when the test ends."""
+    """Makes empty UTF8 databases, as many as a test needs; they are dropped when the test ends."""
     names: list[str] = []
     with psycopg.connect(
         host=postgresql_proc.host,
@@ -106,10 +106,10 @@ def database_url(make_database: MakeDatabase) -> str:
 
 
 def drop_database(admin: psycopg.Connection, name: str) -> None:
-    """Drop the database, whatever still holds on to it.
+    """Drop the database, whatever still uses it.
 
     FORCE ends sessions, but refuses while a walsender has a slot in use or a transaction is
-    prepared (``dropdb`` in PostgreSQL's dbcommands.c). Idle slots go with the database.
+    prepared (``dropdb`` in PostgreSQL's dbcommands.c). Idle slots are dropped with the database.
     """
     prepared = admin.execute("SELECT gid FROM pg_prepared_xacts WHERE database = %s", [name])
     if gids := [gid for (gid,) in prepared]:

@@ -14,7 +14,7 @@ class Follower:
 
     Args:
         changelog: Written by the intake.
-        deadline: Seconds that ``until`` waits at most.
+        deadline: Maximum of seconds that ``until`` waits.
 
     Attributes:
         said: The streams' starts, continuations and losses, in order, with their epochs.
@@ -25,14 +25,14 @@ class Follower:
         self._deadline = deadline
         self.progressed = asyncio.Event()
         self.said: list[str] = []
-        self._heard = asyncio.Event()
+        self._called = asyncio.Event()
 
     @property
     def head(self) -> Cursor:
         return self._changelog.end_cursor
 
     def wake(self) -> None:
-        self._heard.set()
+        self._called.set()
 
     def stream_started(self, epoch: str) -> None:
         self._say(f"started {epoch}")
@@ -45,11 +45,11 @@ class Follower:
 
     def _say(self, word: str) -> None:
         self.said.append(word)
-        self._heard.set()
+        self._called.set()
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        """Wait until that is so, after anything that it is told."""
+        """Wait until the condition holds; it is checked after each call."""
         async with asyncio.timeout(self._deadline):
             while not is_so():
-                self._heard.clear()
-                await self._heard.wait()
+                self._called.clear()
+                await self._called.wait()

@@ -20,7 +20,7 @@ PINNED = (
     "-c DateStyle=ISO -c TimeZone=UTC -c IntervalStyle=postgres"
     " -c extra_float_digits=1 -c bytea_output=hex"
 )
-"""As the replication connection has it, where rows come from."""
+"""The settings of the replication connection, where rows come from."""
 
 
 class Table:
@@ -42,7 +42,7 @@ class Table:
         self.execute(f"INSERT INTO t VALUES (1, {values})", parameters)
 
     def row(self) -> Row:
-        """The only row, as the output functions write it."""
+        """Return the only row, as the output functions write it."""
         result = self._connection.pgconn.exec_(b"SELECT * FROM t")
         names = [result.fname(number) for number in range(result.nfields)]
         values = [result.get_value(0, number) for number in range(result.nfields)]
@@ -53,15 +53,15 @@ class Table:
         }
 
     def record(self, nulls: Literal["null", "zero"] = "null") -> bytes:
-        """The only row's record."""
+        """Return the only row's record."""
         return compile_encoder(self.collection, nulls=nulls, view=View())(self.row())
 
     def member(self) -> str:
-        """The JSON of the member ``v`` alone, byte for byte."""
+        """Return the JSON of the member ``v`` alone, byte for byte."""
         return self.shown(self.row())
 
     def shown(self, row: Row) -> str:
-        """The JSON of the member ``v`` of any row."""
+        """Return the JSON of the member ``v`` of any row."""
         text = compile_encoder(self.collection, nulls="null", view=View(fields="v"))(row).decode()
         assert text.startswith('{"v":')
         return text.removeprefix('{"v":').removesuffix("}")

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own, for settings and stops that others mustn't feel."""
+"""A PostgreSQL server of a test's own, for settings and stops that other tests must not see."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class OwnServer:
 
     @property
     def url(self) -> str:
-        """Of the superuser's database."""
+        """Return the URL of the superuser's database."""
         return self.url_of("postgres")
 
     def url_of(self, user: str) -> str:
-        """Of the same database, as somebody else."""
+        """Return the URL of the same database for another role."""
         return f"postgresql://{user}@127.0.0.1:{self.port}/postgres"
 
     @property
@@ -39,7 +39,7 @@ class OwnServer:
         return "output_plugin_libraries" in self.run("postgres", "--describe-config")
 
     def configure(self, **settings: str) -> None:
-        """Replace what the test set before, and start anew."""
+        """Replace the settings of the test before, and restart."""
         lines = "".join(f"{name} = '{value}'\n" for name, value in settings.items())
         (self.folder / "test.conf").write_text(lines)
         self.control("restart", "--mode=fast", f"--log={self.folder}/log")
@@ -49,7 +49,7 @@ class OwnServer:
         self.run("pg_ctl", f"--pgdata={self.folder}/data", "--silent", *arguments, timeout=timeout)
 
     def run(self, program: str, *arguments: str, timeout: float = 60.0) -> str:
-        """Run one of the server's programs, as somebody who may; return what it prints."""
+        """Run one of the server's programs, as a user that it accepts; return its output."""
         # A file, not a pipe: the server that pg_ctl starts inherits it and would hold that open.
         with (self.folder / "output").open("w+") as output:
             done = subprocess.run(
@@ -62,13 +62,13 @@ class OwnServer:
                 timeout=timeout,
             )
             output.seek(0)
-            told = output.read()
-        assert done.returncode == 0, f"{program}: {told}"
-        return told
+            printed = output.read()
+        assert done.returncode == 0, f"{program}: {printed}"
+        return printed
 
     @contextmanager
     def standby(self) -> Iterator[OwnServer]:
-        """Make another server that follows this one, and end it."""
+        """Start a standby of this server, and end it."""
         other = OwnServer(self.binaries, self.folder / "standby", _free_port())
         self.run(
             *("pg_basebackup", f"--dbname={self.url}", f"--pgdata={other.folder}/data"),
@@ -90,11 +90,11 @@ def _as_server() -> list[str]:
 
 @contextmanager
 def own_server() -> Iterator[OwnServer]:
-    """Make a server that is ready for both decoders, and end it."""
+    """Start a server that is ready for both decoders, and end it."""
     binaries = os.environ.get("PGREALTIME_TEST_PG_BIN", "")
     if not binaries:
         lacking("no PostgreSQL programs: PGREALTIME_TEST_PG_BIN isn't set")
-    # Not under pytest's folders: pytest closes those to others, also while another run uses them.
+    # Not under pytest's folders: it removes other users' access, even while another run uses them.
     with TemporaryDirectory(prefix="pgrealtime-server.") as folder:
         if os.geteuid() == 0:
             subprocess.run(["chown", "postgres:", folder], check=True)
@@ -128,7 +128,7 @@ def _running(binaries: Path, folder: Path) -> Iterator[OwnServer]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
         return port

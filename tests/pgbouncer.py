@@ -1,4 +1,4 @@
-"""PgBouncer as a child process: all at its default but what a test needs."""
+"""PgBouncer as a child process, with default settings except for those that a test needs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ max_prepared_statements = {prepared}
 
 @contextmanager
 def pgbouncer(url: str, *roles: str, sessions: int = 2, prepared: int = 200) -> Iterator[str]:
-    """Start a pooler in transaction mode before a database; yield the database's URL by that way.
+    """Start a pooler in transaction mode in front of a database; yield the URL through it.
 
     Args:
-        url: Of the database.
-        roles: Who may log in besides the URL's user.
-        sessions: That the pooler has on the server, for each role.
+        url: URL of the database.
+        roles: Roles that may log in besides the URL's user.
+        sessions: Server sessions of the pooler, for each role.
         prepared: Prepared statements that it keeps for its clients; versions before 1.21 none.
     """
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

@@ -1,6 +1,6 @@
 """A small database with relations of every kind, random rules over it and random subscribers.
 
-What the engine decides there is compared with the reference query of each subscriber.
+The engine's verdicts there are compared with the reference query of each subscriber.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TITLES = ["Hello", "hello world", "a_b", "100%", "5", "", "É", "x\\y", "u1"]
 
 
 def configuration() -> dict[str, CollectionConfig]:
-    """The tables as collections; every one can be listed."""
+    """Return the tables as collections; all are listable."""
 
     def table(name: str, **relations: RelationConfig) -> CollectionConfig:
         return CollectionConfig(table=f"public.{name}", list_rule="", relations=relations)
@@ -83,14 +83,14 @@ def configuration() -> dict[str, CollectionConfig]:
 
 
 async def read_collections(url: str) -> Collections:
-    """The collections as the service would build them."""
+    """Return the collections as the service would build them."""
     async with await psycopg.AsyncConnection.connect(url) as connection:
         catalog = await read_catalog(connection, schemas=["public"])
     return build_collections(configuration(), catalog)
 
 
 class World:
-    """The database, filled at random; what ``chance`` draws decides everything."""
+    """The database, filled at random; ``chance`` decides all content."""
 
     def __init__(self, url: str, chance: Random) -> None:
         self.url = url
@@ -153,16 +153,16 @@ class World:
         )
 
     def maybe(self, values: Sequence[str]) -> str | None:
-        """One of the values, the empty text or NULL."""
+        """Return one of the values, the empty text or NULL."""
         return self.chance.choice([*values, *values, "", None])
 
     def some(self, values: Sequence[str]) -> list[str] | None:
-        """A list of some of the values."""
+        """Return a list of some of the values."""
         count = self.chance.randint(0, 3)
         return None if self.chance.random() < 0.1 else self.chance.choices(values, k=count)
 
     def post(self) -> Row:
-        """A row image of ``posts``, as the stream has it."""
+        """Return a row image of ``posts``, as the stream has it."""
         chance = self.chance
         return {
             "id": f"r{chance.randint(0, 9)}",
@@ -183,7 +183,7 @@ class World:
         }
 
     def principal(self) -> Principal:
-        """Somebody; nobody is recognised whose row isn't there."""
+        """Return a principal; a user without a row is not authenticated."""
         user = self.chance.choice([*USERS[:-1], *USERS[:-1], "guest", "super"])
         if user == "guest":
             return GUEST
@@ -198,14 +198,14 @@ class World:
         )
 
     def own_row(self, principal: Principal) -> Row | None:
-        """The principal's own row, if it has one."""
+        """Return the principal's own row, if it has one."""
         if not isinstance(principal, AuthRecord):
             return None
         rows = self.rows(self.collections["users"].table)
         return next((row for row in rows if row["id"] == principal.id), None)
 
     def rows(self, table: Table) -> list[Row]:
-        """All rows of a table, in the text forms of the stream."""
+        """Return all rows of a table, in the text forms of the stream."""
         names = [column.name for column in table.columns]
         query = sql.SQL("SELECT {} FROM {}").format(
             sql.SQL(", ").join(map(sql.Identifier, names)), sql.Identifier(*table.name)
@@ -221,13 +221,13 @@ class World:
         ]
 
     def refill(self) -> None:
-        """Fill the related tables anew."""
+        """Replace the rows of the related tables."""
         with psycopg.connect(self.url, autocommit=True) as setup:
             setup.execute("TRUNCATE teams, users, projects, members, labels, post_labels")
             self._fill(setup)
 
     def transaction(self) -> list[Change]:
-        """Change related rows at random, in one commit; return what the stream would tell."""
+        """Change related rows at random, in one commit; return what the stream would bring."""
         changes: list[Change] = []
         tables = [
             table
@@ -300,16 +300,16 @@ class World:
         return tuple(row[name] for name in table.primary_key)
 
     def rule(self, *, related: float = 0.3, depth: int = 3) -> str:
-        """A random rule.
+        """Return a random rule.
 
         Args:
-            related: How many of its comparisons look at related rows.
-            depth: Of its brackets.
+            related: How many of its comparisons read related rows.
+            depth: Maximum nesting of brackets.
         """
         return _Rules(self.chance, is_filter=False, related=related).expression(depth)
 
     def filter(self) -> str:
-        """A random client filter, whose literals differ more than its form."""
+        """Return a random client filter, whose literals vary more than its form."""
         return _Rules(self.chance, is_filter=True).expression(2)
 
 

@@ -1,4 +1,4 @@
-"""Reads a real stream in tests: what is open, what it said, until a line that the test draws."""
+"""Reads a real stream in tests: what is open, what it brought, up to a finish line of the test."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DEADLINE_SECONDS = 30.0
 PLUGINS: tuple[Plugin, ...] = ("wal2json", "pgoutput")
 
 FINISH = TableName("finish line", "crossed")
-"""The last line of a workload: a transaction of its own that says that all before has come."""
+"""The last line of a workload: a transaction of its own that marks that all before has come."""
 
 
 @asynccontextmanager
 async def writer(url: str) -> AsyncIterator[Connection]:
-    """A connection in autocommit, with the finish line drawn."""
+    """Return a connection in autocommit, with the finish table created."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute(
             'CREATE SCHEMA IF NOT EXISTS "finish line";'
@@ -40,7 +40,7 @@ async def writer(url: str) -> AsyncIterator[Connection]:
 
 
 async def read_tables(connection: Connection, *schemas: str) -> list[Table]:
-    """Every table of the schemas that no other one brings, and the finish line."""
+    """Return every table of the schemas that is no partition, and the finish table."""
     catalog = await read_catalog(connection, schemas=schemas or ("public",), names=[FINISH])
     return [table for table in catalog.tables.values() if table.partition_of is None]
 
@@ -55,7 +55,7 @@ async def reading(
     record_keys: RecordKeys | None = None,
     config: ReplicationConfig | None = None,
 ) -> AsyncIterator[WalStream]:
-    """The stream of all tables of the schemas; a publication is made where it takes one."""
+    """Open the stream of all tables of the schemas, with a publication where it needs one."""
     tables = await read_tables(connection, *schemas)
     if plugin == "pgoutput":
         version = connection.info.server_version
@@ -77,7 +77,7 @@ _FINISH = sql.Identifier(*FINISH)
 
 
 async def read_to_finish(stream: WalStream) -> list[Transaction | OversizedTransaction]:
-    """What came up to the finish line, without that; everything is kept."""
+    """Return what came up to the finish line, without that; everything is confirmed."""
     read: list[Transaction | OversizedTransaction] = []
     async with asyncio.timeout(DEADLINE_SECONDS):
         async for batch in stream:
@@ -92,7 +92,7 @@ async def read_to_finish(stream: WalStream) -> list[Transaction | OversizedTrans
 
 
 async def changes_of(connection: Connection, stream: WalStream) -> list[Change]:
-    """The changes of everything so far, in order."""
+    """Return the changes of all transactions so far, in order."""
     await finish(connection)
     read = await read_to_finish(stream)
     assert all(isinstance(one, Transaction) for one in read)
@@ -100,7 +100,7 @@ async def changes_of(connection: Connection, stream: WalStream) -> list[Change]:
 
 
 async def until_true(connection: Connection, query: str, *values: object) -> None:
-    """Ask the server until its answer is true; it has no event to wait for."""
+    """Repeat a query until its answer is true; the server has no event to wait for."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not await _is_true(connection, query, values):
             await asyncio.sleep(0.01)

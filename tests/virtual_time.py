@@ -1,7 +1,7 @@
-"""An event loop whose clock jumps to the next timer instead of waiting: minutes pass in no time.
+"""An event loop whose clock jumps to the next timer instead of waiting: minutes take no time.
 
-Nothing may wait for the world outside. What happens depends on the program alone, so a run that
-takes its choices from a seed can be run again.
+No task may wait for anything outside the process. The order of events depends on the program alone,
+so a run that takes its choices from a seed can be repeated.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(main: Coroutine[Any, Any, _T]) -> _T:
     """Run the coroutine in virtual time.
 
     Raises:
-        BaseExceptionGroup: Tasks or callbacks failed that nobody waited for.
+        BaseExceptionGroup: Tasks or callbacks failed that no task awaited.
     """
     faults: list[BaseException] = []
     with asyncio.Runner(loop_factory=_VirtualLoop) as runner:

@@ -1,4 +1,4 @@
-"""The way to the database as a TCP proxy: it can be cut, or swallow everything without a word."""
+"""A TCP proxy between program and database that can cut connections or drop all data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 
 class Wire:
-    """Forwards to a server, as long as it does."""
+    """Forwards to a server until it is cut or silenced."""
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
@@ -20,27 +20,27 @@ class Wire:
         self.port = 0
 
     def url(self, url: str) -> str:
-        """The same database by this way."""
+        """Return the URL of the same database through this proxy."""
         parts = urlsplit(url)
         netloc = f"{parts.username}@127.0.0.1:{self.port}"
         return urlunsplit(parts._replace(netloc=netloc))
 
     def cut(self) -> None:
-        """Break every connection, and each that is tried from now on."""
+        """Break every connection, and refuse new ones."""
         self._is_cut = True
         self.break_all()
 
     def break_all(self) -> None:
-        """Break the connections of now."""
+        """Break the current connections."""
         for writer in self._writers:
             writer.transport.abort()
 
     def silence(self) -> None:
-        """Deliver nothing more, and tell nobody."""
+        """Deliver nothing more, without an error."""
         self._flowing.clear()
 
     def mend(self) -> None:
-        """Be well again."""
+        """Forward again."""
         self._is_cut = False
         self._flowing.set()
 
@@ -76,7 +76,7 @@ class Wire:
 
 @asynccontextmanager
 async def wire(url: str) -> AsyncIterator[Wire]:
-    """Start a proxy before the server that a database's URL names."""
+    """Start a proxy in front of the server that a database's URL names."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None

@@ -1,4 +1,4 @@
-"""A schema with every kind of table, and what is done to it: for tests of the stream."""
+"""A schema with every kind of table, and statements on it, for tests of the stream."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ DELETE FROM other_table;
 
 
 def _random_workload(seed: int) -> str:
-    """Statements that each may hit or miss, in transactions that commit or don't."""
+    """Return statements that each may match rows or none, in transactions that commit or don't."""
     chance = random.Random(seed)
     makers: list[Callable[[int], str]] = [
         lambda i: f"INSERT INTO by_default VALUES ({i}, '{i}', {BIG}) ON CONFLICT DO NOTHING",
@@ -193,9 +193,9 @@ WORKLOADS = {
     "transactions": TRANSACTIONS,
     **{f"random {seed}": _random_workload(seed) for seed in range(3)},
 }
-"""By name; each from empty tables."""
+"""By name; each begins with empty tables."""
 
 
 def statements(script: str) -> list[str]:
-    """The single statements of a script; the server insists on that for some."""
+    """Return the single statements of a script; the server requires that for some."""
     return [statement for statement in script.split(";") if statement.strip()]

@@ -27,8 +27,11 @@ OTHER = "another-secret-of-enough-characters"
 NOW = 1_000_000.0
 
 
-def door(*issuers: IssuerConfig, login: LoginConfig | None = None) -> Authenticator:
-    """An authenticator without users tables; a query would fail, for the pool isn't open."""
+def authenticator(*issuers: IssuerConfig, login: LoginConfig | None = None) -> Authenticator:
+    """Return an authenticator without users tables.
+
+    A query would fail, since the pool isn't open.
+    """
     return Authenticator(
         AuthConfig(issuers=issuers, login=login or LoginConfig()),
         Collections(()),
@@ -57,11 +60,11 @@ def record(record_id: str, **fields: Any) -> AuthRecord:
     )
 
 
-async def test_users_without_rows_are_who_their_tokens_say() -> None:
+async def test_users_without_rows_are_identified_by_their_tokens() -> None:
     """Rules, section 17: the plain fields come from the token."""
     claims = CLAIMS | {"email": "a@b.c", "email_verified": True, "emailVisibility": True}
 
-    caller = await door(APP).authenticate(jwt.encode(claims, SECRET))
+    caller = await authenticator(APP).authenticate(jwt.encode(claims, SECRET))
 
     assert caller == Caller(
         record("u1", email="a@b.c", verified=True, email_visibility=True), NOW + 65
@@ -72,14 +75,14 @@ async def test_users_without_rows_are_who_their_tokens_say() -> None:
 async def test_claims_of_another_type_say_nothing(odd: object) -> None:
     claims = CLAIMS | {"email": odd, "verified": odd, "emailVisibility": odd}
 
-    caller = await door(APP).authenticate(jwt.encode(claims, SECRET))
+    caller = await authenticator(APP).authenticate(jwt.encode(claims, SECRET))
 
     assert caller.principal == record("u1")
 
 
 async def test_the_first_issuer_that_made_the_token_decides() -> None:
     other = IssuerConfig(name="other", secret=OTHER, id_claim="user", collection="staff")
-    both = door(APP, other)
+    both = authenticator(APP, other)
 
     app = await both.authenticate(jwt.encode(CLAIMS, SECRET))
     staff = await both.authenticate(jwt.encode({"user": 7}, OTHER))
@@ -93,7 +96,7 @@ async def test_the_first_issuer_that_made_the_token_decides() -> None:
 async def test_a_superuser_is_made_by_claims() -> None:
     token = jwt.encode(CLAIMS | {"role": "service_role"}, SECRET)
 
-    assert await door(APP).authenticate(token) == Caller(Superuser("u1"), NOW + 65)
+    assert await authenticator(APP).authenticate(token) == Caller(Superuser("u1"), NOW + 65)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +121,9 @@ async def test_whatever_is_wrong_the_caller_is_a_guest(
     """There is no 401 (protocol, 3.5); only ``authenticate_token`` raises the reason."""
     token = jwt.encode(CLAIMS | claims, secret)
 
-    assert await door(APP).authenticate(token) == Caller()
+    assert await authenticator(APP).authenticate(token) == Caller()
     with pytest.raises(AuthError) as error:
-        await door(APP).authenticate_token(token)
+        await authenticator(APP).authenticate_token(token)
     assert error.value.error_code == code
     assert token not in str(error.value)
 
@@ -129,36 +132,36 @@ async def test_the_log_has_the_reason_and_never_the_token() -> None:
     token = jwt.encode(CLAIMS | {"aud": "web"}, SECRET)
 
     with structlog.testing.capture_logs() as logs:
-        await door(APP).authenticate(token)
-        await door(APP).authenticate(None)
+        await authenticator(APP).authenticate(token)
+        await authenticator(APP).authenticate(None)
 
     assert logs == [{"event": "auth.rejected", "reason": "token_audience", "log_level": "debug"}]
 
 
-async def test_without_issuers_everybody_is_a_guest() -> None:
-    assert await door().authenticate(jwt.encode(CLAIMS, SECRET)) == Caller()
+async def test_without_issuers_every_caller_is_a_guest() -> None:
+    assert await authenticator().authenticate(jwt.encode(CLAIMS, SECRET)) == Caller()
 
 
 @pytest.mark.parametrize("login", [LoginConfig(), LoginConfig(enabled=True, secret="s")])
 async def test_no_token_is_checked_with_an_empty_secret(login: LoginConfig) -> None:
-    """A login that isn't configured must not count as one with the empty text for its secret."""
+    """A login that isn't configured must not count as one whose secret is the empty text."""
     claims = b'{"type":"auth","collectionId":"users","id":"u1"}'
     parts = [base64.urlsafe_b64encode(p).rstrip(b"=") for p in (b'{"alg":"HS256"}', claims)]
     signature = hmac.digest(b"", b".".join(parts), hashlib.sha256)
     parts.append(base64.urlsafe_b64encode(signature).rstrip(b"="))
 
-    assert await door(login=login).authenticate(b".".join(parts).decode()) == Caller()
+    assert await authenticator(login=login).authenticate(b".".join(parts).decode()) == Caller()
 
 
 def test_a_public_key_that_cannot_be_used_is_named() -> None:
     with pytest.raises(ConfigError, match=r"auth\.issuers\.1\.public_key"):
-        door(APP, IssuerConfig(name="idp", public_key="nonsense"))
+        authenticator(APP, IssuerConfig(name="idp", public_key="nonsense"))
 
 
 @given(st.text() | st.binary().map(lambda b: b.decode("latin-1")))
 async def test_no_header_raises(text: str) -> None:
-    """Whatever comes in is a guest; the limits of HTTP aren't relied on."""
-    assert await door(APP).authenticate(text) == Caller()
+    """Any header makes at least a guest; the limits of HTTP aren't relied on."""
+    assert await authenticator(APP).authenticate(text) == Caller()
 
 
 @given(st.binary(), st.binary(), st.binary())
@@ -168,7 +171,7 @@ async def test_no_segments_raise(header: bytes, payload: bytes, signature: bytes
         for part in (header, payload, signature)
     ]
 
-    assert await door(APP).authenticate(".".join(parts)) == Caller()
+    assert await authenticator(APP).authenticate(".".join(parts)) == Caller()
 
 
 _CLAIM = (
@@ -185,7 +188,7 @@ _CLAIM = (
 async def test_no_claims_raise(claims: dict[str, Any]) -> None:
     """An issuer's claims may have any type; none makes a caller a superuser by accident."""
     payload = json.dumps(CLAIMS | claims).encode()
-    caller = await door(APP).authenticate(jwt.PyJWS().encode(payload, SECRET, "HS256"))
+    caller = await authenticator(APP).authenticate(jwt.PyJWS().encode(payload, SECRET, "HS256"))
 
     assert isinstance(caller, Caller)
     assert not isinstance(caller.principal, Superuser)

@@ -1,4 +1,7 @@
-"""Public keys, from configuration and from key sets served over HTTP; tokens made by node too."""
+"""Public keys from the configuration and from key sets served over HTTP.
+
+Node made some of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,10 @@ async def test_a_pem_key_checks_its_own_algorithm(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", PRIVATE)
 async def test_a_public_key_is_no_secret(algorithm: str) -> None:
-    """HS256 over the public key's text: the oldest way in. PyJWT's own refusal isn't relied on."""
+    """HS256 with the public key's text as secret is a classic attack.
+
+    PyJWT's own check isn't relied on.
+    """
     text = pem(PRIVATE[algorithm])
     issuer = IssuerConfig(name="app", public_key=text)
     head = parse_token(jwt.encode({"sub": "admin"}, "x" * 32)).text.rpartition(".")[0]
@@ -145,7 +151,7 @@ def test_an_issuer_has_one_kind_of_key_and_what_it_can_check(members: dict[str, 
 
 
 async def test_a_previous_secret_still_counts() -> None:
-    """Secrets are changed without signing everybody out."""
+    """Secrets can be changed without signing users out."""
     source = key_source(IssuerConfig(name="app", secret="new" * 11, previous_secret="old" * 11))
     token = parse_token(jwt.encode({"sub": "u1"}, "old" * 11))
 
@@ -281,7 +287,10 @@ async def test_a_key_without_an_id_and_a_token_without_one_fit_all(
 
 
 async def test_an_unknown_kid_is_asked_for_once_a_minute(issuer: Issuer, url: str) -> None:
-    """Strangers must not be able to make us pester the issuer; a new key is found all the same."""
+    """Callers must not be able to make the service flood the issuer.
+
+    A new key is found nevertheless.
+    """
     clock = Clock()
     source = JwksKeySource(published(url), clock=clock)
     issuer.keys = [jwk("RS256", kid="a")]
@@ -298,7 +307,7 @@ async def test_an_unknown_kid_is_asked_for_once_a_minute(issuer: Issuer, url: st
     assert issuer.asked == 2
 
 
-async def test_all_who_wait_for_a_fetch_share_it(issuer: Issuer, url: str) -> None:
+async def test_all_callers_that_wait_for_a_fetch_share_it(issuer: Issuer, url: str) -> None:
     issuer.keys = [jwk("RS256", kid="a")]
     issuer.may_answer.clear()
     source = JwksKeySource(published(url))
@@ -400,7 +409,7 @@ async def test_tokens_and_keys_of_another_maker_are_read_alike(issuer: Issuer, u
 
 @pytest.mark.parametrize("host", ["a..b", f"{'a' * 70}.example"])
 async def test_a_host_that_is_no_name_leaves_the_keys_in_force(host: str) -> None:
-    """An issuer can send us there: nothing ends of that, and it is asked again."""
+    """An issuer can redirect to one: the refresh fails, goes on later, and nothing else ends."""
     hosts = [""]
 
     async def answer(_request: web.Request) -> web.Response:

@@ -19,7 +19,7 @@ from pgrealtime.errors import AuthError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy there")
 
 SLOW = f"pbkdf2_sha256$12000000$salt${'A' * 43}="
-"""Takes a second and more."""
+"""A hash that takes a second or more."""
 
 DUMMY_HASH = dummy_hash_for([])
 
@@ -32,7 +32,7 @@ def passwords() -> Iterator[PasswordVerifier]:
 
 
 def policies() -> set[int]:
-    """The policies of the threads that check passwords."""
+    """Return the scheduling policies of the threads that check passwords."""
     return {
         os.sched_getscheduler(thread.native_id)
         for thread in threading.enumerate()
@@ -50,7 +50,10 @@ async def until(policy: int, checking: asyncio.Future[bool | None]) -> None:
 async def test_password_is_checked_with_what_the_event_loop_leaves(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a second; then with ordinary priority, since the loop may be busy all the time."""
+    """At idle priority for a second.
+
+    Then at normal priority, since the loop may be busy all the time.
+    """
     monkeypatch.setattr(password_verifier, "_IDLE_PRIORITY_SECONDS", 0.1)
     for _ in range(2):
         checking = asyncio.ensure_future(passwords.verify("x", SLOW, DUMMY_HASH, network="ann"))
@@ -72,7 +75,7 @@ async def test_password_is_checked_where_policies_are_forbidden(
     assert not await passwords.verify("x", None, DUMMY_HASH, network="ann")
 
 
-async def test_no_queue_is_longer_than_somebody_would_wait(
+async def test_no_queue_is_longer_than_a_client_would_wait(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expensive hashes shorten the queue; a check that finds a free thread is never refused."""
@@ -98,7 +101,7 @@ async def test_no_queue_is_longer_than_somebody_would_wait(
     assert await passwords.verify("x", SLOW, DUMMY_HASH, network="ann")
 
 
-async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
+async def test_the_limit_of_waiting_checks_excludes_those_with_a_thread(
     passwords: PasswordVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Further checks are refused at once, before anything is hashed."""
@@ -121,7 +124,9 @@ async def test_as_many_wait_as_the_bound_says_beside_those_that_have_a_thread(
     assert all(isinstance(one, AuthError) for one in results[room:])
 
 
-async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_fills_the_queue_locks_no_other_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Networks take turns; beyond the limit the longest queue loses its last check."""
     released, order = threading.Event(), list[str]()
 
@@ -158,6 +163,6 @@ async def test_who_fills_the_queue_locks_nobody_else_out(monkeypatch: pytest.Mon
 
 
 async def _refusal(checking: asyncio.Future[bool | None]) -> BaseException | None:
-    """What refused it, if anything did at once."""
+    """Return the error that refused it, if it was refused at once."""
     await asyncio.wait([checking], timeout=0.05)
     return checking.exception() if checking.done() else None

@@ -1,4 +1,4 @@
-"""Passwords against hashes that others made: published test vectors, node's crypto."""
+"""Passwords against hashes from other sources: published test vectors, node's crypto."""
 
 from __future__ import annotations
 
@@ -121,14 +121,14 @@ def test_djangos_hashes_are_understood() -> None:
 
 @pytest.mark.parametrize("prefix", ["$2a$", "$2b$", "$2y$"])
 def test_bcrypt_has_three_prefixes_in_the_wild(prefix: str) -> None:
-    """Go and Python, newer libraries, PHP."""
+    """Of Go and Python, newer libraries, and PHP."""
     text = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
 
     assert verify_password("secret", known(prefix + text[4:])) is True
 
 
 def test_bcrypt_sees_72_bytes() -> None:
-    """Applications whose library cuts longer passwords have stored hashes of the beginning."""
+    """Applications whose library truncates passwords have stored hashes of the first 72 bytes."""
     text = bcrypt.hashpw(b"x" * 72, bcrypt.gensalt(4)).decode()
 
     assert verify_password("x" * 200, known(text)) is True
@@ -153,8 +153,8 @@ def test_bcrypt_sees_72_bytes() -> None:
         "!",
     ],
 )
-def test_what_is_no_known_hash_lets_nobody_in(text: str) -> None:
-    """Least of all a password stored as it is. Django marks unusable ones by "!"."""
+def test_an_unknown_hash_admits_no_password(text: str) -> None:
+    """In particular no password stored in clear text. Django marks unusable ones by "!"."""
     assert parse_hash(text) is None
 
 
@@ -167,7 +167,10 @@ def test_what_is_no_known_hash_lets_nobody_in(text: str) -> None:
     ],
 )
 def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
-    """Not wrong but nothing: the time it didn't take must be made up for."""
+    """The result is "unusable", not "wrong".
+
+    The caller must compensate for the time it didn't take.
+    """
     assert verify_password("secret", known(text)) is None
 
 
@@ -195,7 +198,7 @@ def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
     ],
 )
 def test_a_hash_that_costs_too_much_is_not_checked(bearable: str, absurd: str) -> None:
-    """Every attempt on that account costs the hash's parameters, with any password."""
+    """Every login attempt on that account would cost as much, with any password."""
     assert parse_hash(bearable) is not None
     assert parse_hash(absurd) is None
 
@@ -214,7 +217,7 @@ def test_a_hash_that_costs_too_much_is_not_checked(bearable: str, absurd: str) -
         ("5f4dcc3b5aa765d61d8327deb882cf99", "unknown"),
     ],
 )
-def test_of_an_unreadable_hash_no_more_than_its_scheme_is_told(text: str, name: str) -> None:
+def test_of_an_unreadable_hash_only_the_scheme_is_logged(text: str, name: str) -> None:
     assert parse_hash(text) is None
     assert scheme_name_of(text) == name
 
@@ -255,7 +258,7 @@ def test_there_is_a_decoy_where_no_hash_can_be_read() -> None:
 
 
 def test_a_decoy_is_like_most_hashes() -> None:
-    """What differs from user to user doesn't count, what the time depends on does."""
+    """It has their cost parameters, which determine the time, and ignores what differs per user."""
     hashes = [
         *("$2b$04$" + letter * 53 for letter in "ab"),
         *(f"pbkdf2_sha256$20${salt}${'A' * 42}E=" for salt in ("one", "two", "three")),

@@ -1,4 +1,4 @@
-"""How many guesses a minute has."""
+"""The limit of login attempts per minute."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pgrealtime.auth.rate_limiter import RateLimiter
 ANN = ("10.0.0.1", "ann")
 
 
-def tries(attempts: RateLimiter, who: tuple[str, str], now: float, count: int = 20) -> int:
-    return sum(attempts.try_acquire(who, now) for _ in range(count))
+def tries(attempts: RateLimiter, key: tuple[str, str], now: float, count: int = 20) -> int:
+    return sum(attempts.try_acquire(key, now) for _ in range(count))
 
 
 def test_a_minute_has_so_many_attempts_and_no_more() -> None:
@@ -30,7 +30,7 @@ def test_a_refused_attempt_does_not_prolong_the_wait() -> None:
 
 
 def test_others_are_counted_apart() -> None:
-    """An attacker can't lock out the owner at another address, nor other accounts."""
+    """An attacker locks out neither the owner at another address nor other accounts."""
     attempts = RateLimiter(3)
     assert tries(attempts, ANN, 0.0) == 3
 
@@ -38,7 +38,7 @@ def test_others_are_counted_apart() -> None:
     assert tries(attempts, ("10.0.0.1", "bob"), 0.0) == 3
 
 
-def test_whoever_knew_the_password_starts_anew() -> None:
+def test_a_correct_password_resets_the_count() -> None:
     attempts = RateLimiter(3)
     tries(attempts, ANN, 0.0)
 

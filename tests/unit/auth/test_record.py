@@ -1,4 +1,4 @@
-"""A row as the caller it makes, and the caller again when its row changes."""
+"""The caller that a row makes, and the changed caller when its row changes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_padding_is_no_part_of_an_id() -> None:
     assert auth_record_of(users(key_type=CHAR), {**ROW, "id": "u1  "}).id == "u1"
 
 
-def test_a_row_without_a_key_is_nobody() -> None:
+def test_a_row_without_a_key_makes_no_caller() -> None:
     with pytest.raises(AuthError):
         auth_record_of(users(), {"id": None})
 
@@ -108,7 +108,7 @@ def test_a_changed_row_changes_its_caller() -> None:
 
 
 def test_a_changed_token_key_makes_a_guest() -> None:
-    """PocketBase changes it with every password and address; the token is worth nothing then."""
+    """PocketBase changes it with every password and address; the token is invalid then."""
     assert update_caller(SIGNED, users(), LOGIN, {**ROW, "key": "k2"}) == Caller()
     assert update_caller(SIGNED, users(), LOGIN, {**ROW, "key": None}) == Caller()
 
@@ -135,7 +135,10 @@ def test_what_the_wal_left_out_is_unchanged() -> None:
 
 @pytest.mark.parametrize("name", ["mail", "visible", "verified", "hash", "key"])
 def test_a_generated_column_is_not_unchanged_because_no_image_has_it(name: str) -> None:
-    """Old rights would stay for ever; the key matters to those whose token it has signed."""
+    """Otherwise former rights would stay.
+
+    A generated token key matters only to tokens that it signed.
+    """
     table = users().table
     columns = tuple(replace(c, is_generated=c.name == name) for c in table.columns)
     fields = tuple(replace(f, column=c) for f, c in zip(users().fields, columns, strict=True))
@@ -166,7 +169,7 @@ def test_a_caller_does_not_print_its_digest() -> None:
 
 
 def test_what_rules_ask_of_the_row_changes_with_it() -> None:
-    """Another role takes effect at the next event, also where only rules know of it."""
+    """Another role applies from the next event on, also if only rules read it."""
     caller = replace(SIGNED, row_values=(("mail", "a@b.c"), ("hash", None)))
 
     assert update_caller(caller, users(), LOGIN, {**ROW, "mail": "n@b.c"}).row_values == (

@@ -26,14 +26,14 @@ def issuer(**said: Any) -> IssuerConfig:
 
 
 async def known(*issuers: IssuerConfig, **claims: str) -> tuple[Authenticator, Caller]:
-    door = Authenticator(AuthConfig(issuers=issuers), NONE, AccountLoader(QueryPool()))
-    caller = await door.authenticate(jwt.encode({"sub": "u1", **claims}, SECRET))
+    authenticator = Authenticator(AuthConfig(issuers=issuers), NONE, AccountLoader(QueryPool()))
+    caller = await authenticator.authenticate(jwt.encode({"sub": "u1", **claims}, SECRET))
     assert caller != Caller()
-    return door, caller
+    return authenticator, caller
 
 
-def use(door: Authenticator, *issuers: IssuerConfig) -> None:
-    door.replace_settings(key_sources_of(AuthConfig(issuers=issuers)), LoginConfig(), NONE)
+def use(authenticator: Authenticator, *issuers: IssuerConfig) -> None:
+    authenticator.replace_settings(key_sources_of(AuthConfig(issuers=issuers)), LoginConfig(), NONE)
 
 
 HOLDS = [
@@ -52,51 +52,53 @@ FALLS = [
 
 @pytest.mark.parametrize("role", ["user", "root"])
 @pytest.mark.parametrize("after", HOLDS)
-async def test_whose_token_still_holds_stays(after: IssuerConfig, role: str) -> None:
+async def test_a_caller_whose_token_is_still_valid_stays(after: IssuerConfig, role: str) -> None:
     """The secret may move to ``previous_secret`` without logging users out."""
-    door, caller = await known(issuer(), role=role)
+    authenticator, caller = await known(issuer(), role=role)
 
-    use(door, issuer(name="first", secret=OTHER), after)
+    use(authenticator, issuer(name="first", secret=OTHER), after)
 
-    assert door.revalidate_caller(caller) == caller
+    assert authenticator.revalidate_caller(caller) == caller
 
 
 @pytest.mark.parametrize("role", ["user", "root"])
 @pytest.mark.parametrize("after", FALLS)
-async def test_whose_token_no_issuer_would_take_is_a_guest(after: IssuerConfig, role: str) -> None:
-    door, caller = await known(issuer(), role=role)
+async def test_a_caller_whose_token_no_issuer_accepts_is_a_guest(
+    after: IssuerConfig, role: str
+) -> None:
+    authenticator, caller = await known(issuer(), role=role)
 
-    use(door, after)
+    use(authenticator, after)
 
-    assert door.revalidate_caller(caller) == Caller()
+    assert authenticator.revalidate_caller(caller) == Caller()
 
 
 async def test_what_makes_a_superuser_matters_to_superusers_alone() -> None:
     after = issuer(superuser_when={"role": "service_role"})
     for role in ("user", "root"):
-        door, caller = await known(issuer(), role=role)
-        use(door, after)
+        authenticator, caller = await known(issuer(), role=role)
+        use(authenticator, after)
 
-        assert door.revalidate_caller(caller) == (caller if role == "user" else Caller())
-
-
-async def test_without_its_issuer_nobody_is_known() -> None:
-    door, caller = await known(issuer())
-
-    use(door)
-
-    assert door.revalidate_caller(caller) == Caller()
+        assert authenticator.revalidate_caller(caller) == (caller if role == "user" else Caller())
 
 
-async def test_an_issuer_of_another_collection_knows_other_people() -> None:
-    door, caller = await known(issuer())
+async def test_without_its_issuer_a_caller_is_a_guest() -> None:
+    authenticator, caller = await known(issuer())
 
-    use(door, issuer(collection="staff"))
+    use(authenticator)
 
-    assert door.revalidate_caller(caller) == Caller()
+    assert authenticator.revalidate_caller(caller) == Caller()
+
+
+async def test_an_issuer_of_another_collection_has_other_users() -> None:
+    authenticator, caller = await known(issuer())
+
+    use(authenticator, issuer(collection="staff"))
+
+    assert authenticator.revalidate_caller(caller) == Caller()
 
 
 async def test_a_guest_stays_one() -> None:
-    door, _ = await known(issuer())
+    authenticator, _ = await known(issuer())
 
-    assert door.revalidate_caller(Caller()) == Caller()
+    assert authenticator.revalidate_caller(Caller()) == Caller()

@@ -1,4 +1,4 @@
-"""Tokens against their keys and the clock. Made by PyJWT, by node's crypto, and by hand."""
+"""Tokens checked with their keys and the clock; made by PyJWT, by node's crypto, and by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def code_of(error: pytest.ExceptionInfo[AuthError]) -> str:
 
 
 def raw(header: bytes, payload: bytes, secret: str = SECRET) -> str:
-    """A token of exactly these bytes, rightly signed."""
+    """Return a token of exactly these bytes, correctly signed."""
     parts = [base64.urlsafe_b64encode(part).rstrip(b"=") for part in (header, payload)]
     signature = hmac.digest(secret.encode(), b".".join(parts), hashlib.sha256)
     parts.append(base64.urlsafe_b64encode(signature).rstrip(b"="))
@@ -49,7 +49,7 @@ HEADER = b'{"alg":"HS256","typ":"JWT"}'
 
 @pytest.mark.parametrize("prefix", ["", "Bearer ", "bearer ", "BEARER ", "bEaReR "])
 def test_a_token_is_read_with_and_without_its_scheme(prefix: str) -> None:
-    """The SDKs send the bare token, everybody else the scheme (protocol, 3.5)."""
+    """The SDKs send the bare token, other clients the scheme (protocol, 3.5)."""
     token = parse_token(prefix + jwt.encode({"sub": "u1"}, SECRET))
 
     check_signature(token, KEY)
@@ -99,7 +99,10 @@ def test_no_header_is_no_token(nothing: str | None) -> None:
     ],
 )
 def test_a_rightly_signed_oddity_is_malformed(header: bytes, payload: bytes) -> None:
-    """A signature buys no way around the form: each of these once was a hole somewhere."""
+    """A signature doesn't excuse a malformed token.
+
+    Each of these was once a vulnerability somewhere.
+    """
     with pytest.raises(AuthError) as error:
         parse_token(raw(header, payload))
 
@@ -152,7 +155,7 @@ def test_another_secret_makes_another_signature() -> None:
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node isn't installed")
 def test_a_token_of_another_maker_is_read_alike() -> None:
-    """PyJWT agreeing with itself proves little."""
+    """Tokens of PyJWT alone would compare the library with itself."""
     script = """
         const { createHmac } = require("node:crypto");
         const part = (value) => Buffer.from(JSON.stringify(value)).toString("base64url");

@@ -22,13 +22,13 @@ from pgrealtime.rules.rule_set import syntax_problems
     ],
     ids=["first", "last", "end", "empty", "line", "lines", "after wide", "wide", "tab"],
 )
-def test_carets_stand_under_the_place(text: str, span: tuple[int, int], expected: str) -> None:
-    """Also behind ideographs, which take two cells of a terminal each."""
+def test_carets_are_under_the_position(text: str, span: tuple[int, int], expected: str) -> None:
+    """Also after ideographs, which take two cells of a terminal each."""
     indented = "\n".join(f"    {line}" for line in expected.split("\n"))
     assert underline_span(text, *span) == indented
 
 
-def test_rules_for_everyone_and_for_nobody_have_no_syntax() -> None:
+def test_empty_and_null_rules_have_no_syntax() -> None:
     config = parse_config(
         {
             "collections": {

@@ -32,7 +32,7 @@ from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.load import parse_config
 from pgrealtime.errors import ConfigError, ConfigProblem
 
-# -- small words for catalogues
+# -- short constructors for catalogues
 
 
 def base_type(name: str, schema: str = "pg_catalog") -> Type:
@@ -72,7 +72,7 @@ def table(
     key: tuple[str, ...] = ("id",),
     **more: Any,
 ) -> Table:
-    """A table in public; columns by name and type, the key's NOT NULL."""
+    """Return a table in public; columns by name and type, the key's NOT NULL."""
     made = Table(
         oid=1,
         name=TableName("public", name),
@@ -174,7 +174,7 @@ def test_a_table_is_named_with_or_without_schema_and_quotes(text: str) -> None:
 
 
 def test_table_names_are_exact() -> None:
-    """As the catalogue has them, upper case and odd characters included."""
+    """As in the catalogue, upper case and odd characters included."""
     odd = table('Odd."Name', {"id": "text"})
     assert built({"odd": {"table": 'public."Odd.""Name"'}}, odd)["odd"].table == odd
     assert problems_of({"p": {"table": "public.Posts"}}, POSTS) == (
@@ -417,7 +417,7 @@ def test_a_junction_table_is_a_relation_and_finds_its_columns_by_itself() -> Non
     )
 
 
-def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
+def test_a_junction_from_a_table_to_itself_needs_its_columns() -> None:
     follows = table(
         "follows",
         {"who": "uuid", "whom": "uuid"},
@@ -433,7 +433,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
     )
 
 
-# -- what can't be served, and what mends it
+# -- tables that can't be served, and the remedy
 
 
 @pytest.mark.parametrize(
@@ -579,7 +579,7 @@ def test_a_junction_from_a_table_to_itself_must_be_told_its_columns() -> None:
 def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
     faulty: Table, config: Mapping[str, Any], problem: ConfigProblem
 ) -> None:
-    """Its changes would be lost without a word, or not say of what record they are."""
+    """Its changes would be lost silently, or not identify their record."""
     expected = replace(problem, path=f"collections.posts.{problem.path}")
     assert problems_of({"posts": {"table": "posts", **config}}, faulty) == (expected,)
 
@@ -765,7 +765,7 @@ def test_collection_names_must_fit_topics_and_rules(name: str) -> None:
     assert problem.path == f"collections.{name}"
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     config = {
         "posts": {"table": "post"},
         "users": {"table": "users", "fields": {"hide": ["emial"]}},

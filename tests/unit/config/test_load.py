@@ -33,7 +33,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_reported_in_one_run_with_their_lines(tmp_path: Path) -> None:
-    """Whoever writes a configuration mends it in one go, not error by error."""
+    """The operator corrects them together, not error by error."""
     text = """\
 version: 2
 database:
@@ -138,7 +138,7 @@ def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
         "date",
     ],
 )
-def test_what_is_no_yaml_mapping_is_told_by_its_line(
+def test_what_is_no_yaml_mapping_is_reported_with_its_line(
     tmp_path: Path, text: str, message: str, line: int | None
 ) -> None:
     (problem,) = problems_of(tmp_path, text, {})
@@ -151,8 +151,8 @@ def test_what_is_no_yaml_mapping_is_told_by_its_line(
     ['@request.auth.id != ""', '"public" = status', "'public' = status"],
     ids=["at sign", "text first", "single quotes"],
 )
-def test_a_rule_that_yaml_needs_in_quotes_is_told_so(tmp_path: Path, rule: str) -> None:
-    """YAML's own words are of tokens and blocks."""
+def test_a_rule_that_needs_quotes_in_yaml_is_reported_so(tmp_path: Path, rule: str) -> None:
+    """YAML's own message is about tokens and blocks."""
     text = f"collections:\n  posts:\n    table: posts\n    list_rule: {rule}\n"
     (problem,) = problems_of(tmp_path, text, {})
     assert problem.line == 4
@@ -166,7 +166,7 @@ def test_what_quotes_would_not_mend_has_no_such_hint(tmp_path: Path, text: str) 
 
 
 def test_a_repeated_key_is_a_problem(tmp_path: Path) -> None:
-    """YAML readers take the last one silently: a rule would be replaced unseen."""
+    """YAML readers silently use the last one: a rule would be replaced unseen."""
     text = "collections:\n  posts: {table: a}\n  users: {table: b}\n  posts: {table: c}\n"
     assert problems_of(tmp_path, text, {}) == (
         ConfigProblem("collections.posts", "given twice, first in line 2", line=4),
@@ -222,10 +222,10 @@ def test_variables_are_filled_in(text: str, environ: Mapping[str, str], expected
         ("${", {}, 'a "${" that isn\'t ${VAR}; write "$${" for the text'),
     ],
 )
-def test_a_variable_that_is_not_there_is_told_once(
+def test_a_missing_variable_is_reported_once(
     text: str, environ: Mapping[str, str], message: str
 ) -> None:
-    """Also where the key is required, or checked otherwise: one fault, one problem."""
+    """Also where the key is required, or validated otherwise: one fault, one problem."""
     with pytest.raises(ConfigError) as caught:
         parse_config({"auth": {"issuers": [{"name": "a", "secret": text}]}}, environ)
     assert caught.value.problems == (ConfigProblem("auth.issuers.0.secret", message),)
@@ -351,7 +351,7 @@ def test_variables_without_a_double_underscore_are_not_keys() -> None:
     ids=["unknown", "too deep", "no such item", "nothing"],
 )
 def test_a_variable_that_names_no_key_is_a_problem(variable: str, expected: ConfigProblem) -> None:
-    """A mistyped variable must not be silently without effect."""
+    """A mistyped variable must not be ignored."""
     with pytest.raises(ConfigError) as caught:
         parse_config({"server": {"port": 1}, "auth": {"issuers": []}}, {variable: "1"})
     assert caught.value.problems == (expected,)
@@ -410,12 +410,12 @@ def test_only_secrets_can_be_read_from_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "who",
+    "section",
     [{"issuers": [{"name": "app", "secret": "s"}]}, {"login": {"enabled": True, "secret": "s"}}],
 )
-def test_who_allows_no_guests_names_somebody_else(who: Mapping[str, Any]) -> None:
-    """A service that nobody could subscribe to is a mistake."""
-    assert not parse_config({"auth": {"allow_guests": False, **who}}).auth.allow_guests
+def test_without_guests_other_callers_must_be_configured(section: Mapping[str, Any]) -> None:
+    """A service to which no caller could subscribe is a mistake."""
+    assert not parse_config({"auth": {"allow_guests": False, **section}}).auth.allow_guests
     with pytest.raises(ConfigError) as caught:
         parse_config({"auth": {"allow_guests": False}})
     (problem,) = caught.value.problems
@@ -423,7 +423,7 @@ def test_who_allows_no_guests_names_somebody_else(who: Mapping[str, Any]) -> Non
 
 
 def test_no_secret_is_ever_printed(tmp_path: Path) -> None:
-    """Neither in a repr nor in what is said about a faulty file."""
+    """Neither in a repr nor in the problems of a faulty file."""
     good = {
         "database": {"url": "postgresql://u:hunter2@h/", "query_url": "postgresql://u:hunter2@q/"},
         "auth": {
@@ -456,13 +456,13 @@ def test_durations_that_can_not_be_nothing_are_checked() -> None:
     assert parse_config({"changelog": {"max_age": 0}}).changelog.max_age == 0
 
 
-def test_the_word_null_may_stand_without_quotes() -> None:
+def test_the_word_null_needs_no_quotes() -> None:
     """YAML reads ``nulls: null`` as no value at all."""
     assert parse_config({"records": {"nulls": None}}).records.nulls == "null"
 
 
 def test_a_missing_rule_is_null_and_an_empty_one_is_not() -> None:
-    """Null is for superusers only, the empty text for everyone: they must not be mixed up."""
+    """Null is for superusers only, the empty text for every caller: they must not be confused."""
     config = parse_config(
         {"collections": {"a": {"table": "t", "list_rule": "", "view_rule": None}}}
     )
@@ -470,8 +470,8 @@ def test_a_missing_rule_is_null_and_an_empty_one_is_not() -> None:
     assert config.collections["a"].view_rule is None
 
 
-def test_nobody_manages_everybody() -> None:
-    """PocketBase refuses an empty manage rule: it would show every address to everyone."""
+def test_a_manage_rule_is_never_empty() -> None:
+    """PocketBase refuses an empty manage rule: it would show every address to every caller."""
     with pytest.raises(ConfigError) as caught:
         parse_config({"collections": {"a": {"table": "t", "type": "auth", "manage_rule": ""}}})
     assert [problem.path for problem in caught.value.problems] == ["collections.a.manage_rule"]
@@ -484,7 +484,7 @@ def test_the_configuration_can_not_be_changed() -> None:
 
 @given(st.text(alphabet=st.sampled_from("abc:-[]{}&*!|>'\"%@`$?,#~<. \n\t0\x00é"), max_size=60))
 def test_any_text_is_a_configuration_or_a_list_of_problems(text: str) -> None:
-    """Nobody sees a traceback for a typing error."""
+    """A typing error never causes a traceback."""
     reading = _parse_document(parse_yaml(text), {}, refuse_secret_file, "text")
     assert reading.problems or reading.config is not None
 
@@ -514,7 +514,7 @@ def test_the_annotated_example_has_every_key_and_the_defaults_it_claims() -> Non
 
 
 def keys_of(section: type[Section], prefix: str = "") -> set[str]:
-    """Every key there can be, ``*`` for names and places that the operator makes up."""
+    """Return every possible key, with ``*`` for names that the operator chooses."""
     found: set[str] = set()
     for name, info in section.model_fields.items():
         inner, star = below(info.annotation)
@@ -536,7 +536,7 @@ def keys_in(section: type[Section], value: dict[str, Any], prefix: str = "") -> 
 
 
 def below(annotation: object) -> tuple[type[Section] | None, str]:
-    """The section that a key holds, and ``.*`` if it holds several."""
+    """Return the section that a key holds, and ``.*`` if it holds several."""
     candidates = [annotation, *get_args(annotation)]
     sections = [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
     return (sections[0] if sections else None), ("" if annotation in sections else ".*")
@@ -544,7 +544,7 @@ def below(annotation: object) -> tuple[type[Section] | None, str]:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "metrics.internal"])
 def test_metrics_that_others_reach_need_a_token(host: str) -> None:
-    """Collections' names and loads are nobody else's business."""
+    """Metrics reveal names and load of collections."""
     with pytest.raises(ConfigError, match="need a token"):
         parse_config({"admin": {"host": host, "port": 8091}}, {})
 

@@ -35,7 +35,7 @@ def test_durations_become_seconds(text: object, seconds: float) -> None:
     ids=repr,
 )
 def test_what_is_no_duration_is_refused(value: object) -> None:
-    """``timeout: 25`` could mean seconds, minutes or milliseconds; nobody guesses."""
+    """``timeout: 25`` could mean seconds, minutes or milliseconds."""
     with pytest.raises(ValueError, match="not a duration; write it as 500ms"):
         parse_duration(value)
 
@@ -63,6 +63,6 @@ def test_sizes_become_bytes(text: object, size: int) -> None:
     ids=repr,
 )
 def test_what_is_no_size_is_refused(value: object) -> None:
-    """``16MB`` is refused too: it is 4.6 % less than most who write it mean."""
+    """``16MB`` is refused too: it is 4.6 % less than most authors of it mean."""
     with pytest.raises(ValueError, match="not a size; write it as 64KiB"):
         parse_size(value)

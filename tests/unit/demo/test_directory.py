@@ -63,7 +63,7 @@ def test_what_is_not_ours_stays(parent: Path) -> None:
 
 
 def test_a_process_that_only_got_the_server_s_number_is_not_ended(parent: Path) -> None:
-    """The pid in postmaster.pid may be another process's by now: here it is the test's."""
+    """The pid in postmaster.pid may belong to another process by now: here to the test."""
     left = parent / f"{PREFIX}old"
     (left / "data").mkdir(parents=True)
     (left / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n")
@@ -71,7 +71,7 @@ def test_a_process_that_only_got_the_server_s_number_is_not_ended(parent: Path) 
     assert not left.exists()
 
 
-def test_the_server_is_told_of_no_other_database(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_gets_no_other_database_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PGDATA", "PGHOST", "PGOPTIONS"):
         monkeypatch.setenv(name, "elsewhere")
     monkeypatch.setenv("PGREALTIME_TEST", "kept")

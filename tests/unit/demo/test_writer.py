@@ -49,7 +49,7 @@ def test_it_can_go_on_for_ever_without_filling_the_page() -> None:
     assert done == {"add", "drop", "finish", "assign"}
 
 
-def test_it_never_decides_who_takes_part() -> None:
+def test_it_never_does_what_the_page_s_buttons_do() -> None:
     """The operations of the page's buttons are left to its user."""
     rows, random = _rows(), Random(1)
     for number in range(500):

@@ -1,4 +1,4 @@
-"""What a transaction did after a record went is taken back; ids come in an order."""
+"""SQL that reverts what a transaction did after a record's delete, and orders ids."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def linking(match: Column, *, is_of_record: bool = True) -> RelationQuery:
         ([{"id": "b", "post": "1"}], [{"id": "b", "post": "1"}], {"a"}, {"a", "b"}),
         # inserted since
         ([], [{"id": "a", "post": "1"}], {"a"}, set()),
-        # led elsewhere before, and leads here now
+        # referenced another record before, and this one now
         ([{"id": "a", "post": "2"}], [{"id": "a", "post": "2"}], {"a"}, set()),
         # of another record
         ([{"id": "b", "post": "2"}], [{"id": "b", "post": "2"}], {"a"}, {"a"}),
@@ -118,7 +118,7 @@ def link(post: str, to: str) -> Row:
         ([Insert(TABLE.name, link("2", "a"))], {"a", "b"}),
         ([Update(TABLE.name, link("1", "a"), Key(link("1", "c")))], {"b", "c"}),
         ([Update(TABLE.name, link("2", "c"), Key(link("1", "c")))], {"a", "b", "c"}),
-        # gone and come back, come and gone
+        # deleted and inserted, inserted and deleted
         (
             [Delete(TABLE.name, Key(link("1", "a"))), Insert(TABLE.name, link("1", "a"))],
             {"a", "b"},
@@ -127,7 +127,7 @@ def link(post: str, to: str) -> Row:
             [Insert(TABLE.name, link("1", "c")), Delete(TABLE.name, Key(link("1", "c")))],
             {"a", "b"},
         ),
-        # where it led isn't known
+        # what it referenced is unknown
         ([Delete(TABLE.name, Key({"post": "1"}))], None),
         ([Truncate(TABLE.name)], None),
     ],
@@ -135,6 +135,6 @@ def link(post: str, to: str) -> Row:
 def test_links_that_came_later_are_taken_back(
     changes: list[Change], expected: set[str] | None
 ) -> None:
-    """Whatever was done to them, in the order in which it was done."""
+    """Whatever later changes did to them, in the order of the changes."""
     by_junction = linking(COLUMNS[1], is_of_record=False)
     assert ids_before_changes(by_junction, changes, "1", {"a", "b"}) == expected

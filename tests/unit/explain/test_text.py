@@ -1,4 +1,4 @@
-"""What ``explain`` tells, where no database can be made to say it."""
+"""Parts of ``explain``'s output that no database can be made to cause."""
 
 from __future__ import annotations
 

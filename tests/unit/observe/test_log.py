@@ -1,4 +1,4 @@
-"""Lines that machines and people can read, and that never break the one who logs."""
+"""Log lines that programs and operators can read, and a logger that never raises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Leaves the process's logging as it was."""
+    """Restore the process's logging afterwards."""
     root, ours = logging.getLogger(), logging.getLogger("pgrealtime")
     handlers, levels = root.handlers[:], (root.level, ours.level)
     yield
@@ -64,7 +64,7 @@ def test_elsewhere_than_on_a_terminal_a_line_is_one_json_object() -> None:
 
 
 def test_a_value_cannot_start_a_line_of_its_own() -> None:
-    """A topic with a line break in it forges no log entry."""
+    """A topic with a line break can't forge a log entry."""
     stream = io.StringIO()
     configure_logging(LoggingConfig(), stream)
     log.warning("topic.refused", topic='x\n{"event": "server.stopped"}', odd="\ud800")
@@ -107,7 +107,7 @@ def test_the_format_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "heard"),
+    ("level", "logged"),
     [
         ("debug", ["a.debugged", "a.informed", "a.warned", "a.failed"]),
         ("info", ["a.informed", "a.warned", "a.failed"]),
@@ -115,18 +115,18 @@ def test_the_format_can_be_chosen() -> None:
         ("error", ["a.failed"]),
     ],
 )
-def test_only_the_configured_level_and_above_are_heard(level: Any, heard: list[str]) -> None:
+def test_only_the_configured_level_and_above_are_logged(level: Any, logged: list[str]) -> None:
     stream = io.StringIO()
     configure_logging(LoggingConfig(level=level), stream)
     log.debug("a.debugged")
     log.info("a.informed")
     log.warning("a.warned")
     log.error("a.failed")
-    assert [line["event"] for line in _lines(stream)] == heard
+    assert [line["event"] for line in _lines(stream)] == logged
 
 
 def test_one_of_our_errors_becomes_keys() -> None:
-    """People filter and alert by the code."""
+    """Operators filter and alert by the code."""
     stream = io.StringIO()
     configure_logging(LoggingConfig(), stream)
     log.error("slot.lost", error=SlotLostError("was invalidated", detail="D.", hint="H."))
@@ -161,8 +161,8 @@ def test_secrets_are_hidden_in_keys_values_context_and_exceptions() -> None:
     assert line["exception"].endswith("ValueError: password=[hidden]")
 
 
-def test_libraries_are_heard_from_warning_on_through_the_same_redaction() -> None:
-    """A library's free text is no event name of ours, and its secrets are secrets too."""
+def test_libraries_are_logged_from_warning_on_with_the_same_redaction() -> None:
+    """A library's free text is no event name, and its secrets are redacted too."""
     stream = io.StringIO()
     configure_logging(LoggingConfig(level="debug"), stream)
     library = logging.getLogger("aiohttp.server")
@@ -183,7 +183,7 @@ def test_libraries_are_heard_from_warning_on_through_the_same_redaction() -> Non
 
 
 def test_warnings_become_lines_too() -> None:
-    """One stray line that isn't JSON spoils a log pipeline."""
+    """A single line that isn't JSON breaks a log pipeline."""
     stream = io.StringIO()
     configure_logging(LoggingConfig(), stream)
     with warnings.catch_warnings():
@@ -196,7 +196,7 @@ def test_warnings_become_lines_too() -> None:
     assert "DeprecationWarning: old" in line["message"]
 
 
-def test_a_reader_that_went_away_does_not_break_the_one_who_logs(
+def test_a_closed_pipe_does_not_break_the_code_that_logs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Delivery goes on when the log's pipe is closed."""
@@ -239,7 +239,7 @@ def _event_names() -> Iterator[tuple[str, ast.expr]]:
 
 
 def test_every_event_in_the_code_is_a_constant_subject_and_fact() -> None:
-    """Whoever reads a line in a log finds its origin with one grep."""
+    """An operator finds the origin of a log line with one grep."""
     odd = [
         place
         for place, name in _event_names()

@@ -1,4 +1,4 @@
-"""What must not be read in a log, in every place where it could get into one."""
+"""What must not be readable in a log, in every place where it could occur."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_secrets_in_a_text_are_hidden_and_the_rest_is_not(text: str, shown: str)
 
 
 @given(st.text(), st.text())
-def test_a_token_is_hidden_whatever_stands_around_it(before: str, after: str) -> None:
+def test_a_token_is_hidden_whatever_surrounds_it(before: str, after: str) -> None:
     assert TOKEN not in redact_text(f"{before} {TOKEN} {after}")
 
 
@@ -63,7 +63,7 @@ def test_a_key_that_names_a_secret_hides_its_value(key: str) -> None:
 
 @pytest.mark.parametrize("value", [5, 0.5, True, None])
 def test_a_number_under_such_a_key_is_no_secret(value: object) -> None:
-    """``token_lifetime=432000`` is worth reading."""
+    """``token_lifetime=432000`` is useful in a log."""
     assert redact(value, key="token_lifetime") is value
 
 
@@ -98,7 +98,7 @@ def test_secrets_are_found_at_any_depth() -> None:
         ),
     ],
 )
-def test_an_exception_is_told_without_what_it_quotes(error: Exception, text: str) -> None:
+def test_an_exception_is_logged_without_what_it_quotes(error: Exception, text: str) -> None:
     assert describe_exception(error) == text
 
 
@@ -113,8 +113,8 @@ def _fail(row: dict[str, str]) -> None:
         raise ExceptionGroup("two", [KeyError("a"), ValueError("b")]) from error
 
 
-def test_a_traceback_tells_causes_and_groups_but_no_local_variables() -> None:
-    """Local variables are where rows and tokens are."""
+def test_a_traceback_has_causes_and_groups_but_no_local_variables() -> None:
+    """Local variables hold rows and tokens."""
     with pytest.raises(ExceptionGroup) as raised:
         _fail(_ROW)
     text = describe_traceback(raised.value)
@@ -126,7 +126,7 @@ def test_a_traceback_tells_causes_and_groups_but_no_local_variables() -> None:
     assert text.count("in _fail") == 2
 
 
-def test_a_context_is_told_unless_it_was_suppressed() -> None:
+def test_a_context_is_logged_unless_it_was_suppressed() -> None:
     def fail(*, suppress: bool) -> None:
         try:
             raise KeyError("first")

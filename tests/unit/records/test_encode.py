@@ -1,4 +1,4 @@
-"""Whole records: their members, the order, hidden ones. The first two are from recordings."""
+"""Whole records: members, order, hidden fields. The first two tests are from recordings."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_null_is_null_unless_zero_values_are_asked_for() -> None:
     assert record == {**dict.fromkeys(FULL.keys() - {"secret"}), **always}
 
 
-def test_members_stand_in_byte_order_whatever_the_column_order() -> None:
+def test_members_are_in_byte_order_whatever_the_column_order() -> None:
     """Upper case before lower, ASCII before the rest; not by the column's name."""
     names = [
         "é",
@@ -173,7 +173,7 @@ def test_a_column_that_is_not_in_the_row_is_not_in_the_record() -> None:
 
 
 def test_hidden_fields_are_for_superusers() -> None:
-    """Nor does asking for one by name bring it out."""
+    """Also if a client requests one by name."""
     seen = compile_encoder(POSTS, nulls="null", view=SUPERUSER)(FULL)
     assert json.loads(seen) == {**json.loads(FULL_RECORD), "secret": "hush"}
 
@@ -223,10 +223,10 @@ def test_secrets_are_in_no_record() -> None:
         ("t", View(fields="email"), True),
     ],
 )
-def test_email_is_shown_if_visible_or_to_whom_may_see_it(
+def test_email_is_shown_if_visible_or_to_callers_that_may_see_it(
     visible: str | None, view: View, *, is_shown: bool
 ) -> None:
-    """The member is missing, not empty."""
+    """Otherwise the member is missing, not empty."""
     record = shown(USERS, {**USER, "email_visible": visible}, view)
     assert record.get("email") == ("ann@example.com" if is_shown else None)
     assert ("email" in record) == is_shown
@@ -245,7 +245,7 @@ def test_email_of_a_base_collection_is_a_field_like_others() -> None:
     assert shown(contacts, USER, View())["email"] == "ann@example.com"
 
 
-def test_junction_relations_and_expand_are_given_beside_the_row() -> None:
+def test_junction_relations_and_expand_are_passed_in_addition_to_the_row() -> None:
     """Ids as in a column: none empty, none twice. Without them the members are left out."""
     editors = Field(
         name="editors",
@@ -298,5 +298,5 @@ def test_fields_that_cannot_be_read_count_as_none() -> None:
     ],
 )
 def test_the_column_that_cannot_be_shown_is_found(row: dict[str, str | None], column: str) -> None:
-    """The log names it: of a record that is missing its operator knows nothing else."""
+    """The log names it: it is all that the operator learns of a record that isn't delivered."""
     assert unencodable_column(POSTS, {"id": "a", **row}, nulls="null") == column

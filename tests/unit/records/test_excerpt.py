@@ -1,4 +1,4 @@
-"""Excerpts that PocketBase 0.40.6 made. More are compared in ``tests/conformance``."""
+"""Excerpts that PocketBase 0.40.6 made. ``tests/conformance`` compares more of them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_no_element_is_entered_after_so_many_bytes() -> None:
 
 
 def test_deep_nesting_costs_no_more_than_length() -> None:
-    """No tag looks through all those open, or this would run into the time limit."""
+    """No tag searches all open tags, or this test would run into the time limit."""
     assert excerpt("<div>" * 100_000 + "a", 10, with_ellipsis=True) == "a"
     assert excerpt("<b>" * 100_000 + "a", 10, with_ellipsis=True) == "a"
 

@@ -1,6 +1,6 @@
 """The option ``fields``, as PocketBase 0.40.6 was seen to read it.
 
-``tests/conformance/test_record_fields.py`` asks the real one about many more.
+``tests/conformance/test_record_fields.py`` compares many more with the real one.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ PICKS = {
 
 @pytest.mark.parametrize("text", PICKS)
 def test_members_are_picked(text: str) -> None:
-    """A list's objects are picked from each; what isn't an object is taken whole."""
+    """Objects in a list are picked from one by one; what isn't an object is taken whole."""
     fields = parse_fields(text)
     assert fields is not None
     members = msgspec.json.decode(RECORD, type=dict[str, Raw])
@@ -92,7 +92,7 @@ def test_members_are_picked(text: str) -> None:
 
 
 def test_many_names_take_no_longer_than_their_number() -> None:
-    """An event is picked from for every topic that asks for other members."""
+    """Members are picked from an event once for every topic that requests others."""
     names = [f"a{number}" for number in range(5_000)]
     value = Raw(msgspec.json.encode(dict.fromkeys(names, 1)))
     start = time.perf_counter()
@@ -106,7 +106,7 @@ def test_many_names_take_no_longer_than_their_number() -> None:
 
 
 def test_what_is_nested_too_deep_to_pick_from_is_taken_whole() -> None:
-    """A subscriber's path must not end the stream of the others."""
+    """One subscriber's path must not end the stream of the others."""
     deep = Raw(b'{"a":' * 5000 + b"1" + b"}" * 5000)
     for path in ("a.a", "a" + ".a" * 1200):
         fields = parse_fields(path)

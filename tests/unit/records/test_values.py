@@ -1,4 +1,4 @@
-"""Values whose text isn't what their type says by now."""
+"""Values whose text doesn't match the current definition of their type."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPOT = Type(
     ],
 )
 def test_no_attribute_has_the_value_of_another(text: str, shown: Json) -> None:
-    """Which one was dropped isn't known: then the text is all that can be said."""
+    """It is unknown which one was dropped, so the text is shown unchanged."""
     convert = _composite_converter(SPOT)
 
     assert convert is not None

@@ -32,7 +32,7 @@ class CountingChange:
         return POSTS
 
 
-def test_a_transaction_is_not_looked_through_before_somebody_asks_and_then_once() -> None:
+def test_a_transaction_is_read_on_first_use_and_once() -> None:
     """Most deletes are decided by their row alone, and a transaction may have very many."""
     change = CountingChange()
     changes = (cast("Change", change),)
@@ -71,22 +71,22 @@ def delete(row: Row) -> Delete:
         ([insert(ann("1"))], [], {"1"}),
         ([delete(ann("1"))], [ann("1")], {"1"}),
         ([update(ann("1", "a"), ann("1", "b"))], [ann("1", "a")], {"1"}),
-        # A row that got another key was under the first, and isn't to be read under the second.
+        # A row whose key changed had the first key, and must not be found by the second.
         ([update(ann("1"), ann("2"))], [ann("1")], {"1", "2"}),
         ([update(ann("1"), ann("2")), update(ann("2"), ann("3"))], [ann("1")], {"1", "2", "3"}),
         ([update(ann("1"), ann("2")), insert(ann("1", "new"))], [ann("1")], {"1", "2"}),
-        # Of a row that is touched twice the first image counts.
+        # For a row that is changed twice the first image counts.
         (
             [update(ann("1", "a"), ann("1", "b")), update(ann("1", "b"), ann("1", "c"))],
             [ann("1", "a")],
             {"1"},
         ),
         ([update(ann("1", "a"), ann("1", "b")), delete(ann("1", "b"))], [ann("1", "a")], {"1"}),
-        # What the transaction made was not there, whatever became of it.
+        # Rows that the transaction inserted did not exist before, whatever happened to them later.
         ([insert(ann("1")), delete(ann("1"))], [], {"1"}),
         ([insert(ann("1", "a")), update(ann("1", "a"), ann("1", "b"))], [], {"1"}),
         ([insert(ann("1")), update(ann("1"), ann("2")), delete(ann("2"))], [], {"1", "2"}),
-        # A key that was freed is another row's from then on.
+        # A key that was freed belongs to another row from then on.
         ([delete(ann("1", "a")), insert(ann("1", "b"))], [ann("1", "a")], {"1"}),
         (
             [delete(ann("1", "a")), insert(ann("1", "b")), delete(ann("1", "b"))],
@@ -102,7 +102,7 @@ def delete(row: Row) -> Delete:
             [ann("1", "a"), ann("2", "b")],
             {"1", "2", "x"},
         ),
-        # Of other tables' rows it says nothing.
+        # It has no rows of other tables.
         ([Insert(POSTS, ann("1")), insert(ann("2"))], [], {"2"}),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_table_is_as_it_was_before_the_transaction(
     assert {row["id"] for row in overlay.changed_rows} == touched
 
 
-def test_a_row_is_told_by_its_whole_key() -> None:
+def test_a_row_is_identified_by_its_whole_key() -> None:
     one = collection("pairs")
     table = replace(one.table, primary_key=("a", "b"))
     rows: list[Row] = [{"a": "1", "b": "1"}, {"a": "1", "b": "2"}, {"a": None, "b": "1"}]
@@ -139,7 +139,7 @@ def _question(changes: list[Change]) -> object:
 
 
 def test_what_was_truncated_is_not_known_and_not_taken_for_empty() -> None:
-    """Any row may have been there, so nothing can be decided by one."""
+    """Any row may have existed, so nothing can be decided by its absence."""
     assert _question([delete(ann("1"))]) is not None
     assert _question([Truncate(PEOPLE)]) is None
     assert _question([insert(ann("1")), Truncate(PEOPLE)]) is None
@@ -153,14 +153,14 @@ def test_an_old_row_without_the_columns_that_are_read_decides_nothing() -> None:
 
 
 def test_a_large_transaction_is_looked_through_once_for_all_of_its_batches() -> None:
-    """Else a DELETE of many rows would take time by the square of their number."""
+    """Otherwise a DELETE of many rows would take time quadratic in their number."""
     change = CountingChange()
     changes = (cast("Change", change),)
     states = BeforeStates({})
     for _ in range(100):
         states.begin_batch()
         states.state_before(changes).overlays([NOTES])
-        states.begin_batch()  # of another reader of the changelog, somewhere else in it
+        states.begin_batch()  # of another reader of the changelog, at another position
     assert change.looks == 1
 
 

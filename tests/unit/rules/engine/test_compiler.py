@@ -29,11 +29,13 @@ OWN: Row = {"id": "uann", "name": "Ann", "level": "3"}
 COMPILER = RuleCompiler(COLLECTIONS)
 
 
-def bind(rule: str | None, who: Principal = ANN, text: str = "", **query: str) -> BoundPredicate:
+def bind(
+    rule: str | None, principal: Principal = ANN, text: str = "", **query: str
+) -> BoundPredicate:
     """Bind a rule and a filter for a caller for whom some row may match."""
     if text:
         query["filter"] = text
-    bound = COMPILER.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
+    bound = COMPILER.bind_caller(POSTS, rule, RuleRequest(principal=principal, query=query))
     assert isinstance(bound, BoundPredicate)
     return bound
 
@@ -46,7 +48,7 @@ def path_kinds(bound: BoundPredicate) -> list[tuple[str, bool, int]]:
 
 
 def _of_reviewers(comparisons: int) -> str:
-    """Return a rule that looks twice for a reviewer, and for a counter-example as often as said."""
+    """Return a rule that joins reviewers twice, and for counterexamples as often as given."""
     return "&&".join(f"reviewers.name!={n}" for n in range(comparisons))
 
 
@@ -72,7 +74,7 @@ def test_joins_are_counted_those_for_counter_examples_included() -> None:
 
 
 def test_combinations_of_items_are_counted_before_they_are_gone_through() -> None:
-    """A hundred by a hundred are decided in the process; one more only by PostgreSQL."""
+    """A hundred by a hundred are evaluated in the process; one more only by PostgreSQL."""
     hundred = "{" + ",".join(f"x{n}" for n in range(100)) + "}"
     more = hundred[:-1] + ",y}"
     for rule in ("tags:each ?= reviewers:each && title = 'x'", "tags:each = reviewers:each"):
@@ -183,7 +185,7 @@ def test_what_depends_on_the_subscriber_alone_is_decided_once() -> None:
     ],
 )
 def test_what_asks_of_the_subscriber_is_marked(rule: str, text: str, *, expected: bool) -> None:
-    """Then rows that are read later are not evaluated by it, as the record may be gone."""
+    """Rows that are read later aren't evaluated by it then, as the record may have been deleted."""
     assert bind(rule, text=text, auth="x", q="y").specialization.reads_caller is expected
 
 
@@ -202,7 +204,7 @@ def test_a_known_row_of_the_subscriber_s_own_is_a_value() -> None:
     assert partly == unknown
 
 
-def test_columns_that_rules_ask_of_people() -> None:
+def test_columns_that_rules_read_of_callers() -> None:
     """Only the caller's own row counts, not what it points to."""
     posts = replace(
         POSTS,
@@ -223,16 +225,16 @@ def test_superusers_pass_every_rule_and_no_filter() -> None:
     assert path_kinds(bind(None, root, text="title = 'x'")) == [("KEY", True, 0)]
 
 
-def test_nobody_else_passes_a_locked_rule() -> None:
+def test_a_locked_rule_admits_no_user() -> None:
     assert isinstance(COMPILER.bind_caller(POSTS, None, RuleRequest(principal=ANN)), DenyAll)
 
 
-def test_a_rule_that_is_bad_for_everybody_is_an_error() -> None:
+def test_a_rule_that_is_bad_for_every_caller_is_an_error() -> None:
     with pytest.raises(RuleError):
         COMPILER.bind_caller(POSTS, "titel = 'x'", RuleRequest(principal=ANN))
 
 
-def test_a_refused_filter_admits_nobody() -> None:
+def test_a_refused_filter_admits_no_caller() -> None:
     bound = COMPILER.bind_caller(
         POSTS, "", RuleRequest(principal=ANN, query={"filter": "internal = 'x'"})
     )
@@ -242,7 +244,7 @@ def test_a_refused_filter_admits_nobody() -> None:
 
 
 @pytest.mark.parametrize("word", ["@request.", "@collection."])
-def test_a_sort_that_is_refused_refuses_the_filter_beside_it(word: str) -> None:
+def test_a_refused_sort_refuses_its_filter(word: str) -> None:
     """As in PocketBase; without a filter, and for superusers, it is ignored."""
     sort = {"sort": f"-{word}x"}
     both = {"filter": "title = 'x'", **sort}

@@ -1,4 +1,4 @@
-"""The index: the members that a row finds, and what is left when they are removed."""
+"""The index: the members that it finds for a row, and its content after they are removed."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def test_what_holds_for_all_items_is_found_out_once(
 def make_members(rule: str, count: int, chance: Random) -> Iterator[Member]:
     compiler = RuleCompiler(COLLECTIONS)
     for _ in range(count):
-        who = AuthRecord(
+        principal = AuthRecord(
             collection_id="pbc_users", collection_name="users", id=f"u{chance.randrange(5)}"
         )
         query = {
             "q": chance.choice(["", "a", "u1", "5", "b%"]),
             "n": chance.choice(["0", "2", "x"]),
         }
-        bound = compiler.bind_caller(POSTS, rule, RuleRequest(principal=who, query=query))
+        bound = compiler.bind_caller(POSTS, rule, RuleRequest(principal=principal, query=query))
         if isinstance(bound, BoundPredicate):
             yield Member(bound.specialization, bound.values)
 
@@ -116,14 +116,14 @@ def found(index: PredicateIndex[Member], row: Row) -> set[Member]:
 
 
 def tried(members: list[Member], row: Row) -> set[Member]:
-    """Test all members, without any index."""
+    """Return the matches of all members, tested without any index."""
     evaluated: RowEvaluation[Member] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
     return {one for one in members if evaluated.evaluate(one.specialization.formula, one.values)}
 
 
 @pytest.mark.parametrize("rule", LOCAL)
-def test_a_row_leads_to_whom_it_concerns_and_nobody_else(rule: str) -> None:
-    """By every path the same as by testing all, while members are added and removed."""
+def test_a_row_finds_exactly_the_members_that_it_matches(rule: str) -> None:
+    """Every path finds the same as testing all, while members are added and removed."""
     seed = Random().randrange(1 << 32)
     chance = Random(seed)
     index: PredicateIndex[Member] = PredicateIndex()
@@ -144,8 +144,8 @@ def one_each(count: int, rule: str = "author = @request.auth.id") -> list[Member
     compiler = RuleCompiler(COLLECTIONS)
     made = []
     for n in range(count):
-        who = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n}")
-        bound = compiler.bind_caller(POSTS, rule, RuleRequest(principal=who))
+        principal = AuthRecord(collection_id="pbc_users", collection_name="users", id=f"u{n}")
+        bound = compiler.bind_caller(POSTS, rule, RuleRequest(principal=principal))
         assert isinstance(bound, BoundPredicate)
         made.append(Member(bound.specialization, bound.values))
     return made
@@ -177,7 +177,7 @@ def test_a_subscriber_takes_few_bytes() -> None:
         "author = @request.auth.id && title != @request.auth.id",
     ],
 )
-def test_the_cost_of_a_row_does_not_grow_with_who_is_there(rule: str) -> None:
+def test_the_cost_of_a_row_does_not_grow_with_the_number_of_members(rule: str) -> None:
     """Sixteen times the subscribers with equal matches: less than three times the time."""
     rows = [{**post(Random(n)), "author": f"u{n}", "tags": f"{{u{n}}}"} for n in range(200)]
 

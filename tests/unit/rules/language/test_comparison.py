@@ -52,7 +52,7 @@ def _plan(rule: str) -> ComparisonPlan:
     ],
 )
 def test_equality_has_the_first_meaning_that_applies(rule: str, kind: ComparisonKind) -> None:
-    """JSON is NULL-safe, a nonempty constant is compared plainly, an empty one asks for blank."""
+    """JSON is NULL-safe, a nonempty constant is compared plainly, an empty one tests for blank."""
     assert _plan(rule).shared.kind is kind
 
 

@@ -216,7 +216,7 @@ def test_paths_of_a_guest_are_null(path: str) -> None:
 def test_bad_rule_is_refused_where_it_is_bad(
     rule: str, error: type[RuleError], place: tuple[int, int], hint: str
 ) -> None:
-    """The operator reads what is wrong, where, and the nearest known name."""
+    """The error has the cause, its position, and the nearest known name."""
     with pytest.raises(error) as refused:
         check_rule(COLLECTIONS, POSTS, rule)
     assert (refused.value.start, refused.value.end) == place

@@ -62,7 +62,7 @@ A, B, C = _is("a", 1), _is("b", 2), _is("c", 3)
     ],
 )
 def test_text_means(text: str, expression: ExpressionNode) -> None:
-    """``&&`` binds stronger than ``||``; blanks, comments and redundant brackets have no effect."""
+    """``&&`` binds tighter than ``||``; blanks, comments and redundant brackets have no effect."""
     assert parse_expression(text) == expression
 
 
@@ -223,7 +223,7 @@ def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
         assert 0 <= error.start <= error.end <= len(text)  # noqa: PT017 (most texts are refused)
 
 
-def test_half_a_character_is_refused_where_it_stands() -> None:
+def test_half_a_character_is_refused_with_its_position() -> None:
     """UTF-8 has no such text, so PostgreSQL couldn't take it; YAML can contain one."""
     with pytest.raises(RuleSyntaxError, match="half a character") as found:
         parse_expression("title = 'a' || title = 'b\ud800'")

@@ -1,4 +1,4 @@
-"""Comparisons of single values; the integration tests compare them with PostgreSQL's."""
+"""Comparisons of single values; integration tests compare them with PostgreSQL's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_like_is_what_its_definition_says(pattern: str, text: str) -> None:
         ("ab%b%ba", "abbba", True),
     ],
 )
-def test_the_parts_of_a_pattern_stand_one_after_the_other(
+def test_the_parts_of_a_pattern_follow_one_another(
     pattern: str, text: str, *, is_like: bool
 ) -> None:
     assert like_matcher(pattern)(text) is naive(pattern, text) is is_like
@@ -124,7 +124,7 @@ VALUES = st.one_of(st.none(), NUMBERS, st.text("a5 .", max_size=3))
 
 
 @given(VALUES, VALUES)
-def test_any_two_values_stand_in_exactly_one_order(
+def test_any_two_values_have_exactly_one_order(
     one: float | str | None, other: float | str | None
 ) -> None:
     """NaN included: above every number and equal to itself."""
@@ -138,7 +138,7 @@ def test_any_two_values_stand_in_exactly_one_order(
 
 
 WIDE = 9007199254740993
-"""No double is this number; the nearest is one less."""
+"""No double equals this number; the nearest is one less."""
 
 
 @pytest.mark.parametrize(

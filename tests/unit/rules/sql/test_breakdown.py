@@ -40,7 +40,7 @@ def test_what_was_taken_apart_reads_back_as_it_was() -> None:
     assert compared > 1500
 
 
-def test_parts_stand_in_the_order_of_the_text() -> None:
+def test_parts_are_in_the_order_of_the_text() -> None:
     a, b, c = (
         Clause("a", "=", "1"),
         Clause("b", "?!=", "'x'"),

@@ -153,7 +153,7 @@ def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
     )
 
 
-def test_columns_and_tables_that_are_read_are_told() -> None:
+def test_columns_and_tables_that_are_read_are_listed() -> None:
     """A row image must have the columns; the tables need overlays on deletes."""
     query = reference_query(
         COLLECTIONS,
@@ -237,7 +237,7 @@ def _bare_texts(node: exp.Expr) -> Iterator[exp.Column]:
         case exp.Collate() | exp.Subquery():
             return
         case exp.Anonymous(this="array_to_json" | "cardinality" | "length" | "strpos"):
-            return  # what comes out is of no collation
+            return  # the result has no collation
         case exp.Case():
             for branch in (*(one.args["true"] for one in node.args["ifs"]), node.args["default"]):
                 if branch is not None:
@@ -250,9 +250,10 @@ def _bare_texts(node: exp.Expr) -> Iterator[exp.Column]:
 
 
 def _is_bytewise(comparison: exp.Expr) -> bool:
-    """Whether no text is compared by its collation alone.
+    """Return whether no text is compared by its collation alone.
 
-    What an index finds by that may be narrowed down by the bytes of the same.
+    A comparison by collation may select rows through an index if a comparison of bytes of the same
+    operands follows.
     """
     sides = list(comparison.iter_expressions())
     if not any(True for side in sides for _ in _bare_texts(side)):
@@ -294,7 +295,7 @@ def test_every_text_comparison_is_of_bytes(left: str) -> None:
 
 
 def test_a_comparison_by_collation_would_be_seen() -> None:
-    """The walk above distinguishes them."""
+    """The check above detects such a comparison."""
     plain = parse_one('"r"."title" = %(p)s', dialect="postgres")
     collated = parse_one('"r"."title" COLLATE "C" = "a"."name"', dialect="postgres")
     narrowed = parse_one('"r"."title" = \'x\' AND "r"."title" COLLATE "C" = \'x\'')
