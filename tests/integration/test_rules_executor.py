@@ -319,9 +319,8 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     assert not evaluation.hits(0)
     assert not executor.unanswered_counts
     assert not any(executor._rounds.breakers.has_timed_out(about) for about in abouts(made))
-    await executor.answer_questions(
-        evaluation, budget
-    )  # its connections are closed: no query is sent
+    # Their connections are closed: no query is sent.
+    await executor.answer_questions(evaluation, budget)
     assert evaluation.undecided_members == {each.group for each in made}
     await desk.executor.answer_questions(evaluation, TimeBudget())
 
