@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -142,6 +142,10 @@ class Collections(Mapping[str, Collection]):
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def values(self) -> ValuesView[Collection]:
+        """Return the collections, without a look-up by name for each."""
+        return self._by_name.values()
 
     def find(self, name_or_id: str) -> Collection | None:
         """Return the collection of that name or id, case sensitive as in topics."""

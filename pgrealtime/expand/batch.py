@@ -36,7 +36,7 @@ from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate
-from pgrealtime.rules.language.parameter_values import macro_values_at
+from pgrealtime.rules.language.parameters import macro_values_at
 
 _MAX_ROWS = 20_000
 """Related rows of one batch; further ones are left out."""

@@ -49,7 +49,7 @@ from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
-from pgrealtime.rules.language.parameter_values import macro_values_at
+from pgrealtime.rules.language.parameters import macro_values_at
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter

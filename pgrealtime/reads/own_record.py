@@ -26,7 +26,7 @@ from pgrealtime.rule_queries.session import ReadSessionFactory
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate
-from pgrealtime.rules.language.parameter_values import macro_values_at
+from pgrealtime.rules.language.parameters import macro_values_at
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 

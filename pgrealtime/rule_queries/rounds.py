@@ -21,8 +21,8 @@ from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
 from pgrealtime.postgres.session import TIMEOUT_ERRORS, ReadTransaction
 from pgrealtime.rule_queries.slow_queries import CircuitBreakers, TimeBudget
 from pgrealtime.rules.engine.batch_query import Question
+from pgrealtime.rules.engine.formula import Test
 from pgrealtime.rules.engine.index_keys import RemoteKey
-from pgrealtime.rules.engine.test import Test
 from pgrealtime.rules.sql.reference import SqlQuery
 
 log = structlog.get_logger(__name__)

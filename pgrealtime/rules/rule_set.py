@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import ConfigProblem, RuleError, underline_span
-from pgrealtime.rules.engine.test import caller_columns
+from pgrealtime.rules.language.predicate import caller_columns
 from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.language.syntax import parse_expression
 from pgrealtime.rules.sql.reference import check_rule

@@ -33,8 +33,7 @@ from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudget
 from pgrealtime.rules.engine.batch_query import KeyQuestion, PairQuestion
-from pgrealtime.rules.engine.formula import each_test_call
-from pgrealtime.rules.engine.test import Test
+from pgrealtime.rules.engine.formula import Test, each_test_call
 from tests.engine_driving import evaluate_in_process
 from tests.rules_world import World
 from tests.unit.hub.room import MemorySink

@@ -26,12 +26,12 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConfig
-from pgrealtime.rules.language.parameter_values import parameter_value
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
     LiteralParameter,
     Parameter,
     parameter_class,
+    parameter_value,
 )
 from pgrealtime.rules.language.predicate import condition_parameters
 from pgrealtime.rules.language.request import RuleRequest

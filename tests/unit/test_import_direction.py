@@ -72,7 +72,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     # From text to plan without index and evaluation; the index without questions.
     "rules.engine.compiler": (
         *_ENGINE,
-        *(f"rules.engine.{name}" for name in ("test", "formula", "index_keys", "plan")),
+        *(f"rules.engine.{name}" for name in ("formula", "index_keys", "plan")),
     ),
     "rules.engine.index": (
         *_ENGINE,

@@ -35,7 +35,7 @@ from pgrealtime.observe.redact import raise_location
 from pgrealtime.rules.engine.before_state import BeforeStates
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate
-from pgrealtime.rules.language.parameter_values import macro_values_at
+from pgrealtime.rules.language.parameters import macro_values_at
 
 log = structlog.get_logger(__name__)
 

@@ -29,7 +29,7 @@ from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.engine.work_budget import FilterWorkBudget
-from pgrealtime.rules.language.parameter_values import MacroValues, macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues, macro_values_at
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar

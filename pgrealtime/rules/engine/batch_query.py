@@ -15,16 +15,27 @@ from typing import TypeAlias
 
 from pgrealtime.caches import cached_per_object
 from pgrealtime.changes import Row
+from pgrealtime.rules.engine.formula import Test
 from pgrealtime.rules.engine.index_keys import RemoteKey
-from pgrealtime.rules.engine.test import Test
-from pgrealtime.rules.language.parameter_values import MacroValues, to_sql_value
-from pgrealtime.rules.language.parameters import Binding, LiteralParameter, Macro
+from pgrealtime.rules.language.parameters import (
+    Binding,
+    LiteralParameter,
+    Macro,
+    MacroValues,
+    to_sql_value,
+)
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.memory.compare import SqliteValue
 from pgrealtime.rules.memory.operands import Arguments
-from pgrealtime.rules.sql.batch import image_params, matching_keys_sql, matching_pairs_sql
+from pgrealtime.rules.sql.batch import matching_keys_sql, matching_pairs_sql
 from pgrealtime.rules.sql.reference import SqlQuery
-from pgrealtime.rules.sql.row_images import Overlay, RowImages, find_columns, with_overlays
+from pgrealtime.rules.sql.row_images import (
+    Overlay,
+    RowImages,
+    find_columns,
+    image_params,
+    with_overlays,
+)
 
 ColumnTexts: TypeAlias = tuple[str | None, ...]
 """The text forms of the columns that are read of a row."""

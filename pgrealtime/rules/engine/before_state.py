@@ -20,9 +20,7 @@ different transactions."""
 class BeforeState:
     """The state before one transaction, computed table by table when it is first needed.
 
-    Args:
-        changes: The transaction's.
-        tables: The tables that rules can read.
+    ``tables`` are those that rules can read.
     """
 
     __slots__ = ("_changed_tables", "_changes", "_overlays", "_tables")

@@ -8,7 +8,7 @@ small the caches are: tests, index keys and specializations are held weakly.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -20,35 +20,39 @@ from pgrealtime.caches import WeightedCache
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import RuleError
-from pgrealtime.rules.engine.formula import TestCall, split_condition
+from pgrealtime.rules.engine.formula import Formula, Test, TestCall, conjunction, disjunction
 from pgrealtime.rules.engine.index_keys import KeyRegistry
 from pgrealtime.rules.engine.plan import BoundPredicate, Plan
-from pgrealtime.rules.engine.test import Test, caller_columns, reads_caller_row
-from pgrealtime.rules.language.parameter_values import parameter_value
 from pgrealtime.rules.language.parameters import (
+    CALLER_ID_PARAMETER,
     CallerColumn,
-    LiftedLiteral,
     LiteralParameter,
     Parameter,
     ParameterClass,
     RequestValue,
     fixed_parameter_class,
     parameter_class,
+    parameter_value,
 )
 from pgrealtime.rules.language.predicate import (
+    Comparison,
     Condition,
     Conjunction,
     DenyAll,
+    Disjunction,
+    NestedRule,
     Predicate,
+    caller_columns,
     comparisons,
     condition_parameters,
+    independent_parts,
     lift_literals,
-    map_parameters,
+    number_literals_from_zero,
+    reads_caller_row,
 )
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.language.sqlite_values import Scalar
-from pgrealtime.rules.sql.joins import CALLER_ID_PARAMETER
 from pgrealtime.rules.sql.reference import auth_collection_of, check_rule
 
 _ANY_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -99,11 +103,7 @@ class _PlanKey(NamedTuple):
 
 
 class RuleCompiler:
-    """Compiles rules and filters for callers.
-
-    Args:
-        collections: All collections.
-    """
+    """Compiles rules and filters for callers."""
 
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
@@ -134,13 +134,10 @@ class RuleCompiler:
     ) -> BoundPredicate | DenyAll:
         """Return what a row of the collection must satisfy for the caller to see it.
 
-        Args:
-            collection: The rows' collection.
-            rule: The collection's rule for the topic; None is for superusers only.
-            request: The caller; its filter is ``request.query["filter"]``.
-            caller_row: Columns of the caller's own row, if there is one and it is known. PostgreSQL
-                reads the row if a column is missing that the rule reads.
-            is_filtered: Whether the filter counts.
+        The rule is the collection's for the topic; None is for superusers only. ``caller_row`` has
+        columns of the caller's own row, if there is one and it is known; PostgreSQL reads the row
+        if a column is missing that the rule reads. With ``is_filtered`` the request's filter must
+        be true too.
 
         Raises:
             RuleError: The rule can't be used for any caller. Where it can't be used for this one
@@ -177,7 +174,6 @@ class RuleCompiler:
         literals: Sequence[str | float],
         caller_row: Row | None,
     ) -> BoundPredicate | DenyAll:
-        """Specialize the plan of rule and filter for a caller."""
 
         def value_of(parameter: Parameter | CallerColumn) -> Scalar:
             if isinstance(parameter, CallerColumn):
@@ -242,73 +238,57 @@ class RuleCompiler:
         if key.filter is _ALWAYS_TRUE:
             return self._cached_rule_plan(key)
         return self._cached_filter_plans.get(
-            key, lambda: (self._make_plan(key), sum(1 for _ in comparisons(key.filter.where)))
+            key, lambda: (self._make_plan(key), len(comparisons(key.filter.where)))
         )
 
     def _make_plan(self, key: _PlanKey) -> Plan:
+        collection, auth = self._collection_and_auth(key.collection_name, key.auth_name)
         parameters = (*key.rule.parameters, *key.filter.parameters)
         classes = dict(zip(parameters, key.parameter_classes, strict=True))
+        # Where the plan's values are; those that a test adds are put last.
         positions: dict[Parameter | CallerColumn, int] = {}
-        rule, filter_ = (
-            split_condition(
-                predicate.where, lambda part: self._make_test_call(key, part, classes, positions)
-            )
-            for predicate in (key.rule, key.filter)
-        )
-        return Plan(
-            self._collections[key.collection_name],
-            rule,
-            filter_,
-            tuple(positions),
-            self._registry,
-            reads_caller=key.auth_name is not None
-            and (key.rule.reads_caller or key.filter.reads_caller),
-        )
 
-    def _make_test_call(
-        self,
-        key: _PlanKey,
-        part: Condition,
-        classes: Mapping[Parameter, ParameterClass],
-        positions: dict[Parameter | CallerColumn, int],
-    ) -> TestCall:
-        """Return a test of a part of the plan, and where its arguments are among the plan's values.
-
-        Args:
-            key: Of the plan.
-            part: A condition with joins of its own.
-            classes: The classes of the plan's parameters.
-            positions: Where the plan's values are; those that the test adds are put last.
-        """
-        condition, original = _number_literals_from_zero(part)
-        test = self._find_test(
-            key,
-            condition,
-            {
+        def compile_part(part: Condition) -> TestCall:
+            condition, original = number_literals_from_zero(part)
+            part_classes = {
                 parameter: parameter_class(parameter.value)
                 if isinstance(parameter, LiteralParameter)
                 else classes[original.get(parameter, parameter)]
                 for parameter in condition_parameters(condition)
-            },
+            }
+            test = self._find_test(
+                collection, auth, condition, part_classes, is_row_bound=key.is_caller_row_bound
+            )
+            argument_positions = [
+                positions.setdefault(original.get(parameter, parameter), len(positions))
+                for parameter in test.caller_parameters
+            ]
+            return TestCall(test, tuple(argument_positions))
+
+        rule, filter_ = (_split(one.where, compile_part) for one in (key.rule, key.filter))
+        return Plan(
+            collection,
+            rule,
+            filter_,
+            tuple(positions),
+            self._registry,
+            reads_caller=auth is not None and (key.rule.reads_caller or key.filter.reads_caller),
         )
-        argument_positions = [
-            positions.setdefault(original.get(parameter, parameter), len(positions))
-            for parameter in test.caller_parameters
-        ]
-        return TestCall(test, tuple(argument_positions))
 
     def _find_test(
         self,
-        key: _PlanKey,
+        collection: Collection,
+        auth: Collection | None,
         condition: Condition,
         parameter_classes: Mapping[Parameter, ParameterClass],
+        *,
+        is_row_bound: bool,
     ) -> Test:
         """Return the one test of a condition, for parameters of those classes."""
-        collection, auth = self._collection_and_auth(key.collection_name, key.auth_name)
         reads_row = reads_caller_row(condition)
         if not reads_row and CALLER_ID_PARAMETER not in parameter_classes:
             auth = None  # the same test for callers of every auth collection
-        is_caller_row_bound = key.is_caller_row_bound and reads_row
+        is_caller_row_bound = is_row_bound and reads_row
         # 0.0 and -0.0 are equal, but not the same text.
         literals = tuple(str(p.value) for p in parameter_classes if isinstance(p, LiteralParameter))
         identity = (
@@ -333,27 +313,26 @@ class RuleCompiler:
         return test
 
 
+def _split(condition: Condition, compile_part: Callable[[Condition], Formula]) -> Formula:
+    """Return the condition as a formula over parts that share no join, each compiled once."""
+    match condition:
+        case Comparison() | NestedRule():
+            return compile_part(condition)
+        case Disjunction(parts):
+            return disjunction([_split(part, compile_part) for part in parts])
+        case Conjunction():
+            return conjunction(
+                [
+                    compile_part(part)
+                    if isinstance(part, Conjunction)
+                    else _split(part, compile_part)
+                    for part in independent_parts(condition)
+                ]
+            )
+
+
 def _parameters_of(where: Condition) -> tuple[Parameter, ...]:
     return tuple(p for p in condition_parameters(where) if not isinstance(p, LiteralParameter))
-
-
-def _number_literals_from_zero(
-    part: Condition,
-) -> tuple[Condition, Mapping[Parameter | CallerColumn, Parameter]]:
-    """Return a part of a filter as filters with other parts have it, and what its literals were.
-
-    So that filters share tests whatever else they ask for.
-    """
-    original: dict[Parameter | CallerColumn, Parameter] = {}
-
-    def renumber(parameter: Parameter) -> Parameter:
-        if not isinstance(parameter, LiftedLiteral):
-            return parameter
-        local = LiftedLiteral(len(original))
-        original[local] = parameter
-        return local
-
-    return map_parameters(part, renumber), original
 
 
 def _is_in(caller_row: Row, parameter: Parameter | CallerColumn) -> bool:

@@ -22,11 +22,11 @@ from pgrealtime.rules.engine.batch_query import (
     column_texts,
 )
 from pgrealtime.rules.engine.before_state import BeforeState
+from pgrealtime.rules.engine.formula import Test
 from pgrealtime.rules.engine.index import KeyEntries, Member
 from pgrealtime.rules.engine.index_keys import RemoteKey
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
-from pgrealtime.rules.engine.test import Test
-from pgrealtime.rules.language.parameter_values import MacroValues
+from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.memory.operands import Arguments
 from pgrealtime.rules.sql.row_images import Overlay
 
@@ -43,11 +43,8 @@ _MAX_PAIRS_PER_QUESTION = 2000
 class Evaluation(Generic[K, M]):
     """Rows, each evaluated against members, and the questions that are open.
 
-    Args:
-        macro_values: Values of macros in this batch.
-        xids: Transactions that must be visible where the questions are answered.
-
     Attributes:
+        xids: Transactions that must be visible where the questions are answered.
         rows: The rows, by the caller's key.
         steps: Work that ``run_in_process`` does; adds rows and tests members.
     """
@@ -70,13 +67,8 @@ class Evaluation(Generic[K, M]):
     ) -> None:
         """Evaluate a row against given members, without an index.
 
-        Args:
-            row_key: Of the row; the same row may be added again for other members.
-            collection: The row's collection. A test that reads a column missing from the row is
-                FALSE.
-            row: The row image.
-            members: What to evaluate.
-            before_state: Related tables before the row's transaction; None is their present state.
+        The same row may be added again, for other members. A test that reads a column missing from
+        the row is FALSE. Without ``before_state`` related tables are read as they are at present.
         """
         evaluated = self.rows.get(row_key)
         if evaluated is None:
@@ -86,13 +78,9 @@ class Evaluation(Generic[K, M]):
         evaluated.evaluate_members(members)
 
     def run_in_process(self, should_yield: Callable[[], bool]) -> bool:
-        """Continue with ``steps``; must have returned True before questions are asked.
+        """Continue with ``steps`` until the event loop is to run; return whether all are done.
 
-        Args:
-            should_yield: Whether the event loop is to run in between.
-
-        Returns:
-            Whether all steps are done.
+        It must have returned True before questions are asked.
         """
         return not any(should_yield() for _ in self.steps)
 
@@ -224,6 +212,5 @@ _RowsByImage: TypeAlias = list[list[RowEvaluation[M]]]
 
 
 def _indexed_keys(remote_key: RemoteKey, rows: Iterable[Sequence[RowEvaluation[M]]]) -> list[str]:
-    """Return the distinct keys that the index has members for."""
     keys = (key for equal in rows for row in equal for key in row.indexed_keys(remote_key))
     return list(dict.fromkeys(keys))

@@ -1,31 +1,100 @@
-"""AND and OR over calls of tests: what is left of a rule or filter once it is split.
+"""Tests, and AND and OR over calls of them: what a rule or filter is once it is split.
 
-``RuleCompiler`` builds formulas, ``Plan`` simplifies them for a caller, ``RowEvaluation`` evaluates
-them.
+``RuleCompiler`` splits rules and filters into conditions without shared joins and makes one
+``Test`` of equal ones, so that filters that differ in literals share it and a row's verdict is
+computed once for all. ``Plan`` simplifies formulas for a caller, ``RowEvaluation`` evaluates them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
-from pgrealtime.rules.engine.test import Test
+from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.rules.language.parameters import Parameter, ParameterClass
 from pgrealtime.rules.language.predicate import (
-    CallerRow,
-    CollectionRows,
-    Comparison,
     Condition,
-    Conjunction,
-    Disjunction,
-    GeoDistance,
-    NestedRule,
-    RowPath,
-    Strftime,
-    Term,
-    ToOne,
-    row_path_of,
+    Predicate,
+    caller_parameters,
+    columns_read,
+    macros_read,
 )
+from pgrealtime.rules.memory.conditions import CompiledCondition, compile_condition
+from pgrealtime.rules.memory.operands import CompileContext
+from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
+
+
+class Test:
+    """A condition on one row of a collection, compiled for parameters of given classes.
+
+    It has three uses: ``in_process`` evaluates it here; ``sql_predicate`` is the same in SQL;
+    ``index_paths`` makes index keys of its comparisons. It is compared by identity, and verdicts
+    are kept by it. The condition has joins of its own. With ``is_caller_row_bound`` the columns
+    that it reads of the caller's row, of ``auth_collection``, are parameters; else PostgreSQL reads
+    them.
+
+    Attributes:
+        caller_parameters: Its parameters that differ per caller. Its arguments are their values, in
+            this order, followed by those of ``macros``.
+        macros: Its parameters that differ per batch.
+        in_process: Evaluates it here; None if only PostgreSQL can.
+        column_names: The columns of the row that it reads.
+        is_row_independent: Whether the verdict depends on the caller alone, not on row and time.
+    """
+
+    def __init__(
+        self,
+        collections: Collections,
+        collection: Collection,
+        condition: Condition,
+        parameter_classes: Mapping[Parameter, ParameterClass],
+        *,
+        auth_collection: Collection | None = None,
+        is_caller_row_bound: bool = False,
+        is_utf8: bool = True,
+    ) -> None:
+        self.collections = collections
+        self.collection = collection
+        self.condition = condition
+        self.parameter_classes = parameter_classes
+        self._auth_collection = auth_collection
+        self._is_caller_row_bound = is_caller_row_bound
+        self.macros = macros_read(condition)
+        self.caller_parameters = caller_parameters(
+            condition, is_caller_row_bound=is_caller_row_bound
+        )
+        arguments = (*self.caller_parameters, *self.macros)
+        self.memory_context = CompileContext(
+            parameter_classes=parameter_classes,
+            argument_index={parameter: index for index, parameter in enumerate(arguments)},
+            is_utf8=is_utf8,
+        )
+        self.in_process: CompiledCondition | None = compile_condition(
+            condition, self.memory_context
+        )
+        self.column_names = (
+            frozenset(self.sql_predicate.column_names)
+            if self.in_process is None
+            else columns_read(condition)
+        )
+        self.is_row_independent = bool(self.in_process) and not (self.column_names or self.macros)
+
+    @cached_property
+    def sql_predicate(self) -> SqlPredicate:
+        """The condition in SQL, translated when it is first used.
+
+        Raises:
+            RuleUnsupportedError: PostgreSQL can't evaluate it exactly either.
+        """
+        return translate_predicate(
+            Predicate(collection_name=self.collection.name, where=self.condition),
+            self.collections,
+            self.parameter_classes,
+            auth_collection=self._auth_collection,
+            is_caller_row_bound=self._is_caller_row_bound,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +104,6 @@ class TestCall:
     test: Test
     argument_positions: tuple[int, ...]
     """For each of ``test.caller_parameters``, where its value is among the caller's values."""
-
-    @property
-    def is_caller_independent(self) -> bool:
-        """Whether the verdict is the same for all callers."""
-        return not self.argument_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +134,48 @@ def each_test_call(formula: Formula) -> tuple[TestCall, ...]:
             return ()
 
 
-def map_test_calls(formula: Formula, replace: Callable[[TestCall], Formula]) -> Formula:
-    """Return the formula with its calls replaced, simplified where they became constants."""
+def tests_of(formula: Formula) -> frozenset[Test]:
+    """Return the tests that are called."""
+    return frozenset(call.test for call in each_test_call(formula))
+
+
+def is_caller_independent(formula: Formula) -> bool:
+    """Return whether the verdict is the same for all callers."""
+    return not any(call.argument_positions for call in each_test_call(formula))
+
+
+def decide_calls(formula: Formula, verdicts: Mapping[TestCall, bool | None]) -> Formula:
+    """Return the formula, simplified, with a constant for each call that has a verdict."""
+
+    def decided(call: TestCall) -> Formula:
+        verdict = verdicts.get(call)
+        return call if verdict is None else verdict
+
+    return _map_calls(formula, decided)
+
+
+def number_arguments_from_zero(formula: Formula) -> tuple[Formula, tuple[int, ...]]:
+    """Return the formula over only those of the caller's values that it reads, and which these are.
+
+    Callers that differ in nothing else then have equal formulas and values.
+    """
+    used = sorted({at for call in each_test_call(formula) for at in call.argument_positions})
+    number_of = {at: number for number, at in enumerate(used)}
+
+    def renumbered(call: TestCall) -> Formula:
+        return TestCall(call.test, tuple([number_of[at] for at in call.argument_positions]))
+
+    return _map_calls(formula, renumbered), tuple(used)
+
+
+def _map_calls(formula: Formula, replace: Callable[[TestCall], Formula]) -> Formula:
     match formula:
         case TestCall():
             return replace(formula)
         case AllOf(operands):
-            return conjunction(map_test_calls(operand, replace) for operand in operands)
+            return conjunction(_map_calls(operand, replace) for operand in operands)
         case AnyOf(operands):
-            return disjunction(map_test_calls(operand, replace) for operand in operands)
+            return disjunction(_map_calls(operand, replace) for operand in operands)
         case bool():
             return formula
 
@@ -107,91 +204,3 @@ def _flattened(
         else:
             flat.append(operand)
     return connective(tuple(flat)) if len(flat) > 1 else flat[0] if flat else neutral
-
-
-def split_condition(condition: Condition, compile_part: Callable[[Condition], Formula]) -> Formula:
-    """Return the condition as a formula over parts that share no join.
-
-    Args:
-        condition: In one scope of joins.
-        compile_part: Compiles a part; called once for each, from left to right.
-    """
-    match condition:
-        case Comparison() | NestedRule():
-            return compile_part(condition)
-        case Disjunction(parts):
-            return disjunction(split_condition(part, compile_part) for part in parts)
-        case Conjunction(parts):
-            groups = _group_by_shared_joins(_flatten_conjunction(parts))
-            return conjunction(
-                split_condition(group[0], compile_part)
-                if len(group) == 1
-                else compile_part(Conjunction(tuple(group)))
-                for group in groups
-            )
-
-
-def _flatten_conjunction(parts: Sequence[Condition]) -> Iterator[Condition]:
-    for part in parts:
-        if isinstance(part, Conjunction):
-            yield from _flatten_conjunction(part.conditions)
-        else:
-            yield part
-
-
-def _group_by_shared_joins(conditions: Iterator[Condition]) -> list[list[Condition]]:
-    """Return the conditions in groups: those that share a join, directly or through others."""
-    groups: list[tuple[set[RowPath], list[Condition]]] = []
-    for condition in conditions:
-        joins, members = set(_joins_of_condition(condition)), [condition]
-        separate = []
-        for group in groups:
-            if joins.isdisjoint(group[0]):
-                separate.append(group)
-            else:
-                joins |= group[0]
-                members = group[1] + members
-        groups = [*separate, (joins, members)]
-    return [members for _, members in groups]
-
-
-def _joins_of_condition(condition: Condition) -> Iterator[RowPath]:
-    """Yield every join of the condition's own scope."""
-    match condition:
-        case Comparison(left, _, _, right):
-            for term in (left, right):
-                yield from _joins_of_term(term)
-        case Conjunction(parts) | Disjunction(parts):
-            for part in parts:
-                yield from _joins_of_condition(part)
-        case NestedRule(path, _):
-            yield from _joins_of_path(path)
-
-
-def _joins_of_term(term: Term) -> Iterator[RowPath]:
-    match term:
-        case GeoDistance(arguments):
-            for argument in arguments:
-                yield from _joins_of_term(argument)
-        case Strftime(time=time):
-            if time is not None:
-                yield from _joins_of_term(time)
-        case _:
-            path = row_path_of(term)
-            if path is not None:
-                yield from _joins_of_path(path)
-
-
-def _joins_of_path(path: RowPath) -> Iterator[RowPath]:
-    """Yield the joins of a path, except those that give exactly one row of the caller.
-
-    The caller's own row, and what it points to by single relations, is the same in every
-    combination of joined rows: comparisons that share it are independent all the same.
-    """
-    if isinstance(path.root, CollectionRows):
-        yield RowPath(path.root)
-    is_one_row = isinstance(path.root, CallerRow)
-    for length, step in enumerate(path.steps, start=1):
-        is_one_row = is_one_row and isinstance(step, ToOne)
-        if not is_one_row:
-            yield RowPath(path.root, path.steps[:length])

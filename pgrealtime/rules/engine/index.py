@@ -252,10 +252,10 @@ class PredicateIndex(Generic[M]):
 
     def _entries_for(self, path: IndexPath) -> KeyEntries[M]:
         """Return the entries of a path, which are made if there are none."""
-        of_kind = self._entries_of_kind(path.kind)
-        entries: KeyEntries[M] | None = of_kind.get(path.entries_key)
+        of_kind, entries_key = self._entries_of_kind(path.kind), path.entries_key
+        entries: KeyEntries[M] | None = of_kind.get(entries_key)
         if entries is None:
-            entries = of_kind[path.entries_key] = _ENTRIES_CLASSES[path.kind]()
+            entries = of_kind[entries_key] = _ENTRIES_CLASSES[path.kind]()
         return entries
 
     def _entries_of_kind(self, kind: LookupKind) -> dict[Any, Any]:
@@ -306,15 +306,14 @@ class PredicateIndex(Generic[M]):
         for readers, entries in self._key_entries.items():
             if not all(missing_columns.isdisjoint(reader.columns) for reader in readers):
                 yield entries
-        for (reader, _), bounds in self._range_entries.items():
-            if not missing_columns.isdisjoint(reader.columns):
-                yield bounds
-        for reader, entries in self._except_entries.items():
-            if not missing_columns.isdisjoint(reader.columns):
+        columns_read = (
+            *((reader.columns, bounds) for (reader, _), bounds in self._range_entries.items()),
+            *((reader.columns, entries) for reader, entries in self._except_entries.items()),
+            *((key.sql_values.column_names, remote) for key, remote in self.remote_entries.items()),
+        )
+        for column_names, entries in columns_read:
+            if not missing_columns.isdisjoint(column_names):
                 yield entries
-        for remote_key, remote in self.remote_entries.items():
-            if not missing_columns.isdisjoint(remote_key.sql_values.column_names):
-                yield remote
 
 
 class _UndecidedKey(Enum):

@@ -1,57 +1,196 @@
-"""The keys of index entries: read from a row, or named by PostgreSQL. Shared by all rules.
+"""The keys of index entries: read from a row and a caller's values, or named by PostgreSQL.
 
-``index_paths`` makes them of a rule's comparisons, ``index`` keeps members by them, ``batch_query``
-asks PostgreSQL for the keys that only it can name.
+A comparison of what a row has with what a caller has need not be evaluated for each caller: the
+row's value is looked up among the callers' values. ``index_paths`` makes keys of a rule's
+comparisons, ``index`` keeps members by them, ``batch_query`` asks PostgreSQL for the keys that only
+it can name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from weakref import WeakValueDictionary
 
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
-from pgrealtime.rules.engine.test import Test
-from pgrealtime.rules.language.comparison import is_double
-from pgrealtime.rules.language.parameters import Parameter, ParameterClass
-from pgrealtime.rules.language.predicate import Condition, Term, condition_parameters
+from pgrealtime.rules.engine.formula import Test
+from pgrealtime.rules.language.comparison import (
+    ComparisonKind,
+    ValueComparison,
+    is_double,
+    plan_values,
+    traits,
+)
+from pgrealtime.rules.language.parameters import Macro, Parameter, ParameterClass
+from pgrealtime.rules.language.predicate import (
+    Comparison,
+    Condition,
+    FieldValue,
+    JsonValue,
+    ParameterTerm,
+    ScopeRow,
+    Term,
+    columns_read,
+    condition_parameters,
+    row_path_of,
+)
+from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.memory.compare import SqliteValue
-from pgrealtime.rules.memory.index_key import KeyComparison
+from pgrealtime.rules.memory.operands import (
+    Arguments,
+    CompileContext,
+    ItemsReader,
+    ListScope,
+    NotInProcessError,
+    ValueReader,
+    compile_planned,
+    empty_text_for_null,
+    is_caller_row,
+)
 from pgrealtime.rules.memory.text_values import parse_numeric
 from pgrealtime.rules.sql.conditions import SqlValues, translate_key_values
 
 
-class RowKeyReader:
-    """Reads the keys of a row that index entries are found by.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyComparison:
+    """An equality or an order between what a row has and what a caller has.
 
-    Attributes:
-        read_keys: Returns the row's keys; NULL is None.
-        columns: The columns of the row that it reads.
-        serial: Puts readers in an order that does not depend on any rule.
-        has_single_key: Whether every row has exactly one key.
+    Values of both sides are hashable and stand in Python's ``==`` and ``<`` as they do in SQL.
+    """
+
+    reader_identity: Hashable
+    """Equal for comparisons whose ``read_row_keys`` is the same."""
+    read_row_keys: Callable[[Row], Sequence[SqliteValue]]
+    """Reads the row's values, of which one must match; None matches nothing."""
+    read_caller_key: Callable[[Arguments], SqliteValue]
+    op: Op
+    """``row op caller``: EQ, NE, or an order."""
+    is_exact: bool
+    """The comparison is true if and only if a value matches; else it is only not true if none
+    does."""
+    has_single_key: bool
+    """Whether every row has exactly one value."""
+    column_names: frozenset[str]
+    """Columns of the row that are read."""
+
+
+def key_comparison(comparison: Comparison, context: CompileContext) -> KeyComparison | None:
+    """Return how an index can serve the comparison, or None if it can't."""
+    op, left, right = comparison.op, comparison.left, comparison.right
+    if _is_caller_value(left, context) and not _is_caller_value(right, context):
+        op, left, right = _MIRRORED_OPERATORS.get(op, op), right, left
+    path = row_path_of(left)
+    if path is None or not isinstance(path.root, ScopeRow) or not _is_caller_value(right, context):
+        return None
+    is_list, is_parameter = path.is_multiple, isinstance(right, ParameterTerm)
+    if op is not Op.EQ and (is_list or not is_parameter):
+        return None
+    plan = plan_values(op, left, right, context.parameter_classes)
+    if not _is_indexable(plan, context):
+        return None
+    scope = ListScope(context)
+    try:
+        readers = _key_readers(plan, scope)
+    except NotInProcessError:
+        return None
+    if readers is None or len(scope.list_readers) > 1:
+        return None
+    read_row_key, read_caller_key = readers
+    return KeyComparison(
+        reader_identity=(plan.left, plan.kind is ComparisonKind.COALESCED),
+        read_row_keys=_row_keys_reader(read_row_key, list(scope.list_readers.values())),
+        read_caller_key=lambda args: _as_hash_key(read_caller_key({}, args, ())),
+        op=op,
+        is_exact=is_parameter and (comparison.is_any or not is_list),
+        has_single_key=not is_list,
+        column_names=columns_read(comparison),
+    )
+
+
+_MIRRORED_OPERATORS = {Op.LT: Op.GT, Op.LE: Op.GE, Op.GT: Op.LT, Op.GE: Op.LE}
+
+
+def _is_caller_value(term: Term, context: CompileContext) -> bool:
+    """Return whether it depends on the caller alone."""
+    match term:
+        case ParameterTerm(parameter):
+            return parameter in context.argument_index and not isinstance(parameter, Macro)
+        case FieldValue(row_path=path) | JsonValue(row_path=path):
+            return is_caller_row(path)
+        case _:
+            return False
+
+
+def _is_indexable(plan: ValueComparison, context: CompileContext) -> bool:
+    """Return whether values that compare as equal can be equal keys.
+
+    Where the caller's value may be NULL or empty, ``IS`` and ``=`` treat NULL as no key can.
+    """
+    match plan.kind:
+        case ComparisonKind.ORDER | ComparisonKind.COALESCED:
+            return True
+        case ComparisonKind.EQUAL | ComparisonKind.NOT_DISTINCT:
+            return traits(plan.right.term, context.parameter_classes).is_nonempty
+        case _:
+            return False
+
+
+def _key_readers(plan: ValueComparison, scope: ListScope) -> tuple[ValueReader, ValueReader] | None:
+    """Return what reads either side's key; None if values of different types could be equal."""
+    left, right = compile_planned(plan.left, scope), compile_planned(plan.right, scope)
+    if plan.kind is ComparisonKind.COALESCED:
+        return empty_text_for_null(left.read_value), empty_text_for_null(right.read_value)
+    is_order = plan.kind is ComparisonKind.ORDER
+    if left.only_type is not right.only_type and (is_order or left.only_type is not None):
+        return None
+    if is_order and left.only_type is str and not scope.compile_context.is_utf8:
+        return None
+    return left.read_value, right.read_value
+
+
+def _row_keys_reader(
+    read: ValueReader, lists: Sequence[ItemsReader]
+) -> Callable[[Row], Sequence[SqliteValue]]:
+    if not lists:
+        return lambda row: (_as_hash_key(read(row, (), ())),)
+    (items,) = lists
+    return lambda row: [_as_hash_key(read(row, (), (item,))) for item in items(row, ())]
+
+
+def _as_hash_key(value: SqliteValue) -> SqliteValue:
+    return _NAN if value != value else value  # noqa: PLR0124 (NaN)
+
+
+_NAN = float("nan")
+"""One object for all NaN: a dictionary finds it by identity, so that it equals itself as in SQL."""
+
+
+# --- keys shared by all rules
+
+
+class RowKeyReader:
+    """Reads the keys of a row that index entries are found by; NULL is None.
+
+    ``serial`` puts readers in an order that does not depend on any rule.
     """
 
     __slots__ = ("__weakref__", "columns", "has_single_key", "read_keys", "serial")
 
-    def __init__(self, key_comparison: KeyComparison, serial: int, *, has_single_key: bool) -> None:
+    def __init__(self, key_comparison: KeyComparison, serial: int) -> None:
         self.read_keys: Callable[[Row], Sequence[SqliteValue]] = key_comparison.read_row_keys
         self.columns = key_comparison.column_names
         self.serial = serial
-        self.has_single_key = has_single_key
+        self.has_single_key = key_comparison.has_single_key
 
 
 class RemoteKey:
     """A key of a row that PostgreSQL names: the values of a term on related rows.
 
-    It comes from a test ``where && term = value``, with joins of its own.
-
-    Attributes:
-        collection: The row's collection.
-        term: What is compared with the caller's value.
-        where: What else must be true of the joined rows, without caller's values; None if nothing.
-        is_numeric: Whether the values are numbers; else they are texts.
+    It comes from a test ``where && term = value`` with joins of its own. ``where`` has no caller's
+    values; None is true. The values are numbers if ``is_numeric``, else texts.
     """
 
     def __init__(
@@ -97,16 +236,12 @@ class KeyRegistry:
         self._remote_keys: WeakValueDictionary[Hashable, RemoteKey] = WeakValueDictionary()
         self._serials = count()
 
-    def row_key_reader(
-        self, test: Test, key_comparison: KeyComparison, *, has_single_key: bool
-    ) -> RowKeyReader:
+    def row_key_reader(self, test: Test, key_comparison: KeyComparison) -> RowKeyReader:
         """Return the reader of a key that one of the test's comparisons reads from rows."""
         identity = (test.collection.name, key_comparison.reader_identity)
         reader = self._row_key_readers.get(identity)
         if reader is None:
-            reader = RowKeyReader(
-                key_comparison, next(self._serials), has_single_key=has_single_key
-            )
+            reader = RowKeyReader(key_comparison, next(self._serials))
             self._row_key_readers[identity] = reader
         return reader
 

@@ -19,24 +19,22 @@ from pgrealtime.rules.engine.formula import (
     Formula,
     TestCall,
     conjunction,
-    each_test_call,
+    is_caller_independent,
 )
-from pgrealtime.rules.engine.index_keys import KeyRegistry, RemoteKey, RowKeyReader
-from pgrealtime.rules.engine.test import reads_caller_row
+from pgrealtime.rules.engine.index_keys import KeyRegistry, RemoteKey, RowKeyReader, key_comparison
 from pgrealtime.rules.language.comparison import (
     Affinity,
     ComparisonKind,
     is_double,
-    is_multiple,
     plan_values,
     traits,
 )
-from pgrealtime.rules.language.parameter_values import to_sql_value
 from pgrealtime.rules.language.parameters import (
     LiteralParameter,
     Macro,
     ParameterClass,
     SqlForm,
+    to_sql_value,
 )
 from pgrealtime.rules.language.predicate import (
     CallerRow,
@@ -51,12 +49,13 @@ from pgrealtime.rules.language.predicate import (
     ParameterTerm,
     Term,
     condition_parameters,
+    is_multiple,
+    reads_caller_row,
     row_path_of,
 )
 from pgrealtime.rules.language.sqlite_values import Scalar, exact_number
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.memory.compare import SqliteValue, nearest_double
-from pgrealtime.rules.memory.index_key import key_comparison
 
 CallerValues: TypeAlias = Sequence[Scalar]
 """The values that tell callers of a specialization apart."""
@@ -143,14 +142,13 @@ class IndexPath:
 
 
 def index_paths(formula: Formula, registry: KeyRegistry) -> list[IndexPath]:
-    """Return the paths to a specialization's callers.
-
-    Args:
-        formula: What a row must satisfy, without constants inside.
-        registry: Makes the keys.
-    """
-    if _is_caller_independent(formula):
+    """Return the paths to the callers for whom a row must satisfy the formula."""
+    if is_caller_independent(formula):
         return [IndexPath(kind=LookupKind.ALL, guards=() if formula is True else (formula,))]
+    return _paths_of_dependent(formula, registry)
+
+
+def _paths_of_dependent(formula: Formula, registry: KeyRegistry) -> list[IndexPath]:
     match formula:
         case TestCall(test):
             paths = _paths_of_condition(test.condition, [], formula, registry)
@@ -163,15 +161,29 @@ def index_paths(formula: Formula, registry: KeyRegistry) -> list[IndexPath]:
             return []
 
 
-def _is_caller_independent(formula: Formula) -> bool:
-    return all(call.is_caller_independent for call in each_test_call(formula))
+def paths_by_entries_key(paths: Sequence[IndexPath], formula: Formula) -> dict[Hashable, IndexPath]:
+    """Return by ``entries_key`` what is to be tested of the callers found in those entries.
+
+    Where paths with different conditions share entries, that is the whole formula.
+    """
+    found: dict[Hashable, IndexPath] = {}
+    for path in paths:
+        key = path.entries_key
+        known = found.setdefault(key, path)
+        if (known.guards, known.residual, known.implied_test_call) != (
+            path.guards,
+            path.residual,
+            path.implied_test_call,
+        ):
+            found[key] = replace(path, guards=(), residual=formula, implied_test_call=None)
+    return found
 
 
 def _paths_of_conjunction(operands: Sequence[Formula], registry: KeyRegistry) -> list[IndexPath]:
     """Return the paths of the cheapest operand, or of all that make one composite key."""
-    guards = tuple(operand for operand in operands if _is_caller_independent(operand))
+    guards = tuple(operand for operand in operands if is_caller_independent(operand))
     dependent = [operand for operand in operands if operand not in guards]
-    alternatives = [index_paths(operand, registry) for operand in dependent]
+    alternatives = [_paths_of_dependent(operand, registry) for operand in dependent]
     used = _composite_key_parts(alternatives)
     if used:
         chosen = [_composite_path([alternatives[i][0] for i in used])]
@@ -227,11 +239,8 @@ def _paths_of_condition(
 ) -> list[IndexPath] | None:
     """Return the paths that a part of a test gives; None if it gives none.
 
-    Args:
-        condition: The part.
-        other_conjuncts: What must be true together with it in the same joins.
-        test_call: The call of the test: the residual where a path is not exact.
-        registry: Makes the keys.
+    ``other_conjuncts`` must be true together with it in the same joins. Where a path is not exact,
+    the call of the whole test is its residual.
     """
     match condition:
         case Comparison():
@@ -290,8 +299,7 @@ def _row_key_path(
     key = key_comparison(comparison, test_call.test.memory_context)
     if key is None:
         return None
-    is_single = not (is_multiple(comparison.left) or is_multiple(comparison.right))
-    reader = registry.row_key_reader(test_call.test, key, has_single_key=is_single)
+    reader = registry.row_key_reader(test_call.test, key)
     kind = {Op.EQ: LookupKind.KEY, Op.NE: LookupKind.EXCEPT}.get(key.op, LookupKind.RANGE)
     return IndexPath(
         kind=kind,

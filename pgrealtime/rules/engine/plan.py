@@ -9,20 +9,27 @@ identity of a group.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 from pgrealtime.collections.model import Collection
 from pgrealtime.rules.engine.formula import (
     Formula,
+    Test,
     TestCall,
     conjunction,
+    decide_calls,
     each_test_call,
-    map_test_calls,
+    number_arguments_from_zero,
+    tests_of,
 )
 from pgrealtime.rules.engine.index_keys import KeyRegistry
-from pgrealtime.rules.engine.index_paths import IndexPath, LookupKind, index_paths
-from pgrealtime.rules.engine.test import Test
+from pgrealtime.rules.engine.index_paths import (
+    IndexPath,
+    LookupKind,
+    index_paths,
+    paths_by_entries_key,
+)
 from pgrealtime.rules.language.parameters import CallerColumn, Parameter
 from pgrealtime.rules.language.sqlite_values import Scalar
 
@@ -72,16 +79,8 @@ class BoundPredicate:
 class Plan:
     """A rule with a filter, for parameters of given classes.
 
-    Attributes:
-        parameters: What ``specialize`` takes the values of, in this order.
-
-    Args:
-        collection: The rows' collection.
-        rule: The rule; True if there is none.
-        filter_: The client's filter; True if there is none.
-        parameters: What the formulas' argument positions number.
-        registry: Makes index keys.
-        reads_caller: Whether any of the two reads the caller's record.
+    A rule or filter that isn't there is True. ``parameters`` are what the argument positions of
+    both number, and what ``specialize`` takes the values of.
     """
 
     def __init__(
@@ -97,21 +96,17 @@ class Plan:
         self.parameters = tuple(parameters)
         self._collection = collection
         self._formula = conjunction((rule, filter_))
-        self._filter_tests = _tests_of(filter_) - _tests_of(rule)
-        self._columns = frozenset[str]().union(*(t.column_names for t in _tests_of(self._formula)))
+        calls = each_test_call(self._formula)
+        tests = frozenset(call.test for call in calls)
+        self._filter_tests = tests - tests_of(rule)
+        self._columns = frozenset[str]().union(*(test.column_names for test in tests))
         self._reads_caller = reads_caller
         self._registry = registry
-        self._row_independent_calls = [
-            call for call in each_test_call(self._formula) if call.test.is_row_independent
-        ]
+        self._row_independent_calls = [call for call in calls if call.test.is_row_independent]
         self._specializations: WeakValueDictionary[Hashable, Specialization] = WeakValueDictionary()
 
     def specialize(self, values: Sequence[Scalar]) -> BoundPredicate | None:
-        """Return what is left for a caller; None if no row can match.
-
-        Args:
-            values: The caller's, of ``parameters``.
-        """
+        """Return what is left for a caller's values of ``parameters``; None if no row can match."""
         verdicts = tuple(
             [_row_independent_verdict(call, values) for call in self._row_independent_calls]
         )
@@ -128,50 +123,20 @@ class Plan:
 
     def _make_specialization(self, verdicts: Mapping[TestCall, bool | None]) -> Specialization:
         """Replace the calls that have a verdict, and number the values that are still used."""
-
-        def known_verdict(call: TestCall) -> Formula:
-            verdict = verdicts.get(call)
-            return call if verdict is None else verdict
-
-        def renumbered(call: TestCall) -> Formula:
-            return TestCall(call.test, tuple([renumbering[i] for i in call.argument_positions]))
-
-        formula = map_test_calls(self._formula, known_verdict)
-        used = sorted({i for call in each_test_call(formula) for i in call.argument_positions})
-        renumbering = {i: number for number, i in enumerate(used)}
-        formula = map_test_calls(formula, renumbered)
-        filter_tests = self._filter_tests & _tests_of(formula)
+        formula, positions = number_arguments_from_zero(decide_calls(self._formula, verdicts))
+        filter_tests = self._filter_tests & tests_of(formula)
         paths = tuple(index_paths(formula, self._registry))
         return Specialization(
             collection=self._collection,
             formula=formula,
-            value_positions=tuple(used),
+            value_positions=positions,
             column_names=self._columns,
             paths=paths,
-            paths_by_key=_by_entries_key(paths, formula),
+            paths_by_key=paths_by_entries_key(paths, formula),
             filter_tests=filter_tests,
             has_remote_filter=any(test.in_process is None for test in filter_tests),
             reads_caller=self._reads_caller,
         )
-
-
-def _by_entries_key(paths: Sequence[IndexPath], formula: Formula) -> dict[Hashable, IndexPath]:
-    paths_by_key: dict[Hashable, IndexPath] = {}
-    for path in paths:
-        known = paths_by_key.setdefault(path.entries_key, path)
-        if (known.guards, known.residual, known.implied_test_call) != (
-            path.guards,
-            path.residual,
-            path.implied_test_call,
-        ):
-            paths_by_key[path.entries_key] = replace(
-                path, guards=(), residual=formula, implied_test_call=None
-            )
-    return paths_by_key
-
-
-def _tests_of(formula: Formula) -> frozenset[Test]:
-    return frozenset(call.test for call in each_test_call(formula))
 
 
 def _row_independent_verdict(call: TestCall, values: Sequence[Scalar]) -> bool | None:

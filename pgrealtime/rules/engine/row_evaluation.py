@@ -16,13 +16,12 @@ from typing import Generic, TypeAlias, TypeVar
 from pgrealtime.changes import Row, TableName
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.engine.before_state import BeforeState
-from pgrealtime.rules.engine.formula import AllOf, AnyOf, Formula, TestCall
+from pgrealtime.rules.engine.formula import AllOf, AnyOf, Formula, Test, TestCall
 from pgrealtime.rules.engine.index import KeyEntries, Member, PredicateIndex
 from pgrealtime.rules.engine.index_keys import RemoteKey
 from pgrealtime.rules.engine.index_paths import IndexPath
-from pgrealtime.rules.engine.test import Test
 from pgrealtime.rules.engine.work_budget import MAX_RULE_WORK, FilterWorkBudget
-from pgrealtime.rules.language.parameter_values import MacroValues
+from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.memory.compare import WORK_BUDGET, SqliteValue
 from pgrealtime.rules.memory.operands import Arguments
@@ -41,11 +40,8 @@ class RowEvaluation(Generic[M]):
     """One row's verdicts so far.
 
     Attributes:
-        row: The row image.
-        missing_columns: Columns of the collection that the image lacks.
-        is_missing_column_unknown: Whether a test that reads a missing column stays UNKNOWN; else it
-            is FALSE.
-        macro_values: Values of macros in this batch.
+        missing_columns: Columns of the collection that the image lacks. A test that reads one stays
+            UNKNOWN if ``is_missing_column_unknown``, and is FALSE otherwise.
         before_state: Related tables before the row's transaction; None is their present state.
         hits: Members that match; complete when no test and no key is open.
         answers: PostgreSQL's verdicts on tests, by test and arguments.
@@ -159,7 +155,6 @@ class RowEvaluation(Generic[M]):
                 self.open_keys[remote_key] = True
 
     def _add_unreached(self, index: PredicateIndex[M]) -> None:
-        """Add the members that a missing column would lead to."""
         for entries in index.entries_of_missing_columns(self.missing_columns):
             if len(entries) > _MAX_KEYS_SCANNED:
                 self.unreached_entries.append(entries)

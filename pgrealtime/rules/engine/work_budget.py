@@ -23,16 +23,14 @@ _WORK_PER_TEST = 2.0
 class FilterWorkBudget(Generic[M]):
     """Limits the work of clients' filters for the rows of a batch. Rules are not limited here.
 
-    Args:
-        work_per_filter: Units of ``WORK_BUDGET`` that one filter may use for one row.
-        total_work: Units that all filters may use together, for all rows.
-        is_shared: Whether other connections wait for the batch. If so, a filter that uses more is
-            late: its members must be evaluated again, apart. If not, PostgreSQL is asked.
+    One filter may use ``work_per_filter`` units of ``WORK_BUDGET`` for one row, all filters
+    ``total_work`` for all rows. If ``is_shared``, other connections wait for the batch: a filter
+    that uses more is late, and its members must be evaluated again, apart. If not, PostgreSQL is
+    asked.
 
     Attributes:
         late_members: Members whose filter used more, or was not run as nothing was left.
         costly_members: Those of them whose own filter used more.
-        work_used: Units used so far.
     """
 
     def __init__(

@@ -34,7 +34,6 @@ from pgrealtime.rules.language.predicate import (
     SecretTerm,
     Strftime,
     Term,
-    row_path_of,
 )
 from pgrealtime.rules.language.sqlite_values import like_pattern
 from pgrealtime.rules.language.syntax import Op
@@ -141,16 +140,16 @@ def plan_comparison(
     """Return what the comparison means for parameters of these classes."""
     op = comparison.op
     left, right = (_side(t, parameter_classes) for t in (comparison.left, comparison.right))
-    is_left_multiple, is_right_multiple = is_multiple(left.term), is_multiple(right.term)
-    if comparison.is_any or not (is_left_multiple or is_right_multiple):
+    is_left_searched, is_right_searched = comparison.matches_all()
+    if not (is_left_searched or is_right_searched):
         return ComparisonPlan(_plan_values(op, left, right))
-    shared_right = replace(right, wildcards=_Wildcards.NONE) if is_right_multiple else right
+    shared_right = replace(right, wildcards=_Wildcards.NONE) if is_right_searched else right
     return ComparisonPlan(
         _plan_values(op, left, shared_right),
         _plan_values(
             op,
-            _side_of_search(left, is_searched=is_left_multiple),
-            _side_of_search(right, is_searched=is_right_multiple),
+            _side_of_search(left, is_searched=is_left_searched),
+            _side_of_search(right, is_searched=is_right_searched),
         ),
     )
 
@@ -458,14 +457,6 @@ def _field_affinity(field: Field) -> Affinity:
     if field.is_multiple or field.kind in _NUMERIC_KINDS or field.kind is FieldKind.GEO_POINT:
         return Affinity.NUMERIC
     return Affinity.TEXT
-
-
-def is_multiple(term: Term) -> bool:
-    """Return whether a comparison of it without ``?`` must hold for all of its values."""
-    if isinstance(term, AbsentEach):
-        return term.is_multiple
-    path = row_path_of(term)
-    return path is not None and path.is_multiple
 
 
 def is_double(term: Term) -> bool:

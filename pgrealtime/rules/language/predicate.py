@@ -6,13 +6,20 @@ it, ``rules.engine`` splits it. What a comparison of two terms means is decided 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeAlias
 
 from pgrealtime.collections.model import Field, FieldKind
-from pgrealtime.rules.language.parameters import LiftedLiteral, LiteralParameter, Parameter
+from pgrealtime.rules.language.parameters import (
+    CALLER_ID_PARAMETER,
+    CallerColumn,
+    LiftedLiteral,
+    LiteralParameter,
+    Macro,
+    Parameter,
+)
 from pgrealtime.rules.language.syntax import Op
 
 # --- row paths
@@ -244,6 +251,12 @@ class Comparison:
     start: int = field(compare=False, default=0)
     end: int = field(compare=False, default=0)
 
+    def matches_all(self) -> tuple[bool, bool]:
+        """Return whether it must hold for all values of the left side, and of the right side."""
+        if self.is_any:
+            return False, False
+        return is_multiple(self.left), is_multiple(self.right)
+
 
 @dataclass(frozen=True, slots=True)
 class Conjunction:
@@ -305,19 +318,17 @@ def comparisons(condition: Condition) -> tuple[Comparison, ...]:
             return comparisons(where)
 
 
-def terms(condition: Condition) -> tuple[Term, ...]:
+def terms(condition: Condition) -> list[Term]:
     """Return every operand, each followed by its arguments."""
-    return tuple(_each_term(condition))
-
-
-def _each_term(condition: Condition) -> Iterator[Term]:
+    found: list[Term] = []
     for comparison in comparisons(condition):
         for term in (comparison.left, comparison.right):
-            yield term
+            found.append(term)
             if isinstance(term, Strftime) and term.time is not None:
-                yield term.time
+                found.append(term.time)
             if isinstance(term, GeoDistance):
-                yield from term.args
+                found += term.args
+    return found
 
 
 def row_paths(condition: Condition) -> tuple[RowPath, ...]:
@@ -339,21 +350,63 @@ def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
 
 
 def columns_read(condition: Condition) -> frozenset[str]:
-    """Return the columns that a condition without nested rules reads of the scope's row."""
+    """Return the columns that a condition without joins reads of the scope's row."""
+    return _columns_at_root(condition, ScopeRow)
+
+
+def caller_columns(condition: Condition) -> list[CallerColumn]:
+    """Return the columns that it reads of the caller's own row.
+
+    The first stands for whether there is such a row (its name is empty), the others are sorted.
+    """
+    names = _columns_at_root(condition, CallerRow)
+    return [CallerColumn(name) for name in ("", *sorted(names))] if names else []
+
+
+def _columns_at_root(condition: Condition, root: type[ScopeRow | CallerRow]) -> frozenset[str]:
     columns: set[str] = set()
     for term in terms(condition):
         path = row_path_of(term)
-        if path is None or not isinstance(path.root, ScopeRow):
+        if path is None or not isinstance(path.root, root):
             continue
-        field_: Field | None = None
-        if path.steps:
-            first = path.steps[0]
-            field_ = first.field if isinstance(first, EachValue) else None
-        elif isinstance(term, FieldValue | JsonValue):
-            field_ = term.field
-        if field_ is not None and field_.column is not None:
+        match path.steps, term:
+            case ((ToOne(field_) | EachValue(field_)), *_), _:
+                pass
+            case (), (FieldValue(field=field_) | JsonValue(field=field_)):
+                pass
+            case _:
+                continue
+        if field_.column is not None:
             columns.add(field_.column.name)
     return frozenset(columns)
+
+
+def reads_caller_row(condition: Condition) -> bool:
+    """Return whether it reads the caller's own row, or anything reached from it."""
+    return any(isinstance(path.root, CallerRow) for path in row_paths(condition))
+
+
+def caller_parameters(
+    condition: Condition, *, is_caller_row_bound: bool
+) -> tuple[Parameter | CallerColumn, ...]:
+    """Return the parameters that differ per caller; if they are bound, columns of its row too."""
+    parameters: dict[Parameter | CallerColumn, None] = {
+        parameter: None
+        for parameter in condition_parameters(condition)
+        if not isinstance(parameter, (LiteralParameter, Macro))
+    }
+    if reads_caller_row(condition):
+        parameters.setdefault(CALLER_ID_PARAMETER)
+    columns = caller_columns(condition) if is_caller_row_bound else ()
+    return (*parameters, *columns)
+
+
+def macros_read(condition: Condition) -> tuple[Macro, ...]:
+    """Return the macros of a condition; ``strftime`` without a time reads ``@now``."""
+    macros = [p for p in condition_parameters(condition) if isinstance(p, Macro)]
+    if Macro.NOW not in macros and any(isinstance(term, Strftime) for term in terms(condition)):
+        macros.append(Macro.NOW)
+    return tuple(macros)
 
 
 def row_path_of(term: Term) -> RowPath | None:
@@ -375,8 +428,18 @@ def row_path_of(term: Term) -> RowPath | None:
             return None
 
 
-def map_parameters(condition: Condition, replaced: Callable[[Parameter], Parameter]) -> Condition:
-    """Return the condition with each parameter replaced, from left to right."""
+def is_multiple(term: Term) -> bool:
+    """Return whether a comparison of it without ``?`` must hold for all of its values."""
+    if isinstance(term, AbsentEach):
+        return term.is_multiple
+    path = row_path_of(term)
+    return path is not None and path.is_multiple
+
+
+# --- parameters
+
+
+def _map_parameters(condition: Condition, replaced: Callable[[Parameter], Parameter]) -> Condition:
 
     def map_term(term: Term) -> Term:
         match term:
@@ -395,11 +458,11 @@ def map_parameters(condition: Condition, replaced: Callable[[Parameter], Paramet
         case Comparison(left, op, is_any, right, start, end):
             return Comparison(map_term(left), op, is_any, map_term(right), start, end)
         case Conjunction(parts):
-            return Conjunction(tuple(map_parameters(part, replaced) for part in parts))
+            return Conjunction(tuple(_map_parameters(part, replaced) for part in parts))
         case Disjunction(parts):
-            return Disjunction(tuple(map_parameters(part, replaced) for part in parts))
+            return Disjunction(tuple(_map_parameters(part, replaced) for part in parts))
         case NestedRule(path, where):
-            return NestedRule(path, map_parameters(where, replaced))
+            return NestedRule(path, _map_parameters(where, replaced))
 
 
 def lift_literals(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
@@ -407,12 +470,90 @@ def lift_literals(predicate: Predicate) -> tuple[Predicate, tuple[str | float, .
 
     Predicates that differ only in literals become equal, and share what is compiled of them.
     """
-    literals: list[str | float] = []
+    where, lifted = _lift(predicate.where, LiteralParameter)
+    literals = tuple(one.value for one in lifted if isinstance(one, LiteralParameter))
+    return replace(predicate, where=where), literals
+
+
+def number_literals_from_zero(
+    part: Condition,
+) -> tuple[Condition, Mapping[Parameter | CallerColumn, Parameter]]:
+    """Return a part of a filter as filters with other parts have it, and what its literals were.
+
+    So that filters share tests whatever else they ask for.
+    """
+    renumbered, lifted = _lift(part, LiftedLiteral)
+    return renumbered, {LiftedLiteral(at): original for at, original in enumerate(lifted)}
+
+
+def _lift(
+    condition: Condition, kind: type[LiteralParameter | LiftedLiteral]
+) -> tuple[Condition, list[Parameter]]:
+    """Return the condition with its parameters of a kind numbered, and these from left to right."""
+    lifted: list[Parameter] = []
 
     def lift(parameter: Parameter) -> Parameter:
-        if not isinstance(parameter, LiteralParameter):
+        if not isinstance(parameter, kind):
             return parameter
-        literals.append(parameter.value)
-        return LiftedLiteral(len(literals) - 1)
+        lifted.append(parameter)
+        return LiftedLiteral(len(lifted) - 1)
 
-    return replace(predicate, where=map_parameters(predicate.where, lift)), tuple(literals)
+    return _map_parameters(condition, lift), lifted
+
+
+# --- parts without shared joins
+
+
+def independent_parts(conjunction: Conjunction) -> list[Condition]:
+    """Return what the conjunction consists of, as conditions that share no join.
+
+    What shares a join, directly or through others, is one part: it is about one and the same row.
+    """
+    groups: list[tuple[set[RowPath], list[Condition]]] = []
+    for condition in _flattened(conjunction):
+        joins = {join for path in _scope_paths(condition) for join in _joins_of_path(path)}
+        members = [condition]
+        separate = []
+        for group in groups:
+            if joins.isdisjoint(group[0]):
+                separate.append(group)
+            else:
+                joins |= group[0]
+                members = group[1] + members
+        groups = [*separate, (joins, members)]
+    return [one[0] if len(one) == 1 else Conjunction(tuple(one)) for _, one in groups]
+
+
+def _flattened(conjunction: Conjunction) -> Iterator[Condition]:
+    for part in conjunction.conditions:
+        if isinstance(part, Conjunction):
+            yield from _flattened(part)
+        else:
+            yield part
+
+
+def _scope_paths(condition: Condition) -> Iterator[RowPath]:
+    """Yield the paths of the condition's own scope; of a nested rule only that to its row."""
+    match condition:
+        case Comparison():
+            yield from row_paths(condition)
+        case Conjunction(parts) | Disjunction(parts):
+            for part in parts:
+                yield from _scope_paths(part)
+        case NestedRule(path, _):
+            yield path
+
+
+def _joins_of_path(path: RowPath) -> Iterator[RowPath]:
+    """Yield the joins of a path, except those that give exactly one row of the caller.
+
+    The caller's own row, and what it points to by single relations, is the same in every
+    combination of joined rows: comparisons that share it are independent all the same.
+    """
+    if isinstance(path.root, CollectionRows):
+        yield RowPath(path.root)
+    is_one_row = isinstance(path.root, CallerRow)
+    for length, step in enumerate(path.steps, start=1):
+        is_one_row = is_one_row and isinstance(step, ToOne)
+        if not is_one_row:
+            yield RowPath(path.root, path.steps[:length])

@@ -68,14 +68,10 @@ MAX_STRFTIME_ARGUMENTS = 10
 def resolve_rule(
     text: str, collections: Collections, collection: Collection, auth_collection: Collection | None
 ) -> Predicate:
-    """Return the rule resolved for callers of one auth collection.
+    """Return the rule, which is not empty, resolved for callers of one auth collection.
 
-    Args:
-        text: The rule, not empty.
-        collections: All collections.
-        collection: The one whose rows the rule is about.
-        auth_collection: The collection of the caller's record; None for a guest, or if there is
-            none of that name: then paths of ``@request.auth`` are NULL.
+    That is None for a guest, and for a record of an unknown collection: then paths of
+    ``@request.auth`` are NULL.
 
     Raises:
         RuleError: The text is not of the language, names something unknown, or can't be evaluated
@@ -379,16 +375,12 @@ class _Resolver:
                 return ParameterTerm(plain)
 
     def _follow_path(
-        self, start: RowPath, parts: list[str], *, is_missing_null: bool = False
+        self, path: RowPath, parts: list[str], *, is_missing_null: bool = False
     ) -> Term:
-        """Follow relations from a row to a field.
+        """Follow relations from a row to a field, which may have a modifier.
 
-        Args:
-            start: The path of the row.
-            parts: Names of relations, and last of a field with its modifier.
-            is_missing_null: An unknown name is NULL and no error, as under ``@request.auth``.
+        With ``is_missing_null`` an unknown name is NULL and no error, as under ``@request.auth``.
         """
-        path = start
         for index, part in enumerate(parts[:-1]):
             collection = self._collections[path.collection_name]
             field = self._find_field(collection, part)
@@ -448,7 +440,6 @@ class _Resolver:
         return JsonValue(path, field, tuple(key.replace(":", "") for key in keys))
 
     def _last_field(self, path: RowPath, part: str, *, is_missing_null: bool) -> Term:
-        """Return the field that ends a path, with its modifier."""
         name, modifier = self._split_modifier(part)
         collection = self._collections[path.collection_name]
         field = self._find_field(collection, name)

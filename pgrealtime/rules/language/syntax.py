@@ -229,7 +229,6 @@ class _Parser:
                 groups[-1].add(tree)
 
     def _accept_token(self, group: _OpenGroup, token: _Token, begin: int) -> None:
-        """Add a token that isn't a group to the innermost open group."""
         match group.expected, token:
             case _Expected.LEFT, LiteralNode() | IdentifierNode() | CallNode():
                 group.left, group.expected = token, _Expected.OPERATOR
@@ -254,7 +253,6 @@ class _Parser:
         return ComparisonNode(left, op, is_any, right, left.start, right.end)
 
     def _close_group(self, group: _OpenGroup) -> _Subtree:
-        """Return the tree of a group whose end is reached."""
         if group.expected is not _Expected.CONNECTIVE:
             is_empty = not group.alternatives and group.left is None
             message = "empty expression" if is_empty else "incomplete expression"
@@ -292,7 +290,6 @@ class _Parser:
         return self._fail(f"unexpected character {char!r}", begin, begin + 1)
 
     def _parse_operand(self, limit: int, depth: int) -> OperandNode | None:
-        """Return the operand that begins here, if one does."""
         begin = self._position
         char = self._text[begin]
         if char in "'\"":

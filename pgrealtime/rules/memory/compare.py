@@ -122,12 +122,10 @@ def nearest_double(value: SqliteValue) -> SqliteValue:
 
 
 class WorkBudget:
-    """The work that the evaluation in progress may still do.
+    """The work that the evaluation in progress may still do, in units of about a microsecond.
 
-    There is one for the process: an evaluation never waits, so no two are in progress.
-
-    Attributes:
-        units_left: Units of about a microsecond; the engine sets it before each evaluation.
+    There is one for the process: an evaluation never waits, so no two are in progress. The engine
+    sets ``units_left`` before each.
     """
 
     __slots__ = ("units_left",)
@@ -216,12 +214,7 @@ _cached_lower = lru_cache(maxsize=4)(ascii_lower)
 
 
 class _Segment:
-    """The part of a pattern between two ``%``.
-
-    Args:
-        runs: Runs of characters without ``_``, each with its offset.
-        length: In characters, each ``_`` included.
-    """
+    """The part of a pattern between two ``%``: runs without ``_``, their offsets, its length."""
 
     __slots__ = ("_longest_run", "_other_runs", "length")
 
@@ -236,7 +229,6 @@ class _Segment:
         return text.startswith(run, start + offset) and self._other_runs_match(text, start)
 
     def _other_runs_match(self, text: str, start: int) -> bool:
-        """Return whether the text has all of its runs but the longest."""
         for count, (offset, run) in enumerate(self._other_runs):
             if not text.startswith(run, start + offset):
                 WORK_BUDGET.spend((count + 2) / 3)

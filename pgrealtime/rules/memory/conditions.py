@@ -85,7 +85,7 @@ def compile_condition(condition: Condition, context: CompileContext) -> Compiled
     if not scope.list_readers and not checks:
         return lambda row, args: verdict(row, args, ()) is True
     readers = tuple(scope.list_readers.values())
-    units = _UNITS_PER_COMPARISON * sum(1 for _ in comparisons(condition))
+    units = _UNITS_PER_COMPARISON * len(comparisons(condition))
 
     def exists(row: Row, args: Arguments) -> bool:
         for check in checks:
@@ -155,10 +155,8 @@ def _compile_comparison(
 class _ForAll:
     """Match-all: that a comparison is false for no item of a list, or no pair of items of two.
 
-    That doesn't depend on the shared items, so it is evaluated once for all their combinations.
-
-    Attributes:
-        verdict: Of the evaluation in progress; None if it isn't known yet.
+    That doesn't depend on the shared items, so it is evaluated once for all their combinations:
+    ``verdict`` is None until then.
     """
 
     __slots__ = ("_compare", "_list_readers", "verdict")
@@ -185,7 +183,6 @@ class _ForAll:
 def _compile_values(
     plan: ValueComparison, left_scope: ListScope, right_scope: ListScope
 ) -> _VerdictFunction:
-    """Compile a comparison of two values."""
     match plan.kind:
         case ComparisonKind.CONSTANT:
             is_true = not plan.is_negated

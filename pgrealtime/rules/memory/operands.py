@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.rules.language.comparison import Conversion, PlannedOperand
-from pgrealtime.rules.language.parameter_values import to_sql_value
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
     LiteralParameter,
     Parameter,
     ParameterClass,
     SqlForm,
+    to_sql_value,
 )
 from pgrealtime.rules.language.predicate import (
     CallerRow,
@@ -44,6 +44,7 @@ from pgrealtime.rules.language.sqlite_values import (
 )
 from pgrealtime.rules.memory.compare import (
     SqliteValue,
+    UndecidedError,
     is_blank,
     nearest_double,
     number_if_numeric,
@@ -52,7 +53,6 @@ from pgrealtime.rules.memory.text_values import (
     DATE_CONVERTERS,
     array_items,
     array_json_converter,
-    convert_text_form,
     json_at_path,
     json_string,
     number_text,
@@ -88,6 +88,21 @@ class CompileContext:
     """Where a parameter's value is among the arguments; literals have none."""
     is_utf8: bool = True
     """Whether the database's encoding is UTF-8, whose bytes have the order of code points."""
+
+
+_T = TypeVar("_T")
+
+
+def _convert_text_form(convert: Callable[[str], _T], text: str) -> _T:
+    """Return the text form converted.
+
+    Raises:
+        UndecidedError: It is of another type.
+    """
+    try:
+        return convert(text)
+    except (ValueError, IndexError, AssertionError):
+        raise UndecidedError from None
 
 
 def is_caller_row(path: RowPath) -> bool:
@@ -203,7 +218,7 @@ def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
 def _item_reader(index: int, convert: Callable[[str], SqliteValue]) -> ValueReader:
     def read(_row: Row, _args: Arguments, items: ItemCombination) -> SqliteValue:
         text = items[index]
-        return None if text is None else convert_text_form(convert, text)
+        return None if text is None else _convert_text_form(convert, text)
 
     return read
 
@@ -228,8 +243,7 @@ def _convert_to_double(operand: MemoryOperand) -> MemoryOperand:
         return operand
     read = operand.read_value
     return replace(
-        operand,
-        read_value=lambda row, args, items: nearest_double(read(row, args, items)),
+        operand, read_value=lambda row, args, items: nearest_double(read(row, args, items))
     )
 
 
@@ -241,10 +255,7 @@ def _parameter_operand(parameter: Parameter, context: CompileContext) -> MemoryO
     number = argument_reader(parameter, SqlForm.NUMBER, context)
     if parameter_class.is_number:
         return MemoryOperand(
-            read_value=number,
-            read_text=read_text,
-            only_type=float,
-            parameter=parameter,
+            read_value=number, read_text=read_text, only_type=float, parameter=parameter
         )
     return replace(
         MemoryOperand.of_text(read_text),
@@ -279,8 +290,7 @@ _CAST_LIKE_OUTPUT_TYPES = frozenset({"text", "varchar", "uuid", *_INTEGERS})
 """Built-in types whose text form is the result of a cast to text."""
 
 
-def _has_cast_like_output(type_: Type) -> bool:
-    base = type_.base
+def _has_cast_like_output(base: Type) -> bool:
     return base.kind is TypeKind.ENUM or (
         base.schema == "pg_catalog" and base.name in _CAST_LIKE_OUTPUT_TYPES
     )
@@ -327,10 +337,7 @@ class _ColumnReaders:
     ) -> ValueReader:
         """Return a function that reads the field's value: the text form converted, or NULL.
 
-        Args:
-            field_: The field.
-            convert: Converts the text form.
-            reads_null_as_empty: NULL is read as the empty text, if there is a row.
+        With ``reads_null_as_empty`` NULL is read as the empty text, if there is a row.
         """
         read_column = self.column_reader(field_)
         row_exists = None if self._is_scope_row else self._argument_index[CallerColumn("")]
@@ -338,7 +345,7 @@ class _ColumnReaders:
         def read(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
             text = read_column(row, args)
             if text is not None:
-                return convert_text_form(convert, text)
+                return _convert_text_form(convert, text)
             if not reads_null_as_empty or (row_exists is not None and args[row_exists] is None):
                 return None
             return ""
@@ -388,7 +395,7 @@ def _whole_field(columns: _ColumnReaders, field_: Field) -> MemoryOperand:
             return _number_operand(columns.value_reader(field_, parse_bool), read_text)
         case FieldKind.DATE if base.name in DATE_CONVERTERS:
             return MemoryOperand.of_text(
-                columns.value_reader(field_, DATE_CONVERTERS[base.name], reads_null_as_empty=True),
+                columns.value_reader(field_, DATE_CONVERTERS[base.name], reads_null_as_empty=True)
             )
         case FieldKind.RELATION if _has_cast_like_output(base):
             return MemoryOperand.of_text(
@@ -427,7 +434,7 @@ def _item_count_reader(columns: _ColumnReaders, field_: Field) -> ValueReader:
         text = read_column(row, args)
         if text is None:
             return 0
-        return len(convert_text_form(lambda array_text: array_items(array_text, delimiter), text))
+        return len(_convert_text_form(lambda array_text: array_items(array_text, delimiter), text))
 
     return count
 
@@ -441,7 +448,7 @@ def _items_reader(path: RowPath, context: CompileContext) -> ItemsReader:
     match path.steps:
         case (EachValue(field_),):
             element = field_.type.base.element
-            if element is None or not _has_cast_like_output(element):
+            if element is None or not _has_cast_like_output(element.base):
                 raise NotInProcessError
             read_column = _ColumnReaders(RowPath(path.root), context).column_reader(field_)
         case _:
@@ -449,7 +456,7 @@ def _items_reader(path: RowPath, context: CompileContext) -> ItemsReader:
 
     def read(row: Row, args: Arguments) -> Sequence[str | None]:
         text = read_column(row, args)
-        return (() if text is None else convert_text_form(array_items, text)) or (None,)
+        return (() if text is None else _convert_text_form(array_items, text)) or (None,)
 
     return read
 
@@ -459,13 +466,14 @@ def _list_text_converter(field_: Field) -> Callable[[str], SqliteValue]:
     element = field_.type.base.element
     if element is None:
         raise NotInProcessError
-    match field_.kind, element.base.name:
+    base = element.base
+    match field_.kind, base.name:
         case FieldKind.BOOL, _:
             return array_json_converter(lambda text: "true" if text.startswith("t") else "false")
         case FieldKind.NUMBER, name if name in _INTEGERS:
             return array_json_converter(str)
-        case ((FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE), _) if _has_cast_like_output(
-            element
+        case (FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE, _) if _has_cast_like_output(
+            base
         ):
             return array_json_converter(json_string)
         case _:

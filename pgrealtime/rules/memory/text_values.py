@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
-from typing import TypeVar
 
 from pgrealtime.rules.language.sqlite_values import (
     INT64_END,
@@ -22,20 +21,6 @@ from pgrealtime.rules.language.sqlite_values import (
 )
 from pgrealtime.rules.memory.compare import WORK_BUDGET, SqliteValue, UndecidedError
 from pgrealtime.text_forms import Element, parse_array
-
-_T = TypeVar("_T")
-
-
-def convert_text_form(convert: Callable[[str], _T], text: str) -> _T:
-    """Return the text form converted.
-
-    Raises:
-        UndecidedError: It is of another type.
-    """
-    try:
-        return convert(text)
-    except (ValueError, IndexError, AssertionError):
-        raise UndecidedError from None
 
 
 def parse_bool(text: str) -> int:
@@ -176,8 +161,7 @@ def _flatten(items: Sequence[Element]) -> Iterator[str | None]:
 def array_json_converter(item_json: Callable[[str], str]) -> Callable[[str], str]:
     """Return what converts an array's text form to the JSON text that ``array_to_json`` makes.
 
-    Args:
-        item_json: Converts an item's text form to JSON.
+    ``item_json`` converts an item's text form.
     """
 
     def dump(items: Sequence[Element]) -> str:
@@ -207,10 +191,7 @@ def json_string(text: str) -> str:
 def json_at_path(text: str | None, path: tuple[str, ...], *, is_as_text: bool) -> SqliteValue:
     """Return the value under the keys of a JSON document, as SQLite's ``json_extract`` does.
 
-    Args:
-        text: The document; None is NULL.
-        path: Names of members and indexes of arrays.
-        is_as_text: Numbers and booleans are wanted as SQLite prints them.
+    With ``is_as_text`` numbers and booleans are texts, as SQLite prints them.
 
     Raises:
         UndecidedError: It isn't JSON, or its number has no exact text here.

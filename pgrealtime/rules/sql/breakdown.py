@@ -20,14 +20,13 @@ from sqlglot import exp
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
-from pgrealtime.rules.language.parameter_values import parameter_value, to_sql_value
 from pgrealtime.rules.language.parameters import (
-    CallerColumn,
     LiteralParameter,
     Parameter,
     ParameterClass,
     RequestValue,
     parameter_class,
+    parameter_value,
 )
 from pgrealtime.rules.language.predicate import (
     AbsentEach,
@@ -70,8 +69,9 @@ from pgrealtime.rules.sql.reference import (
     SqlQuery,
     auth_collection_of,
     query_of_predicate,
+    sql_params,
 )
-from pgrealtime.rules.sql.row_images import find_columns, images_table, unused_column_name
+from pgrealtime.rules.sql.row_images import image_params, images_table
 
 MAX_SHOWN_VALUES = 5
 """Values shown of one operand; one more is fetched, to see whether there are more."""
@@ -199,16 +199,10 @@ def fragment_queries(
     now: datetime,
     is_filter: bool,
 ) -> FragmentQueries:
-    """Return the queries for a fragment of a rule or of a client's filter.
+    """Return the queries for a fragment of a rule or filter, on a row with all columns.
 
-    Args:
-        fragment: The fragment.
-        collections: All collections.
-        collection: The row's collection.
-        request: The caller's request.
-        row: The row, with all columns.
-        now: The time of macros, with its zone.
-        is_filter: It is of the filter: it can read no more than its sender may see.
+    ``now`` is the time of macros, with its zone. With ``is_filter`` the fragment can read no more
+    than its sender may see.
 
     Raises:
         RuleError: The fragment can't be used by this caller.
@@ -282,12 +276,8 @@ class _OperandValues:
             parameter: parameter_class(self._parameter_value(parameter)) for parameter in parameters
         }
         values = _translate_values(term, self.collections, classes)
-        params: dict[str, object] = {"i": [0]}
-        for i, column in enumerate(values.column_names):
-            params[f"c{i}"] = [self.row[column]]
-        for key, binding in values.bindings.items():
-            assert not isinstance(binding.parameter, CallerColumn)  # the caller's row is read
-            params[key] = to_sql_value(self._parameter_value(binding.parameter), binding.form)
+        params = image_params([[self.row[column] for column in values.column_names]])
+        params |= sql_params(values.bindings, self.request, self.now)
         return SqlQuery(_shown_values_sql(values, self.collection), params)
 
 
@@ -309,18 +299,13 @@ def _translate_values(
 def _shown_values_sql(values: SqlValues, collection: Collection) -> str:
     values.select.set("distinct", exp.Distinct())
     values.select.set("limit", exp.Limit(expression=nodes.number(MAX_SHOWN_VALUES + 1)))
-    columns = find_columns(collection.table, values.column_names)
-    names = [nodes.quoted_name("value"), nodes.quoted_name("is_number")]
-    lateral = exp.Lateral(
-        this=exp.Subquery(this=values.select),
-        alias=exp.TableAlias(this=nodes.quoted_name("found"), columns=names),
+    shown = "value", "is_number"
+    found = exp.Lateral(
+        this=exp.Subquery(this=values.select), alias=nodes.row_alias("found", *shown)
     )
-    select = exp.Select(
-        expressions=[nodes.column("found", "value"), nodes.column("found", "is_number")],
-        from_=exp.From(this=images_table(columns, unused_column_name(values.column_names))),
-        joins=[exp.Join(this=lateral, kind="CROSS")],
-    )
-    return select.sql(dialect="postgres", copy=False)
+    rows, _ = images_table(collection.table, values.column_names)
+    columns = [nodes.column("found", name) for name in shown]
+    return nodes.to_text(nodes.select(columns, rows, joins=[exp.Join(this=found, kind="CROSS")]))
 
 
 def _is_hidden(term: Term) -> bool:

@@ -75,15 +75,10 @@ def translate_predicate(
 ) -> SqlPredicate:
     """Return the predicate in SQL.
 
-    Args:
-        predicate: The predicate.
-        collections: All collections.
-        parameter_classes: The class of each of its parameters.
-        placeholder_prefix: Of the placeholders' names, so that two predicates fit in a statement.
-        auth_collection: The collection of the caller's own row, which is then required to exist if
-            other tables are read: it may be deleted, and what pointed to it with it, before the
-            stream tells so. None requires nothing.
-        is_caller_row_bound: Columns of the caller's row are parameters (``CallerColumn``).
+    The prefix of the placeholders' names lets two predicates fit in a statement. With
+    ``is_caller_row_bound`` columns of the caller's row are parameters (``CallerColumn``). The
+    caller's own row, of ``auth_collection``, is then required to exist if other tables are read: it
+    may be deleted, and what pointed to it with it, before the stream tells so.
 
     Raises:
         RuleUnsupportedError: It can't be evaluated exactly.
@@ -136,13 +131,8 @@ def translate_key_values(
 ) -> SqlValues:
     """Return the values that the term has where a condition is true; numbers as their text.
 
+    The term is either a text or a number, whatever the row. The condition is in the same joins.
     NULL is left out: a missing row's value and that of an empty relation.
-
-    Args:
-        term: An operand that is either a text or a number, whatever the row.
-        where: The condition, in the same joins.
-        collections: All collections.
-        parameter_classes: The class of each parameter of ``where``.
 
     Raises:
         RuleUnsupportedError: It can't be evaluated exactly.
@@ -235,14 +225,7 @@ def _translate_comparison(comparison: Comparison, scope: Scope) -> Sql:
 
 
 def _compare_values(plan: ValueComparison, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
-    """Return a comparison of two values.
-
-    Args:
-        plan: What is asked.
-        left: One side.
-        right: The other.
-        is_strict: The result will be negated, so that false and unknown differ.
-    """
+    """Return a comparison of two values; if it ``is_strict``, false and unknown differ."""
     positive = _compare_unnegated(plan, left, right, is_strict=is_strict)
     return negation(positive) if plan.is_negated else positive
 
@@ -387,7 +370,6 @@ def _is_blank(operand: SqlOperand) -> Sql:
 
 
 def _empty_text_for_null(operand: SqlOperand) -> SqlOperand:
-    """Return the operand with '' for NULL."""
     empty = nodes.string("")
     text = empty if operand.text is None else nodes.coalesce(operand.text, empty)
     if operand.number is not None:

@@ -11,15 +11,8 @@ from dataclasses import dataclass, replace
 
 from sqlglot import exp
 
-from pgrealtime.rules.language.parameters import (
-    Parameter,
-    ParameterClass,
-    SqlForm,
-)
-from pgrealtime.rules.language.sqlite_values import (
-    MAX_NUMERIC_TEXT_LENGTH,
-    NUMERIC_TEXT_REGEX,
-)
+from pgrealtime.rules.language.parameters import Parameter, ParameterClass, SqlForm
+from pgrealtime.rules.language.sqlite_values import MAX_NUMERIC_TEXT_LENGTH, NUMERIC_TEXT_REGEX
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.joins import Scope, Translation
 from pgrealtime.rules.sql.nodes import Sql
@@ -45,6 +38,11 @@ class SqlOperand:
     def of_text(cls, text: Sql) -> SqlOperand:
         """Return an operand that is a text in every row."""
         return cls(text=text, make_text=lambda: text)
+
+    @classmethod
+    def of_number(cls, number: Sql) -> SqlOperand:
+        """Return an operand that is a number in every row, whose text is that of PostgreSQL."""
+        return cls(number=number, make_text=lambda: nodes.cast(number, nodes.TEXT))
 
     @property
     def as_text(self) -> Sql:

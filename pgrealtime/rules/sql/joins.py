@@ -17,11 +17,11 @@ from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules.language.parameters import (
+    CALLER_ID_PARAMETER,
     Binding,
     CallerColumn,
     Parameter,
     ParameterClass,
-    RequestValue,
     SqlForm,
 )
 from pgrealtime.rules.language.predicate import (
@@ -46,9 +46,6 @@ MAX_JOINS = 300
 
 PocketBase has no limit; planning a filter of many long paths would take PostgreSQL seconds.
 """
-
-CALLER_ID_PARAMETER = RequestValue(("auth", "id"))
-"""The id of the caller's own row."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,20 +73,14 @@ class Translation:
         if key is None:
             key = f"{self.placeholder_prefix}{len(self.bindings)}"
             self.bindings[key] = binding
-        return nodes.cast(nodes.placeholder(key), _FORM_TYPES[form])
+        return nodes.cast(nodes.placeholder(key), FORM_TYPES[form])
 
     def let(self, expression: Sql, body: Callable[[Sql], Sql]) -> Sql:
         """Return ``body`` of an expression that is computed once, however often it is used."""
         alias = self.new_alias()
-        row = exp.Subquery(
-            this=nodes.one_row_select({"v": expression}),
-            alias=exp.TableAlias(this=nodes.quoted_name(alias)),
-        )
-        select = exp.Select(
-            expressions=[nodes.copy_if_attached(body(nodes.column(alias, "v")))],
-            from_=exp.From(this=row),
-        )
-        return exp.Subquery(this=select)
+        row = nodes.one_row(alias, {"v": expression})
+        computed = nodes.copy_if_attached(body(nodes.column(alias, "v")))
+        return exp.Subquery(this=nodes.select([computed], row))
 
     def new_alias(self) -> str:
         """Return an alias that no other row of the statement has."""
@@ -97,7 +88,7 @@ class Translation:
         return f"j{self.alias_count}"
 
 
-_FORM_TYPES = {
+FORM_TYPES = {
     SqlForm.TEXT: "text",
     SqlForm.NUMBER: "text",
     SqlForm.PATTERN: "text",
@@ -105,15 +96,14 @@ _FORM_TYPES = {
     SqlForm.INTEGER: "bigint",
     SqlForm.JSON: "text",
 }
+"""The PostgreSQL type of a placeholder; pairs of rows and values have arrays of it."""
 
 
 class Scope:
     """The joined rows that the comparisons of one SELECT read.
 
-    Args:
-        translation: The translation that it is part of.
-        scope_row_alias: Alias of the row that the rule is about, in the outer query.
-        is_row_image: That row is a row image of the stream, whose columns are recorded as read.
+    The rule is about the row with ``scope_row_alias`` in the outer query. If that ``is_row_image``
+    of the stream, its columns are recorded as read.
     """
 
     def __init__(
@@ -153,7 +143,6 @@ class Scope:
         return nodes.column(self.join_row(path), column_name)
 
     def _caller_column(self, collection: Collection, column_name: str) -> Sql:
-        """Return a bound column of the caller's own row."""
         column = collection.table.find_column(column_name)
         assert column is not None
         parameter = CALLER_ID_PARAMETER if column == collection.key else CallerColumn(column_name)
@@ -170,11 +159,7 @@ class Scope:
         known = nodes.cast_to_type(
             self.translation.bind(CALLER_ID_PARAMETER, SqlForm.TEXT), key.type
         )
-        is_own = nodes.equal_keys(own, replace(own, node=known))
-        select = exp.Select(
-            expressions=[nodes.number(1)], from_=exp.From(this=row), where=exp.Where(this=is_own)
-        )
-        return exp.Exists(this=select)
+        return nodes.exists(row, nodes.equal_keys(own, replace(own, node=known)))
 
     def row_id_at(self, path: RowPath) -> TypedSql:
         """Return the id of the row at the path, NULL where there is no row."""
@@ -201,16 +186,14 @@ class Scope:
     ) -> Callable[[str], Sql]:
         """Return a function that gives expressions by name, computed once per row of the scope.
 
-        Args:
-            cache_key: Equal for equal expressions, which share one LATERAL join.
-            columns: Makes the expressions; called if there are none of the key yet.
+        Equal ``cache_key`` means equal expressions, which share one LATERAL join; ``columns`` makes
+        them if there are none yet.
         """
         if cache_key not in self._computed_aliases:
             made = columns()
             alias = self._computed_aliases[cache_key] = self.translation.new_alias()
-            row = exp.Subquery(this=nodes.one_row_select(made))
-            named = exp.TableAlias(this=nodes.quoted_name(alias))
-            self._add_join(exp.Lateral(this=row, alias=named), nodes.boolean(True))
+            row = nodes.one_row(None, made)
+            self._add_join(exp.Lateral(this=row, alias=nodes.row_alias(alias)), nodes.boolean(True))
         alias = self._computed_aliases[cache_key]
         return lambda column_name: nodes.column(alias, column_name)
 
@@ -220,15 +203,12 @@ class Scope:
 
     def build_select(self, expression: Sql, where: Sql) -> exp.Select:
         """Return a SELECT over the joins made so far: LEFT JOINs of a relation of one row."""
-        row = exp.Subquery(
-            this=exp.Select(expressions=[nodes.number(1)]),
-            alias=exp.TableAlias(this=nodes.quoted_name("one")),
-        )
-        return exp.Select(
-            expressions=[nodes.copy_if_attached(expression)],
-            from_=exp.From(this=row),
-            joins=[nodes.copy_if_attached(join) for join in self._joins],
-            where=exp.Where(this=nodes.copy_if_attached(where)),
+        one = exp.Select(expressions=[nodes.number(1)])
+        return nodes.select(
+            [nodes.copy_if_attached(expression)],
+            exp.Subquery(this=one, alias=nodes.row_alias("one")),
+            joins=[join if join.parent is None else join.copy() for join in self._joins],
+            where=where,
         )
 
     # --- joins
@@ -288,10 +268,8 @@ class Scope:
         element = field.type.base.element
         assert element is not None
         unnest = exp.Unnest(expressions=[self.column_at(parent, field.column.name)])
-        columns = exp.TableAlias(
-            this=nodes.quoted_name(alias), columns=[nodes.quoted_name("value")]
-        )
-        self._add_join(exp.Lateral(this=unnest, alias=columns), nodes.boolean(True))
+        values = exp.Lateral(this=unnest, alias=nodes.row_alias(alias, "value"))
+        self._add_join(values, nodes.boolean(True))
         item = nodes.column(alias, "value")
         self._each_values[path] = TypedSql(item, element, field.column.is_deterministic)
         return alias

@@ -10,7 +10,7 @@ compared by bytes: a nondeterministic collation alone never decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -83,8 +83,41 @@ def table(table_name: TableName, alias: str) -> exp.Table:
     return exp.Table(
         this=quoted_name(table_name.name),
         db=quoted_name(table_name.schema),
-        alias=exp.TableAlias(this=quoted_name(alias)),
+        alias=row_alias(alias),
     )
+
+
+def row_alias(name: str, *column_names: str) -> exp.TableAlias:
+    """Return ``"name"("column", ...)``, the alias of a relation and of its columns."""
+    return exp.TableAlias(this=quoted_name(name), columns=[quoted_name(c) for c in column_names])
+
+
+def select(
+    expressions: Sequence[Sql],
+    row: Sql,
+    *,
+    joins: Sequence[exp.Join] = (),
+    where: Sql | None = None,
+) -> exp.Select:
+    """Return a SELECT from a relation."""
+    return exp.Select(
+        expressions=list(expressions),
+        from_=exp.From(this=row),
+        joins=list(joins),
+        where=None if where is None else exp.Where(this=copy_if_attached(where)),
+    )
+
+
+def exists(row: Sql, where: Sql) -> Sql:
+    """Return EXISTS of a row that meets the condition."""
+    return exp.Exists(this=select([number(1)], row, where=where))
+
+
+def to_text(select: exp.Select, ctes: Sequence[exp.CTE] = ()) -> str:
+    """Return the text of a statement, with psycopg's placeholders; the nodes are used up."""
+    if ctes:
+        select.set("with_", exp.With(expressions=list(ctes)))
+    return select.sql(dialect="postgres", copy=False)
 
 
 def placeholder(key: str) -> Sql:
@@ -146,8 +179,8 @@ def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
     return exp.Case(ifs=ifs, default=None if default is None else copy_if_attached(default))
 
 
-def one_row_select(columns: Mapping[str, Sql]) -> exp.Select:
-    """Return a SELECT of one row, for a derived table.
+def one_row(alias: str | None, columns: Mapping[str, Sql]) -> Sql:
+    """Return a derived table of one row.
 
     OFFSET 0 keeps the planner from computing a column's expression anew wherever it is used.
     """
@@ -155,7 +188,8 @@ def one_row_select(columns: Mapping[str, Sql]) -> exp.Select:
         exp.Alias(this=copy_if_attached(node), alias=quoted_name(key))
         for key, node in columns.items()
     ]
-    return exp.Select(expressions=projections, offset=exp.Offset(expression=number(0)))
+    row = exp.Select(expressions=projections, offset=exp.Offset(expression=number(0)))
+    return exp.Subquery(this=row, alias=None if alias is None else row_alias(alias))
 
 
 def is_null(node: Sql) -> Sql:

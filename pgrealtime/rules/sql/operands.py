@@ -34,10 +34,7 @@ from pgrealtime.rules.language.predicate import (
     Strftime,
     Term,
 )
-from pgrealtime.rules.language.sqlite_values import (
-    INT64_END,
-    PASSWORD_HASH_PREFIX,
-)
+from pgrealtime.rules.language.sqlite_values import INT64_END, PASSWORD_HASH_PREFIX
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.conversions import (
     SqlOperand,
@@ -53,13 +50,10 @@ from pgrealtime.rules.sql.strftime import format_time, translate_time
 
 
 def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> SqlOperand:
-    """Return the operand's value, without any conversion.
+    """Return the operand's value, without any conversion; its paths are joined in the scope.
 
-    Args:
-        term: The operand.
-        scope: Where its paths are joined.
-        is_strict: An empty relation or date must be '' and not NULL. Without it either may stand
-            for it: shorter, for where NULL and false are alike.
+    If it ``is_strict``, an empty relation or date is '' and not NULL. Otherwise either may stand
+    for it: shorter, for where NULL and false are alike.
     """
     match term:
         case ParameterTerm(parameter):
@@ -109,10 +103,7 @@ def _keyword_operand(flag: bool | None) -> SqlOperand:  # noqa: FBT001 (the keyw
     if flag is None:
         return SqlOperand.of_text(nodes.null())
     digit = str(int(flag))
-    return SqlOperand(
-        number=nodes.number(int(flag)),
-        make_text=lambda: nodes.string(digit),
-    )
+    return SqlOperand(number=nodes.number(int(flag)), make_text=lambda: nodes.string(digit))
 
 
 # --- fields
@@ -126,11 +117,7 @@ def _field_with_modifier(term: FieldValue, scope: Scope, *, is_strict: bool) -> 
             whole = _whole_field(term.row_path, term.field, scope, is_strict=True)
             return SqlOperand.of_text(_lower(whole.as_text))
         case Modifier.LENGTH:
-            length = _length(term.row_path, term.field, scope)
-            return SqlOperand(
-                number=length,
-                make_text=lambda: nodes.cast(length, nodes.TEXT),
-            )
+            return SqlOperand.of_number(_length(term.row_path, term.field, scope))
 
 
 def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) -> SqlOperand:
@@ -142,7 +129,7 @@ def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) 
         case FieldKind.NUMBER:
             return _number_operand(column, field.type, scope)
         case FieldKind.BOOL:
-            return _bool_operand(column)
+            return SqlOperand.of_number(nodes.cast(column, "int"))
         case FieldKind.GEO_POINT:
             return SqlOperand.of_text(_geo_text(column, field))
         case FieldKind.DATE | FieldKind.RELATION:
@@ -175,10 +162,7 @@ def _null_without_row(path: RowPath, scope: Scope, text: Sql) -> Sql:
 def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
     base = type_.base.name
     if base in {"int2", "int4", "int8"}:
-        return SqlOperand(
-            number=column,
-            make_text=lambda: nodes.cast(column, nodes.TEXT),
-        )
+        return SqlOperand.of_number(column)
     if base == "numeric":
         return SqlOperand(
             number=column,
@@ -197,18 +181,13 @@ def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
     return SqlOperand(number=number, make_text=show)
 
 
-def _bool_operand(column: Sql) -> SqlOperand:
-    number = nodes.cast(column, "int")
-    return SqlOperand(number=number, make_text=lambda: nodes.cast(number, nodes.TEXT))
-
-
 def _each_operand(kind: FieldKind, item: TypedSql, scope: Scope) -> SqlOperand:
     """Return one of many values, as if the field had it alone."""
     match kind:
         case FieldKind.NUMBER:
             return _number_operand(item.node, item.type, scope)
         case FieldKind.BOOL:
-            return _bool_operand(item.node)
+            return SqlOperand.of_number(nodes.cast(item.node, "int"))
         case FieldKind.DATE:
             return SqlOperand.of_text(_date_column_text(item.node, item.type))
         case _:
@@ -267,14 +246,9 @@ def _junction_ids(junction: JunctionColumns, path: RowPath, scope: Scope) -> Sql
     scope.translation.tables.setdefault(junction.table)
     ids = nodes.bytewise_text(typed_column(alias, junction.target))
     own = nodes.equal_keys(typed_column(alias, junction.source), scope.row_id_at(path))
-    select = exp.Select(
-        expressions=[ids],
-        from_=exp.From(this=nodes.table(junction.table, alias)),
-        where=exp.Where(this=own),
-        order=exp.Order(
-            expressions=[exp.Ordered(this=nodes.copy_if_attached(ids), nulls_first=False)]
-        ),
-    )
+    select = nodes.select([ids], nodes.table(junction.table, alias), where=own)
+    by_id = exp.Ordered(this=nodes.copy_if_attached(ids), nulls_first=False)
+    select.set("order", exp.Order(expressions=[by_id]))
     return exp.Array(expressions=[select])
 
 
@@ -308,8 +282,7 @@ def _json_operand(term: JsonValue, scope: Scope) -> SqlOperand:
         number = _coordinate(raw, term.keys[0], term.field.type)
         # PocketBase's points are JSON, whose whole numbers have no point.
         return SqlOperand(
-            number=number,
-            make_text=lambda: number_text_sql(scope.translation, number),
+            number=number, make_text=lambda: number_text_sql(scope.translation, number)
         )
     if any(key.isdigit() and len(key) > _MAX_INDEX_DIGITS for key in term.keys):
         return SqlOperand.of_text(nodes.null())
@@ -438,9 +411,6 @@ def _geo_text(column: Sql, field: Field) -> Sql:
     return nodes.concatenate(
         nodes.string('{"lon":'), lon, nodes.string(',"lat":'), lat, nodes.string("}")
     )
-
-
-# --- conversions
 
 
 # --- distance

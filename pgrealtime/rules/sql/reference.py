@@ -11,25 +11,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlglot import exp
-
 from pgrealtime.auth.principal import AuthRecord, Superuser
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import RuleError, RuleUnsupportedError
-from pgrealtime.rules.language.parameter_values import parameter_value, to_sql_value
-from pgrealtime.rules.language.parameters import Binding, CallerColumn, parameter_class
+from pgrealtime.rules.language.parameters import (
+    Binding,
+    CallerColumn,
+    parameter_class,
+    parameter_value,
+    to_sql_value,
+)
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll, Predicate, condition_parameters
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
-from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, all_of
+from pgrealtime.rules.sql.nodes import all_of
 from pgrealtime.rules.sql.row_images import (
     Overlay,
-    find_columns,
     images_table,
-    unused_column_name,
+    matching_rows_sql,
     with_overlays,
 )
 
@@ -70,11 +72,8 @@ class ReferenceQuery:
     def sql_query(self, rows: Sequence[Row], now: datetime) -> SqlQuery:
         """Return the query for the 0-based numbers of the admitted row images, in no order.
 
-        A row that lacks a column that is read isn't admitted.
-
-        Args:
-            rows: Images of rows of the collection's table, in text form.
-            now: The time of macros, with its zone.
+        A row that lacks a column that is read isn't admitted. ``now`` is the time of macros, with
+        its zone.
         """
         return SqlQuery(self.sql, self._params(rows, now))
 
@@ -90,22 +89,19 @@ class ReferenceQuery:
         if made is None:
             return None
         redirected, views = made
-        return SqlQuery(
-            _matching_rows_sql(self.collection, self.column_names, redirected, views), params
+        sql = matching_rows_sql(
+            self.collection.table, self.column_names, all_of(*redirected), views
         )
+        return SqlQuery(sql, params)
 
     def truth_query(self, row: Row, now: datetime) -> SqlQuery:
         """Return the query for the verdict on one row, which must have all columns.
 
         Its result is one value: TRUE, FALSE, or NULL, which admits no more than FALSE.
         """
-        conditions = [part.condition for part in self.sql_predicates]
-        columns = find_columns(self.collection.table, self.column_names)
-        select = exp.Select(
-            expressions=[all_of(*conditions)],
-            from_=exp.From(this=images_table(columns, unused_column_name(self.column_names))),
-        )
-        return SqlQuery(select.sql(dialect="postgres", copy=False), self._params([row], now))
+        condition = all_of(*(part.condition for part in self.sql_predicates))
+        rows, _ = images_table(self.collection.table, self.column_names)
+        return SqlQuery(nodes.to_text(nodes.select([condition], rows)), self._params([row], now))
 
     def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
         columns = self.column_names
@@ -118,7 +114,7 @@ class ReferenceQuery:
         for i, column in enumerate(columns):
             params[f"c{i}"] = [row[column] for _, row in known]
         for part in self.sql_predicates:
-            params |= _sql_params(part.bindings, self.request, now)
+            params |= sql_params(part.bindings, self.request, now)
         return params
 
 
@@ -127,11 +123,8 @@ def reference_query(
 ) -> AdmitAll | DenyAll | ReferenceQuery:
     """Return the query for the rows of a collection that a caller may see.
 
-    Args:
-        collections: All collections.
-        collection: The rows' collection.
-        rule: The collection's rule for the topic; None is for superusers only.
-        request: The caller's request; the filter is ``request.query["filter"]``.
+    The rule is the collection's for the topic; None is for superusers only. The filter is
+    ``request.query["filter"]``.
 
     Raises:
         RuleError: The rule is invalid for every caller. A rule that is invalid only for callers of
@@ -220,12 +213,12 @@ def _translate(
         translated.append(
             translate_predicate(predicate, collections, classes, placeholder_prefix=prefix)
         )
-    conditions = [part.condition for part in translated]
+    condition = all_of(*(part.condition for part in translated))
     return ReferenceQuery(
         collection=collection,
         request=request,
         sql_predicates=tuple(translated),
-        sql=_matching_rows_sql(collection, _columns_of(translated), conditions, []),
+        sql=matching_rows_sql(collection.table, _columns_of(translated), condition),
     )
 
 
@@ -239,9 +232,10 @@ def auth_collection_of(collections: Collections, request: RuleRequest) -> Collec
             return None
 
 
-def _sql_params(
+def sql_params(
     bindings: Mapping[str, Binding], request: RuleRequest, now: datetime
 ) -> dict[str, object]:
+    """Return what placeholders stand for, in a query that reads the caller's row itself."""
     params: dict[str, object] = {}
     for key, binding in bindings.items():
         assert not isinstance(binding.parameter, CallerColumn)  # the caller's row is read
@@ -249,27 +243,5 @@ def _sql_params(
     return params
 
 
-# --- rows as SQL
-
-
 def _columns_of(predicates: Sequence[SqlPredicate]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for predicate in predicates for name in predicate.column_names))
-
-
-def _matching_rows_sql(
-    collection: Collection,
-    names: Sequence[str],
-    conditions: Sequence[Sql],
-    views: Sequence[exp.CTE],
-) -> str:
-    """Return the text of the query for the rows that meet all conditions."""
-    columns = find_columns(collection.table, names)
-    ordinal = unused_column_name(names)
-    select = exp.Select(
-        expressions=[nodes.column(ROW_ALIAS, ordinal)],
-        from_=exp.From(this=images_table(columns, ordinal)),
-        where=exp.Where(this=all_of(*conditions)),
-    )
-    if views:
-        select.set("with_", exp.With(expressions=list(views)))
-    return select.sql(dialect="postgres", copy=False)

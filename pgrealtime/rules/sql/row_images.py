@@ -25,34 +25,44 @@ def find_columns(table: Table, names: Iterable[str]) -> list[Column]:
     return [column for column in columns if column is not None]
 
 
-def unused_column_name(column_names: Collection[str]) -> str:
-    """Return a name for the rows' numbers that no column has."""
-    name = "ordinal"
-    while name in column_names:
-        name += "_"
-    return name
+def images_table(table: Table, column_names: Collection[str]) -> tuple[Sql, str]:
+    """Return the row images as a derived table, and the name of the column that numbers them.
 
-
-def images_table(columns: Sequence[Column], ordinal: str) -> Sql:
-    """Return the row images as a derived table with the names and types of the table's columns."""
-    raw = "k"
+    The others have the names and types of the table's columns.
+    """
+    raw, ordinal = "k", "ordinal"
+    while ordinal in column_names:
+        ordinal += "_"
+    columns = find_columns(table, column_names)
     names = [f"c{i}" for i in range(len(columns))]
-    select = exp.Select(
-        expressions=[nodes.column(raw, ordinal), *typed_columns(raw, names, columns)],
-        from_=exp.From(
-            this=unnest_arrays(raw, [ordinal, *names], [integer_array("i"), *text_arrays(names)])
-        ),
+    select = nodes.select(
+        [nodes.column(raw, ordinal), *typed_columns(raw, names, columns)],
+        unnest_arrays(raw, [ordinal, *names], [integer_array("i"), *text_arrays(names)]),
     )
-    return exp.Subquery(this=select, alias=exp.TableAlias(this=nodes.quoted_name(ROW_ALIAS)))
+    return exp.Subquery(this=select, alias=nodes.row_alias(ROW_ALIAS)), ordinal
+
+
+def image_params(rows: Iterable[Sequence[str | None]]) -> dict[str, object]:
+    """Return the parameters that hold the row images, numbered from 0."""
+    rows = list(rows)
+    params: dict[str, object] = {"i": list(range(len(rows)))}
+    for i, texts in enumerate(zip(*rows, strict=True)):
+        params[f"c{i}"] = list(texts)
+    return params
+
+
+def matching_rows_sql(
+    table: Table, column_names: Collection[str], condition: Sql, ctes: Sequence[exp.CTE] = ()
+) -> str:
+    """Return the statement for the numbers of the row images that meet the condition."""
+    rows, ordinal = images_table(table, column_names)
+    select = nodes.select([nodes.column(ROW_ALIAS, ordinal)], rows, where=condition)
+    return nodes.to_text(select, ctes)
 
 
 def unnest_arrays(alias: str, names: Sequence[str], arrays: Sequence[Sql]) -> Sql:
     """Return ``UNNEST(...)``: arrays as the columns of a relation."""
-    columns = [nodes.quoted_name(name) for name in names]
-    return exp.Unnest(
-        expressions=list(arrays),
-        alias=exp.TableAlias(this=nodes.quoted_name(alias), columns=columns),
-    )
+    return exp.Unnest(expressions=list(arrays), alias=nodes.row_alias(alias, *names))
 
 
 def typed_columns(alias: str, names: Sequence[str], columns: Sequence[Column]) -> list[Sql]:
@@ -147,14 +157,8 @@ def with_overlays(
 ) -> tuple[list[Sql], list[exp.CTE]] | None:
     """Return conditions that read related tables as they were, and the CTEs that they read.
 
-    Args:
-        conditions: The conditions of one statement.
-        overlays: The tables that a transaction changed.
-        params: The statement's parameters, to which the old images are added.
-        row_images: The rows; only old images that they can reach are added then.
-
-    Returns:
-        None if an old image lacks a column that is read.
+    The old images are added to ``params``; if ``row_images`` are given, only those that they can
+    reach. None if an old image lacks a column that is read.
     """
     if not all(_covers(overlay, conditions) for overlay in overlays):
         return None
@@ -170,7 +174,6 @@ def with_overlays(
 
 
 def _table_aliases(conditions: Sequence[Sql], table: TableName) -> set[str]:
-    """Return the aliases under which the conditions read the table."""
     name, schema = nodes.quoted_name(table.name).name, nodes.quoted_name(table.schema).name
     return {
         node.alias
@@ -181,7 +184,6 @@ def _table_aliases(conditions: Sequence[Sql], table: TableName) -> set[str]:
 
 
 def _columns_read(conditions: Sequence[Sql], table: Table) -> list[Column]:
-    """Return the columns of the table that the conditions read."""
     aliases = _table_aliases(conditions, table.name)
     read = {
         node.name
@@ -324,7 +326,6 @@ def _is_equal_by_text(left: Column, right: Column) -> bool:
 
 
 def _redirect_tables(condition: Sql, names: Mapping[TableName, str]) -> Sql:
-    """Return the condition with other relations in place of some tables."""
     copied = condition.copy()
     wanted = {
         (nodes.quoted_name(table.name).name, nodes.quoted_name(table.schema).name): name
@@ -333,8 +334,8 @@ def _redirect_tables(condition: Sql, names: Mapping[TableName, str]) -> Sql:
     for node in list(copied.find_all(exp.Table)):
         name = wanted.get((node.name, node.db))
         if name is not None:
-            alias = exp.TableAlias(this=nodes.quoted_name(node.alias))
-            node.replace(exp.Table(this=nodes.quoted_name(name), alias=alias))
+            relation = nodes.quoted_name(name)
+            node.replace(exp.Table(this=relation, alias=nodes.row_alias(node.alias)))
     return copied
 
 
@@ -345,20 +346,18 @@ def _overlay_cte(
     column_names = [f"{name}_c{i}" for i in range(len(columns))]
     for key, column in zip(column_names, columns, strict=True):
         params[key] = [row[column.name] for row in overlay.old_images]
-    old = exp.Select(
-        expressions=typed_columns("k", column_names, columns),
-        from_=exp.From(this=unnest_arrays("k", column_names, text_arrays(column_names))),
+    old = nodes.select(
+        typed_columns("k", column_names, columns),
+        unnest_arrays("k", column_names, text_arrays(column_names)),
     )
-    unchanged = exp.Select(
-        expressions=[nodes.column("t", column.name) for column in columns],
-        from_=exp.From(this=nodes.table(overlay.table.name, "t")),
-        where=exp.Where(this=negation(_is_changed_row(name, overlay, params))),
+    unchanged = nodes.select(
+        [nodes.column("t", column.name) for column in columns],
+        nodes.table(overlay.table.name, "t"),
+        where=negation(_is_changed_row(name, overlay, params)),
     )
     union = exp.Union(this=old, expression=unchanged, distinct=False)
     # Never materialized, so that the indexes of the live table can be used.
-    return exp.CTE(
-        this=union, alias=exp.TableAlias(this=nodes.quoted_name(name)), materialized=False
-    )
+    return exp.CTE(this=union, alias=nodes.row_alias(name), materialized=False)
 
 
 def _is_changed_row(name: str, overlay: Overlay, params: dict[str, object]) -> Sql:
@@ -370,9 +369,5 @@ def _is_changed_row(name: str, overlay: Overlay, params: dict[str, object]) -> S
         params[key_name] = [row[column.name] for row in overlay.changed_rows]
         key = TypedSql(nodes.cast_to_type(nodes.column("g", key_name), column.type), column.type)
         equalities.append(nodes.equal_keys(typed_column("t", column), key))
-    select = exp.Select(
-        expressions=[nodes.number(1)],
-        from_=exp.From(this=unnest_arrays("g", key_names, text_arrays(key_names))),
-        where=exp.Where(this=all_of(*equalities)),
-    )
-    return exp.Exists(this=select)
+    changed = unnest_arrays("g", key_names, text_arrays(key_names))
+    return nodes.exists(changed, all_of(*equalities))

@@ -85,14 +85,9 @@ def translate_time(
     text: Sql | None,
     modifiers: Sequence[str],
 ) -> Sql:
-    """Return the time that a time value and its modifiers denote, or NULL.
+    """Return the time that a time value and its modifiers denote, or NULL; no value is now.
 
-    Args:
-        scope: The scope whose joins are read.
-        time: The value; None is now.
-        number: Its number, NULL where it is a text: a Julian day, or what a modifier says.
-        text: Its text.
-        modifiers: SQLite's modifiers, applied in order.
+    ``number`` is the value's, NULL where it is a text: a Julian day, or what a modifier says.
 
     Raises:
         RuleUnsupportedError: A modifier depends on the server's time zone or isn't supported.
@@ -106,7 +101,7 @@ def translate_time(
             start,
             lambda moment: _null_unless_within(moment, "4714-11-24 12:00:00 BC", "10000-01-01"),
         )
-    cycles = nodes.call("make_interval", *[nodes.number(0)] * 3, nodes.number(_SHIFTED_BY_DAYS))
+    cycles = _interval(nodes.number(_SHIFTED_BY_DAYS))
     start = nodes.binary(exp.Add, start, cycles)
     for modifier in map(str.lower, rest):
         start = let(start, partial(_apply_modifier, modifier=modifier))
@@ -221,9 +216,14 @@ def _after_julian_day_zero(milliseconds: Sql) -> Sql:
     seconds = nodes.binary(
         exp.Div, nodes.call("mod", since_epoch, a_day), nodes.cast(nodes.number(1000), nodes.DOUBLE)
     )
+    epoch = nodes.cast(nodes.string("1970-01-01"), nodes.TIMESTAMP)
+    return nodes.binary(exp.Add, epoch, _interval(days, seconds))
+
+
+def _interval(days: Sql, seconds: Sql | None = None) -> Sql:
     zero = nodes.number(0)
-    interval = nodes.call("make_interval", zero, zero, zero, days, zero, zero, seconds)
-    return nodes.binary(exp.Add, nodes.cast(nodes.string("1970-01-01"), nodes.TIMESTAMP), interval)
+    rest = () if seconds is None else (zero, zero, seconds)
+    return nodes.call("make_interval", zero, zero, zero, days, *rest)
 
 
 def _null_outside(number: Sql, low: float, high: float, result: Sql) -> Sql:
@@ -259,20 +259,18 @@ def _apply_modifier(start: Sql, modifier: str) -> Sql:
 def _next_weekday(start: Sql, weekday: int) -> Sql:
     ahead = nodes.binary(exp.Sub, nodes.number(weekday + 7), _date_part("dow", start))
     days = nodes.call("mod", ahead, nodes.number(7))
-    zero = nodes.number(0)
-    return nodes.binary(exp.Add, start, nodes.call("make_interval", zero, zero, zero, days))
+    return nodes.binary(exp.Add, start, _interval(days))
 
 
 def _shift(start: Sql, amount: float, unit: str) -> Sql:
     """Return the time some units later. Months keep the day's number, also beyond their end."""
     if abs(amount) >= _MAX_SHIFT[unit]:
         return nodes.null(nodes.TIMESTAMP)
-    zero = nodes.number(0)
     if unit in _CALENDAR_UNITS:
         count = int(amount) * (12 if unit == "year" else 1)
         month = nodes.call("date_trunc", nodes.string("month"), start)
         rest = nodes.binary(exp.Sub, start, month)
-        later = nodes.call("make_interval", zero, nodes.number(count))
+        later = nodes.call("make_interval", nodes.number(0), nodes.number(count))
         start = nodes.binary(exp.Add, nodes.binary(exp.Add, month, later), rest)
         half, amount = math.copysign(0.5, amount), amount - int(amount)
     else:
@@ -281,8 +279,7 @@ def _shift(start: Sql, amount: float, unit: str) -> Sql:
         int(amount * 1000.0 * _SECONDS_PER_UNIT[unit] + half), _DAY_SECONDS * 1000
     )
     seconds = nodes.string(str(milliseconds / 1000))
-    apart = nodes.call("make_interval", *[zero] * 3, nodes.number(days), zero, zero, seconds)
-    return nodes.binary(exp.Add, start, apart)
+    return nodes.binary(exp.Add, start, _interval(nodes.number(days), seconds))
 
 
 def _null_unless_representable(start: Sql, result: Sql) -> Sql:
@@ -291,7 +288,6 @@ def _null_unless_representable(start: Sql, result: Sql) -> Sql:
 
 
 def _null_unless_within(start: Sql, first: str, end: str) -> Sql:
-    """Return the time if it is in SQLite's range, else NULL."""
     return _result_if_within(start, first, end, start)
 
 
@@ -307,11 +303,7 @@ def _result_if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
 def format_time(scope: Scope, timestamp: Sql, layout: str, modifiers: Sequence[str]) -> Sql:
     """Return the time in SQLite's format; NULL for a format that SQLite refuses.
 
-    Args:
-        scope: The scope whose joins are read.
-        timestamp: The time, with its modifiers applied.
-        layout: The format.
-        modifiers: The modifiers; some change what a letter prints.
+    The modifiers are applied already, but some change what a letter prints.
 
     Raises:
         RuleUnsupportedError: The format has the Julian day, or is too long.
@@ -402,8 +394,7 @@ def _date_part(field: str, start: Sql) -> Sql:
 def _iso_week_thursday(start: Sql) -> Sql:
     """Return a time in the year that the ISO week belongs to: its Thursday."""
     days = nodes.binary(exp.Sub, nodes.number(4), _date_part("isodow", start))
-    zero = nodes.number(0)
-    return nodes.binary(exp.Add, start, nodes.call("make_interval", zero, zero, zero, days))
+    return nodes.binary(exp.Add, start, _interval(days))
 
 
 def _astronomical_year(start: Sql) -> Sql:

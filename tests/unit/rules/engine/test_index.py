@@ -18,7 +18,7 @@ from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
-from pgrealtime.rules.language.parameter_values import macro_values_at
+from pgrealtime.rules.language.parameters import macro_values_at
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.memory.compare import WORK_BUDGET

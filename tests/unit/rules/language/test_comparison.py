@@ -13,8 +13,7 @@ from pgrealtime.rules.language.comparison import (
     Pattern,
     plan_comparison,
 )
-from pgrealtime.rules.language.parameter_values import parameter_value
-from pgrealtime.rules.language.parameters import parameter_class
+from pgrealtime.rules.language.parameters import parameter_class, parameter_value
 from pgrealtime.rules.language.predicate import comparisons, condition_parameters
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule

@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
-from pgrealtime.rules.language.parameter_values import parameter_value, to_sql_value
 from pgrealtime.rules.language.parameters import (
     LiftedLiteral,
     LiteralParameter,
@@ -20,6 +19,8 @@ from pgrealtime.rules.language.parameters import (
     SqlForm,
     fixed_parameter_class,
     parameter_class,
+    parameter_value,
+    to_sql_value,
 )
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import (

@@ -20,8 +20,7 @@ from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.model import Column
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.rules.language import predicate
-from pgrealtime.rules.language.parameter_values import parameter_value
-from pgrealtime.rules.language.parameters import ParameterClass, parameter_class
+from pgrealtime.rules.language.parameters import ParameterClass, parameter_class, parameter_value
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_rule
