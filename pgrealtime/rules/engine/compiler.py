@@ -174,10 +174,10 @@ class RuleCompiler:
         literals: Sequence[str | float],
         caller_row: Row | None,
     ) -> BoundPredicate | DenyAll:
-
         def value_of(parameter: Parameter | CallerColumn) -> Scalar:
             if isinstance(parameter, CallerColumn):
                 assert caller_row is not None
+                # Without a name it stands for whether there is a row: any text but NULL.
                 return caller_row.get(parameter.name) if parameter.name else "there"
             return parameter_value(parameter, request, _ANY_TIME, literals)
 

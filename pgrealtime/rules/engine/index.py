@@ -356,4 +356,5 @@ def _row_keys(readers: tuple[RowKeyReader, ...], row: Row) -> Iterable[Hashable]
     if len(readers) == 1:
         return [key for key in readers[0].read_keys(row) if key is not None]
     composite = tuple([reader.read_keys(row)[0] for reader in readers])
+    # NULL equals no caller's value, and then the conjunction is not true.
     return () if None in composite else (composite,)

@@ -1,4 +1,4 @@
-"""The parameters of a rule: what a value comes from, its class, and the forms it is bound in.
+"""The parameters of a rule: what a value comes from, its class, the value, its forms in SQL.
 
 ``resolve`` makes them of a rule's text. A translation depends on the classes of its parameters,
 never on their values, so one translation serves all callers whose values have the same classes.

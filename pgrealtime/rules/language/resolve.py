@@ -125,6 +125,7 @@ def filter_text(query: Mapping[str, str], *, is_superuser: bool) -> str:
 
 
 def _refuse_superuser_identifiers(text: str) -> None:
+    # Within quotes and comments too, as in PocketBase: it searches the text before parsing it.
     for banned in ("@request.", "@collection."):
         if banned in text:
             start = text.index(banned)

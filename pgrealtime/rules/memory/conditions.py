@@ -115,6 +115,7 @@ def _compile_verdict(
     match condition:
         case Comparison():
             return _compile_comparison(condition, scope, checks)
+        # UNKNOWN counts as FALSE: nothing negates what AND and OR give, as nothing does in the SQL.
         case Conjunction(parts):
             verdicts = [_compile_verdict(part, scope, checks) for part in parts]
             return lambda row, args, items: all(

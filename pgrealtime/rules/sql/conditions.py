@@ -278,6 +278,8 @@ def _like_pattern(pattern: Pattern, side: _Side) -> Sql:
 
 
 def _equality(left: _Side, right: _Side, *, is_strict: bool) -> Sql:
+    # A text that is no id of the column's type is bound as NULL, which makes "=" unknown and not
+    # false. So it isn't used where that differs.
     native = None if is_strict else _native_id_equality(left, right)
     return _equal(*_translate(left, right, is_strict=is_strict)) if native is None else native
 
