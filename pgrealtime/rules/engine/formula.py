@@ -17,9 +17,8 @@ from pgrealtime.rules.language.parameters import Parameter, ParameterClass
 from pgrealtime.rules.language.predicate import (
     Condition,
     Predicate,
-    caller_parameters,
     columns_read,
-    macros_read,
+    varying_parameters,
 )
 from pgrealtime.rules.memory.conditions import CompiledCondition, compile_condition
 from pgrealtime.rules.memory.operands import CompileContext
@@ -61,8 +60,7 @@ class Test:
         self.parameter_classes = parameter_classes
         self._auth_collection = auth_collection
         self._is_caller_row_bound = is_caller_row_bound
-        self.macros = macros_read(condition)
-        self.caller_parameters = caller_parameters(
+        self.caller_parameters, self.macros = varying_parameters(
             condition, is_caller_row_bound=is_caller_row_bound
         )
         arguments = (*self.caller_parameters, *self.macros)

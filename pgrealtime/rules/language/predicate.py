@@ -386,27 +386,27 @@ def reads_caller_row(condition: Condition) -> bool:
     return any(isinstance(path.root, CallerRow) for path in row_paths(condition))
 
 
-def caller_parameters(
+def varying_parameters(
     condition: Condition, *, is_caller_row_bound: bool
-) -> tuple[Parameter | CallerColumn, ...]:
-    """Return the parameters that differ per caller; if they are bound, columns of its row too."""
-    parameters: dict[Parameter | CallerColumn, None] = {
-        parameter: None
-        for parameter in condition_parameters(condition)
-        if not isinstance(parameter, (LiteralParameter, Macro))
-    }
+) -> tuple[tuple[Parameter | CallerColumn, ...], tuple[Macro, ...]]:
+    """Return the parameters that differ per caller, and those that differ per batch.
+
+    If the caller's row is bound, its columns are parameters. ``strftime`` without a time reads
+    ``@now``.
+    """
+    parameters: dict[Parameter | CallerColumn, None] = {}
+    macros: dict[Macro, None] = {}
+    for parameter in condition_parameters(condition):
+        if isinstance(parameter, Macro):
+            macros[parameter] = None
+        elif not isinstance(parameter, LiteralParameter):
+            parameters[parameter] = None
     if reads_caller_row(condition):
         parameters.setdefault(CALLER_ID_PARAMETER)
+    if any(isinstance(term, Strftime) for term in terms(condition)):
+        macros.setdefault(Macro.NOW)
     columns = caller_columns(condition) if is_caller_row_bound else ()
-    return (*parameters, *columns)
-
-
-def macros_read(condition: Condition) -> tuple[Macro, ...]:
-    """Return the macros of a condition; ``strftime`` without a time reads ``@now``."""
-    macros = [p for p in condition_parameters(condition) if isinstance(p, Macro)]
-    if Macro.NOW not in macros and any(isinstance(term, Strftime) for term in terms(condition)):
-        macros.append(Macro.NOW)
-    return tuple(macros)
+    return (*parameters, *columns), tuple(macros)
 
 
 def row_path_of(term: Term) -> RowPath | None:

@@ -1,8 +1,8 @@
 """Compiles an operand to functions that read its value from a row image and arguments.
 
-Called by ``conditions`` and ``index_key``, once per test. Only operands of the row image, of the
-caller's row and of parameters are compiled, and only of types whose SQL value is exact here. Any
-other raises ``NotInProcessError``, and PostgreSQL evaluates the condition.
+Called by ``conditions`` and ``engine.index_keys``, once per test. Only operands of the row image,
+of the caller's row and of parameters are compiled, and only of types whose SQL value is exact here.
+Any other raises ``NotInProcessError``, and PostgreSQL evaluates the condition.
 """
 
 from __future__ import annotations
