@@ -16,7 +16,7 @@ from pgrealtime.changelog.base import Changelog
 from pgrealtime.changes import Action
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
-from pgrealtime.hub.connections.connection import LIVE, Connection, Group
+from pgrealtime.hub.connections.connection import LIVE, Connection, Group, connections_of
 from pgrealtime.hub.delivery.compose import ComposedMessages, MessageComposer, enqueue_messages
 from pgrealtime.hub.delivery.enrichment import NO_ENRICHMENT, Enrichment, needs_of_groups
 from pgrealtime.hub.entry_checks import EntryChecks
@@ -24,7 +24,6 @@ from pgrealtime.hub.evaluation.slice_result import EvaluationGap, SliceResult, g
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import (
     LIVE_SLICE_CHANGES,
-    GapNotice,
     Slice,
     delivery_ranges,
     split_into_slices,
@@ -44,9 +43,6 @@ class Dispatcher:
     """Delivers the changelog to the LIVE connections.
 
     It writes ``progress``; ``hub.hub`` does when a history or a generation begins.
-
-    Attributes:
-        progressed: Set whenever the head has moved; a waiter clears it first.
     """
 
     def __init__(
@@ -77,6 +73,7 @@ class Dispatcher:
         """Deletions of accounts that were delivered and not yet applied to their connections."""
         self._changelog_appended = asyncio.Event()
         self.progressed = asyncio.Event()
+        """Set whenever the head has moved; a waiter clears it first."""
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -88,6 +85,7 @@ class Dispatcher:
         """Deliver the changelog to the LIVE connections, for ever."""
         while True:
             await self._changelog_appended.wait()
+            # Before reading, so that an entry that is appended meanwhile sets it again.
             self._changelog_appended.clear()
             while self._has_undispatched():
                 await self._dispatch()
@@ -113,11 +111,9 @@ class Dispatcher:
             self._checked_upto = None
 
     def _fall_behind_all(self, upto: Cursor) -> None:
-        """Let every connection read by itself what was not delivered up to a cursor.
-
-        An error there closes the connection whose task it is, and no other.
-        """
+        """Let every connection read by itself what was not delivered up to a cursor."""
         progress = self._progress
+        # Behind the last message that was enqueued: no connection receives it again.
         progress.advance(max(progress.head, self._delivered_upto))
         for connection in self._registry.live_connections():
             with self._registry.closing_on_error(connection):
@@ -125,11 +121,12 @@ class Dispatcher:
         self._apply_account_deletions()
         # Changes of accounts up to there may not have been remembered.
         self._registry.callers.forget_changes_upto(upto.lsn)
+        # The entries up to there are skipped here. Connections read them one by one, and an error
+        # in one's task closes no other.
         progress.restart(upto)
         self.settle()
 
     def _apply_account_deletions(self) -> None:
-        """Apply the deletions of accounts that were delivered: their connections become guests'."""
         for event in self._account_deletions:
             for connection in list(self._registry.callers.connections_of(event)):
                 if connection.cursor >= event.cursor:
@@ -137,7 +134,7 @@ class Dispatcher:
         self._account_deletions = ()
 
     def restart(self) -> None:
-        """Begin at the changelog's head; another history was begun."""
+        """Begin at the changelog's head: another history has begun."""
         self._delivered_upto = self._changelog.end_cursor
         self._account_deletions = ()
 
@@ -157,10 +154,12 @@ class Dispatcher:
         entries = self._changelog.read(
             progress.head, self._changelog.end_cursor, LIVE_SLICE_CHANGES
         )
+        # Before the first await: a subscribe call may fetch its snapshot meanwhile, and uses it
+        # only if it sees all that was recorded here up to the connection's cursor.
         self._visibility.record_delivered(entries)
         entries = await self._entry_checks.leading_valid(entries)
         if progress.revision != revision:
-            return
+            return  # the loop reads them again, from where the head is then
         if entries:
             self._checked_upto = Cursor(entries[-1].end_lsn, END_ORDINAL)
         for slice_ in split_into_slices(
@@ -171,9 +170,13 @@ class Dispatcher:
             LIVE_SLICE_CHANGES,
             fits=generation.shape_checker.fits,
         ):
+            # From here on catching up may read the slice, and a connection that has caught up
+            # becomes LIVE after it only: this evaluation may have passed its groups already.
             progress.begin_slice(slice_.end_cursor)
             if not await self._dispatch_slice(slice_, revision):
                 return
+            # After delivery: a deleted account's connections receive its deletion as its own
+            # record's, and what follows as guests.
             self._apply_to_live_callers(slice_.account_events, "delete")
             self._advance_head(slice_)
             self._account_deletions = ()
@@ -201,6 +204,8 @@ class Dispatcher:
         """Apply a slice's changes of accounts and columns before it is evaluated."""
         self._progress.generation.report_unknown_columns(slice_.events)
         callers, gap = self._registry.callers, slice_.gap
+        # A subscribe call that was authenticated before this change may be carried out after it;
+        # its caller is then brought up to date by what is remembered here.
         for event in slice_.account_events:
             callers.remember_change(event)
         self._apply_to_live_callers(slice_.account_events, "update")
@@ -212,6 +217,7 @@ class Dispatcher:
                 "replication.gap", reason=gap.reason, collections=sorted(gap.collections or ())
             )
         collections = self._progress.generation.collections.items()
+        # Calls whose callers were read before the gap are refused: their rows may have changed.
         if any(collection.type == "auth" and gap.affects(name) for name, collection in collections):
             callers.forget_changes_upto(gap.cursor.lsn)
 
@@ -233,14 +239,14 @@ class Dispatcher:
         result = await generation.evaluator.evaluate_in_chunks(slice_.events)
         if result.over_budget_groups or result.expensive_groups:
             self._isolate(
-                _connections_of(result.over_budget_groups), _connections_of(result.expensive_groups)
+                connections_of(result.over_budget_groups), connections_of(result.expensive_groups)
             )
         return result
 
     async def _enrich(self, slice_: Slice, result: SliceResult) -> Enrichment:
         """Load related data of the records.
 
-        Connections fall behind whose expands are slow, or whose callers have changed in the
+        Connections fall behind if their expands are slow, or if their callers have changed in the
         database since the slice.
         """
         enricher = self._progress.generation.enricher
@@ -257,15 +263,14 @@ class Dispatcher:
         late = _connections_with_viewers(result.hits, enrichment.excluded_viewers)
         self._isolate(late, late)
         for connection in check.outdated_connections:
+            # It may have been closed, or begun a call, while related rows were loaded.
             if connection.state is LIVE:
                 self._fall_behind(connection)
         return enrichment
 
     def _caller_check_for(self, slice_: Slice, result: SliceResult) -> CallerCheck:
-        """Return the check for LIVE connections whose callers have changed in the database."""
-
         def connections(viewers: Sized[ExpandViewer], groups: Sized[Group]) -> Iterable[Connection]:
-            receivers = {*_connections_with_viewers(result.hits, viewers), *_connections_of(groups)}
+            receivers = {*_connections_with_viewers(result.hits, viewers), *connections_of(groups)}
             return (connection for connection in receivers if connection.state is LIVE)
 
         return CallerCheck(
@@ -281,6 +286,7 @@ class Dispatcher:
         for connection in slow:
             isolated.isolate_with_backoff(connection)
         for connection in late:
+            # Whatever its state: it must not rejoin the others as soon as it has caught up.
             isolated.isolate(connection)
             if connection.state is LIVE:
                 self._fall_behind(connection)
@@ -290,10 +296,9 @@ class Dispatcher:
     async def _compose_and_deliver(
         self, slice_: Slice, result: SliceResult, enrichment: Enrichment, revision: int
     ) -> bool:
-        """Deliver an evaluated slice in bounded parts, unless the revision changes.
+        """Deliver an evaluated slice in bounded parts; return whether all of it was delivered.
 
-        Returns:
-            Whether all of it was delivered.
+        It was not if the revision changed.
         """
         progress, events = self._progress, slice_.events
         composer = MessageComposer(
@@ -312,6 +317,8 @@ class Dispatcher:
                     await self._visibility.wait_until_visible(
                         events[index].xid for index in composed.failed_indexes
                     )
+                # Nothing is awaited from here to the write. Under another revision these groups are
+                # not in force any more: by its rules their members may not see these events.
                 if progress.revision != revision:
                     return False
                 if composed.over_budget_connections:
@@ -319,6 +326,7 @@ class Dispatcher:
                 stop = self._deliver(slice_, result, composed, first_index=stop)
                 if stop == len(events):
                     break
+                # A connection that falls behind in the next part reads on from here.
                 progress.advance(events[stop - 1].cursor)
                 await asyncio.sleep(0)
         return True
@@ -326,14 +334,11 @@ class Dispatcher:
     def _deliver(
         self, slice_: Slice, result: SliceResult, composed: ComposedMessages, *, first_index: int
     ) -> int:
-        """Deliver the messages composed of a slice from an event on.
+        """Deliver the messages composed of a slice from an event on; return the first index left.
 
         The slice's gap is sent with the last of them. A gap for events that could not be evaluated
         is sent with the messages of the events around it: a client that breaks off later resumes
         after it.
-
-        Returns:
-            The index of the first event that is left.
         """
         events = slice_.events
         receivers = enqueue_messages(composed, events)
@@ -350,21 +355,14 @@ class Dispatcher:
             ]
         gap = slice_.gap if is_last else None
         if gap is not None or evaluation_gap is not None:
+            # Also those whose topics no event matched: the gap may hide one that matches.
             receivers = self._registry.live_connections()
-            self._notify(receivers, gap, evaluation_gap, end_cursor)
+            for connection in receivers:
+                with self._registry.closing_on_error(connection):
+                    self._gap_notifier.notify_slice(connection, gap, evaluation_gap, end_cursor)
+        # After the gap: a client that breaks off in between must not resume behind it.
         self._write_cursor_events(receivers, end_cursor)
         return stop
-
-    def _notify(
-        self,
-        connections: Sequence[Connection],
-        gap: GapNotice | None,
-        evaluation_gap: EvaluationGap | None,
-        end_cursor: Cursor,
-    ) -> None:
-        for connection in connections:
-            with self._registry.closing_on_error(connection):
-                self._gap_notifier.notify_slice(connection, gap, evaluation_gap, end_cursor)
 
     def _write_cursor_events(self, connections: Sequence[Connection], cursor: Cursor) -> None:
         for connection in connections:
@@ -384,43 +382,27 @@ class Dispatcher:
         for connection in receivers:
             try:
                 size, buffered = connection.queued_bytes(), connection.writer.buffered_bytes()
-                is_larger = buffered + size > limit
-                if not size or (
-                    is_larger and not self._may_exceed_limit(connection, size, buffered)
-                ):
+                # A message can't be divided: one that is larger is written when nothing else waits.
+                fits = buffered + size <= limit or (
+                    not buffered and connection.has_one_queued_message() and budget.admits(size)
+                )
+                if not fits or not size:  # nothing is queued if it was excluded from the part
                     self._fall_behind(connection)
                     continue
                 position_limit = self._gap_notifier.position_limit(connection, evaluation_gap)
                 connection.write(connection.encode_queued(events, position_limit))
                 connection.mark_event_sent(now)
                 if buffered + size >= budget.counted_from_bytes:
+                    # The less is free, the less the next ones may have waiting.
                     budget.update(connection)
                     limit = budget.limit_bytes()
             except Exception as error:  # noqa: BLE001 (as closing_on_error, which is slower)
                 self._registry.close_failed(connection, error)
 
-    def _may_exceed_limit(self, connection: Connection, size: int, buffered: int) -> bool:
-        """Whether it may be sent more than its limit: one message, when nothing else waits."""
-        return (
-            not buffered
-            and connection.has_one_queued_message()
-            and self._registry.send_budget.admits(size)
-        )
-
     def _fall_behind(self, connection: Connection) -> None:
         """Let a LIVE connection read on from the head, which is before what is being delivered."""
         connection.fall_behind(self._progress.head)
         self._catch_up.start_task(connection)
-
-
-def _connections_of(groups: Iterable[Group]) -> dict[Connection, None]:
-    members = (
-        subscription
-        for group in groups
-        for render_group in group.render_groups
-        for subscription in render_group
-    )
-    return {subscription.connection: None for subscription in members}
 
 
 def _connections_with_viewers(

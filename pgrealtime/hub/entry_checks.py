@@ -24,12 +24,7 @@ _CATALOG_RETRY_SECONDS = 1.0
 
 
 class EntryChecks:
-    """Decides which entries may be evaluated with the generation in force.
-
-    Attributes:
-        waits_for_visibility: Whether entries wait until their transactions are visible. With
-            synchronous standbys a commit is in the WAL before it is visible.
-    """
+    """Decides which entries may be evaluated with the generation in force."""
 
     def __init__(
         self,
@@ -43,6 +38,8 @@ class EntryChecks:
         self._visibility = visibility
         self._refresh_schema = refresh_schema
         self.waits_for_visibility = False
+        """Whether entries wait until their transactions are visible. With synchronous standbys a
+        commit is in the WAL before it is visible."""
 
     async def leading_valid(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Return the first of the entries, those whose rows have the shape that the catalogue says.
@@ -57,6 +54,7 @@ class EntryChecks:
             await self._visibility.wait_for_entries(entries)
             if self._progress.revision != revision:
                 return entries
+        # After the wait: what a visible transaction altered is in the catalogue that is read here.
         holds = await self._verify_assumptions(entries)
         if self._progress.revision != revision:
             return entries
@@ -67,6 +65,7 @@ class EntryChecks:
             if not (is_stale or shapes.needs_catalog_read(entry)):
                 continue
             if index:
+                # These go first, by the generation in force: reading the schema may replace it.
                 return entries[:index]
             # The rows may have been committed together with what altered their table.
             await self._visibility.wait_until_visible([entry.xid])
@@ -76,7 +75,6 @@ class EntryChecks:
         return entries
 
     async def _read_schema(self) -> bool:
-        """Have the schema read; return whether that succeeded in time."""
         if self._refresh_schema is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SCHEMA_TIMEOUT_SECONDS):

@@ -40,18 +40,14 @@ from pgrealtime.lsn import Cursor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubCallbacks:
-    """What the hub asks of the feed and of the reload, which are built after it.
-
-    Attributes:
-        on_schema_mismatch: Called when a row doesn't have the shape that the catalogue says.
-        wait_for_changelog: Waits until the changelog holds what was committed up to an LSN.
-        refresh_schema: Returns once the current schema, or a later one, is in force; False if it
-            could not be read.
-    """
+    """What the hub asks of the feed and of the reload, which are built after it."""
 
     on_schema_mismatch: Callable[[], None] = lambda: None
+    """Called when a row doesn't have the shape that the catalogue says."""
     wait_for_changelog: WaitForLSN | None = None
+    """Waits until the changelog holds what was committed up to an LSN."""
     refresh_schema: Callable[[], Awaitable[bool]] | None = None
+    """Returns once the current schema, or a later one, is in force; False if it wasn't read."""
 
 
 class Hub:
@@ -167,6 +163,8 @@ class Hub:
 
     def _begin_history(self, epoch: str) -> None:
         """Begin another history: earlier positions, snapshots and results are void."""
+        # No await: nobody may read the cursors of one history together with another's changelog.
+        # The revision changes before connections are notified: results in evaluation are dropped.
         head = self._changelog.end_cursor
         self._epochs.start_epoch(epoch)
         self._progress.begin_history(head)
@@ -192,12 +190,8 @@ class Hub:
     ) -> Connection:
         """Add a connection whose response head was sent.
 
-        Args:
-            writer: The transport of its bytes.
-            address: The client's, from which subscribe calls must come.
-            last_event_id: The header ``Last-Event-ID``, if any. Ours holds a position.
-            position: The query parameter ``lastEventId``, if any; ``""`` asks for positions
-                from now on.
+        The positions are the header ``Last-Event-ID`` and the query parameter ``lastEventId``, of
+        which ``""`` asks for positions from now on. Subscribe calls must come from ``address``.
         """
         return self._registry.open(writer, address, (last_event_id, position))
 
@@ -257,18 +251,12 @@ class Hub:
         """Evaluate and render by other collections from the next slice on; on return that is so.
 
         Connections and their topics stay. Each topic is bound by the new collections, by which no
-        event may match it.
-
-        Args:
-            collections: The new ones.
-            revalidate_caller: Returns a caller by the new configuration: the same, changed, or a
-                guest.
-            logins: By collection name, the columns that make a caller of a row.
-            allows_guests: Whether guests keep their topics.
+        event may match it. ``revalidate_caller`` and ``logins`` are as ``CallerTracker`` has them.
         """
         replaced = asyncio.get_running_loop().create_future()
 
         def replace() -> None:
+            # Before rebinding: both of these decide into which group a subscription goes.
             try:
                 self._registry.callers.replace_settings(
                     logins or {}, revalidate_caller, allows_guests=allows_guests

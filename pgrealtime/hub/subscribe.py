@@ -40,7 +40,7 @@ _LOGGED_TOPIC_CHARACTERS = 200
 
 
 class SubscribeCalls:
-    """Carries out subscribe calls, of one connection one at a time.
+    """Carries out subscribe calls, one at a time for each connection.
 
     With ``same_address`` a call must come from the address of its connection.
     """
@@ -71,16 +71,12 @@ class SubscribeCalls:
     ) -> None:
         """Replace a connection's topics and caller; on return the promise of a 204 holds.
 
-        Args:
-            client_id: As submitted, with or without a position after a dot.
-            topic_texts: As submitted; empty strings and repetitions are skipped.
-            caller: Of the call.
-            address: From which it came.
+        The client id may end with a position after a dot; empty and repeated topics are skipped.
 
         Raises:
-            SubscriptionError: ``client_unknown``, ``address_mismatch``,
-                ``authorization_mismatch``, ``stream_away``. Nothing was changed then.
-            SubscriptionLimitError: There are too many topics of a kind. Nothing was changed then.
+            SubscriptionError: ``client_unknown``, ``address_mismatch``, ``authorization_mismatch``,
+                ``stream_away``; or, as ``SubscriptionLimitError``, too many topics of a kind. The
+                connection's topics and caller are unchanged then.
         """
         connection = self._registry.find(client_id)
         if connection is None:
@@ -88,8 +84,11 @@ class SubscribeCalls:
         if self._same_address and connection.address != address:
             raise SubscriptionError("another address", code="address_mismatch")
         async with connection.lock:
+            # Not before: while this waited for the lock, the connection may have been closed and
+            # another call may have set its caller.
             _require_open(connection)
             before = connection.caller.principal
+            # As PocketBase does: a client id alone takes no authenticated connection over.
             if before != GUEST and not is_same_principal(before, caller.principal):
                 raise SubscriptionError("another caller", code="authorization_mismatch")
             try:
@@ -128,18 +127,23 @@ class SubscribeCalls:
             topics = await self._progress.generation.parse_topics(
                 topic_texts, caller, self._work_lock, connection.network
             )
+            # After the topics are compiled, which may take seconds: all that this snapshot sees is
+            # left out for the new topics, so a late one repeats least of what the client loads.
             read_point = await self._fetch_read_point(connection, topic_texts, is_first=is_first)
+            # Closed meanwhile: it must not be put into groups that nothing would take it out of.
             _require_open(connection)
             await self._install(connection, topics, caller, read_point)
 
     @contextmanager
     def _delivery_paused(self, connection: Connection) -> Iterator[bool]:
-        """Deliver nothing to a connection in the block; yield whether it has no topics yet."""
+        """Deliver nothing to the connection in the block; yield whether it has no topics yet."""
         self._catch_up.prevent_going_live(connection)
         is_first = connection.begin_call(self._progress.head)
         try:
             yield is_first
         finally:
+            # Also after an error: the topics before the call are in force again, and what was not
+            # delivered for them meanwhile is read from the cursor.
             if connection.end_call(self._progress.head):
                 self._catch_up.start_task(connection)
 
@@ -148,10 +152,8 @@ class SubscribeCalls:
     ) -> ReadPoint | None:
         """Return the snapshot from which the call's new topics begin.
 
-        None if there is no new topic, or delivery of all of them resumes from a position.
-
-        Raises:
-            SubscriptionError: ``stream_away``: the database did not answer.
+        None if there is no new topic, or delivery of all of them resumes from a position. Raises
+        ``SubscriptionError`` if the database did not answer.
         """
         if all(name in connection.subscriptions for name in topic_texts):
             return None
@@ -166,7 +168,8 @@ class SubscribeCalls:
                 return None
             loses_position = True
         if is_first:
-            # Nothing was delivered to it, so nothing can be out of order: begin at the head.
+            # Nothing was delivered to it, so nothing can be out of order: begin at the head. Before
+            # the fetch, whose snapshot must see all that is before the cursor.
             connection.start_at(self._progress.head, loses_position=loses_position)
         return await self._visibility.fetch_read_point(connection.cursor)
 
@@ -184,47 +187,46 @@ class SubscribeCalls:
         The loop is yielded in between. During that the connection is not LIVE and its cursor stays,
         so no event is delivered for some of its topics only. If another generation or history
         begins before the end, all is done again.
-
-        Raises:
-            SubscriptionError: As ``subscribe`` says.
-            SubscriptionLimitError: Likewise.
         """
         before = connection.subscriptions
         try:
-            while True:
-                epoch = connection.epoch
-                current = self._current_caller(connection, caller)
-                steps = self._replace_steps(connection, before, topics, current, read_point)
-                if await self._run_in_chunks(connection, steps):
-                    break
-                if connection.epoch != epoch:
-                    # The transaction ids of an earlier snapshot are assigned again.
-                    read_point = None
-                    for subscription in before.values():
-                        subscription.set_read_point(None)
+            try:
+                while True:
+                    epoch = connection.epoch
+                    # In each round: the configuration, and the cursor, may be others now.
+                    current = self._current_caller(connection, caller)
+                    steps = self._replace_steps(connection, before, topics, current, read_point)
+                    if await self._run_in_chunks(connection, steps):
+                        break
+                    if connection.epoch != epoch:
+                        # The transaction ids of an earlier snapshot are assigned again.
+                        read_point = None
+                        for subscription in before.values():
+                            subscription.set_read_point(None)
+            except Exception:
+                while not await self._run_in_chunks(
+                    connection, self._restore_steps(connection, before)
+                ):
+                    pass
+                raise
         except asyncio.CancelledError:
+            # The server stops, or the client has gone, perhaps while the above restores: a
+            # cancelled task must not wait, so all at once.
             deque(self._restore_steps(connection, before), maxlen=0)
             raise
-        except Exception:
-            await self._restore(connection, before)
-            raise
-        if topics:
-            self._count_resume_outcome(connection)
+        # From here to the end of the call nothing is awaited: subscriptions, topics and caller
+        # change together.
+        reason, is_first = connection.pending_gap_reason, connection.first_call_answered_at is None
+        if topics and is_first and (connection.is_resuming or reason):
+            self._registry.counters.resume_outcomes[reason or "resumed"] += 1
         connection.accept_call(topics, caller.read_point)
         self._registry.callers.set_caller(connection, current)
-
-    def _count_resume_outcome(self, connection: Connection) -> None:
-        reason = connection.pending_gap_reason
-        if connection.first_call_answered_at is None and (connection.is_resuming or reason):
-            self._registry.counters.resume_outcomes[reason or "resumed"] += 1
 
     def _current_caller(self, connection: Connection, caller: Caller) -> Caller:
         """Return the caller as of the connection's cursor and the configuration in force.
 
-        Both may have changed since the caller was authenticated.
-
-        Raises:
-            SubscriptionError: ``stream_away``: the changes since then are not known any more.
+        Both may have changed since the caller was authenticated. Raises ``SubscriptionError`` if
+        the changes since then are not known any more.
         """
         callers = self._registry.callers
         try:
@@ -236,23 +238,20 @@ class SubscribeCalls:
         return replace(callers.revalidate(caller), read_point=None)
 
     async def _run_in_chunks(self, connection: Connection, steps: Generator[None]) -> bool:
-        """Run steps of a call, yielding the loop in between.
+        """Run steps of a call, yielding the loop; return whether the revision stayed the same.
 
-        A few steps run at once. Longer work is done for one call at a time.
-
-        Returns:
-            Whether all were run; False if another generation or history has begun since.
-
-        Raises:
-            SubscriptionError: ``client_unknown``: the connection has been closed.
+        If not, steps may be left. Raises ``SubscriptionError`` if the connection was closed.
         """
         revision = self._progress.revision
         with closing(steps):
+            # The calls of most clients have few topics: these need neither the lock nor a pause.
             if not any(True for _ in islice(steps, _STEPS_PER_CHUNK - 1, _STEPS_PER_CHUNK)):
                 return True
             is_done = False
             while not is_done:
                 async with self._work_lock.acquire_for_loop_work(connection.network) as yield_timer:
+                    # Both may have changed while it waited for its turn. A closed connection's
+                    # subscriptions were unbound already.
                     if not connection.is_closed() and self._progress.revision == revision:
                         is_done = not any(yield_timer.is_due() for _ in steps)
                 _require_open(connection)
@@ -270,9 +269,11 @@ class SubscribeCalls:
     ) -> Generator[None]:
         """Replace the connection's subscriptions by those of the topics, one a step.
 
-        A topic that it had before keeps its read point; the others have ``read_point``. If there
-        are too many of a kind it raises ``SubscriptionLimitError``, and some are installed.
+        A topic that it had before keeps its read point; the others have ``read_point``. Raises
+        ``SubscriptionLimitError`` for too many of a kind, when some are installed already.
         """
+        # All old ones first: quotas count what the connection has, and the same topics must not be
+        # refused because they are still there from before.
         yield from self._unbind_steps(connection)
         unmatchable: defaultdict[str, list[str]] = defaultdict(list)
         for name, topic in topics.items():
@@ -291,7 +292,6 @@ class SubscribeCalls:
         _log_unmatchable(connection, unmatchable)
 
     def _unbind_steps(self, connection: Connection) -> Generator[None]:
-        """Take all of a connection's subscriptions out of their groups, one a step."""
         generation = self._progress.generation
         subscriptions = iter(connection.take_subscriptions().values())
         try:
@@ -302,17 +302,6 @@ class SubscribeCalls:
             # All at once if the connection was closed or another generation is in force.
             for subscription in subscriptions:
                 self._registry.unbind(subscription, generation)
-
-    async def _restore(self, connection: Connection, previous: Mapping[str, Subscription]) -> None:
-        """Restore the subscriptions that a connection had before a call that is refused."""
-        try:
-            while not await self._run_in_chunks(
-                connection, self._restore_steps(connection, previous)
-            ):
-                pass
-        except asyncio.CancelledError:
-            deque(self._restore_steps(connection, previous), maxlen=0)
-            raise
 
     def _restore_steps(
         self, connection: Connection, previous: Mapping[str, Subscription]

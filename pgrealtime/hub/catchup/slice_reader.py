@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -16,6 +16,7 @@ from pgrealtime.changelog.base import Changelog
 from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
+from pgrealtime.hub.connections.group import RenderKey
 from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.delivery.compose import subscriptions_by_group
 from pgrealtime.hub.delivery.enrichment import NO_ENRICHMENT, Enrichment, EnrichmentNeed
@@ -35,38 +36,26 @@ from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import Cursor
 
-if TYPE_CHECKING:
-    from pgrealtime.hub.connections.connection import Connection, Group
-    from pgrealtime.hub.connections.group import RenderKey
-    from pgrealtime.hub.state.caller_check import CallerCheckResult
-
 
 class EvaluatedSlice(Struct):
-    """The events that follow a connection's cursor, evaluated for its subscriptions.
-
-    Attributes:
-        events: Of the changes up to ``end_cursor``.
-        account_events: Those of them that may change its caller.
-        gap: After the events, if ``end_cursor`` reaches it.
-        end_cursor: At most the dispatcher's evaluation target.
-        budget: What the evaluation took.
-        revision: By which it was evaluated.
-        subscriptions: For which it was evaluated.
-        caller_check: Result of the check of its caller, if rows were read live.
-        is_caller_outdated: Whether its caller has changed in the database.
-    """
+    """The events that follow a connection's cursor, evaluated for its subscriptions."""
 
     events: list[Event]
     account_events: Sequence[Event]
+    """Those of them that may change its caller."""
     gap: GapNotice | None
+    """After the events, if ``end_cursor`` reaches it."""
     end_cursor: Cursor
     budget: FilterBudget
     revision: int
     subscriptions: Mapping[str, Subscription]
+    """By topic, those for which it was evaluated."""
     result: SliceResult
     enrichment: Enrichment
     caller_check: CallerCheckResult | None = None
+    """None unless rows were read live."""
     is_caller_outdated: bool = False
+    """Whether its caller has changed in the database."""
 
     def continues(self, connection: Connection, revision: int) -> bool:
         """Whether the connection was sent part of its first change and must be sent the rest."""
@@ -99,15 +88,10 @@ class SliceReader:
     ) -> EvaluatedSlice:
         """Evaluate the events after the connection's cursor; update its caller to that position.
 
-        Nothing beyond the dispatcher's evaluation target is read: each event is evaluated either
-        there or here.
-
-        Args:
-            connection: Catching up; the caller holds its lock.
-            max_events: About how many events; no change is divided.
-            budget: Of its filters.
+        The connection's lock is held.
         """
         slice_ = slice_prefix(self._next_slice(connection), max_events)
+        # Nothing beyond the dispatcher's target: each event is evaluated either there or here.
         end = min(slice_.end_cursor, self._progress.evaluation_target)
         events = [event for event in slice_.events if event.cursor <= end]
         evaluated = EvaluatedSlice(
@@ -121,6 +105,7 @@ class SliceReader:
             SliceResult([()] * len(events)),
             NO_ENRICHMENT,
         )
+        # Before the evaluation; a deletion is applied once the slice was delivered.
         self.apply_caller_changes(connection, evaluated.account_events, "update")
         await self._evaluate(connection, evaluated)
         subscribed = self._progress.generation.subscription_counts
@@ -130,12 +115,12 @@ class SliceReader:
         return evaluated
 
     def _next_slice(self, connection: Connection) -> Slice:
-        """Return the slice that follows the connection's cursor."""
         try:
             entries = self._changelog.read(
                 connection.cursor, self._progress.evaluation_target, SLICE_CHANGES
             )
         except ChangelogError:
+            # It read too slowly for the changelog's window, and goes on from where that begins.
             floor = self._changelog.floor
             return Slice([], GapNotice(None, "expired", floor), floor)
 
@@ -143,7 +128,8 @@ class SliceReader:
             caller, read_point = connection.caller, connection.caller_read_point
             return self._registry.callers.caller_after(event, caller, read_point) is not caller
 
-        # Always the first slice of the entries, so that all connections at a cursor read the same.
+        # The first slice of the entries only, so that all connections at a cursor read the same:
+        # what follows may be split by a caller that this one changes.
         generation = self._progress.generation
         return next(
             split_into_slices(
@@ -156,7 +142,6 @@ class SliceReader:
         )
 
     async def _evaluate(self, connection: Connection, evaluated: EvaluatedSlice) -> None:
-        """Evaluate the events for the connection's groups, and load what records show."""
         events, budget = evaluated.events, evaluated.budget
         by_group = subscriptions_by_group(connection)
         if not events or not by_group:
@@ -172,7 +157,6 @@ class SliceReader:
         evaluated: EvaluatedSlice,
         by_group: Mapping[Group, Sequence[Subscription]],
     ) -> None:
-        """Load related data of the records, unless the caller has changed since."""
         generation, events = self._progress.generation, evaluated.events
 
         def needs(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
@@ -205,7 +189,7 @@ class SliceReader:
     def apply_caller_changes(
         self, connection: Connection, account_events: Sequence[Event], action: Action
     ) -> None:
-        """Apply the events of one action that concern the connection's caller."""
+        """Apply the events of one action to the connection's caller."""
         for event in account_events:
             if event.action == action:
                 self._registry.apply_caller_change(connection, event)
@@ -260,11 +244,7 @@ def catch_up_cache_key(connection: Connection, revision: int) -> CatchUpCacheKey
 
 
 class CatchUpCache:
-    """The last few slices.
-
-    Args:
-        clock: Monotonic seconds.
-    """
+    """The last few slices; the clock is monotonic."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -288,10 +268,7 @@ class CatchUpCache:
         *,
         checked: CallerCheckResult | None,
     ) -> None:
-        """Store what follows the key; the oldest are evicted.
-
-        Also by age: a slice without messages has no size, but holds its events in memory.
-        """
+        """Store what follows the key; the oldest are evicted."""
         now = self._clock()
         old = self._slices.pop(key, None)
         size = sum(map(len, batch.tails))
@@ -299,6 +276,7 @@ class CatchUpCache:
         self._total_bytes += size - (0 if old is None else old.size_bytes)
         while self._slices:
             oldest_key, oldest = next(iter(self._slices.items()))
+            # By age too: a slice without messages has no size, but holds its events in memory.
             if self._total_bytes <= _MAX_BYTES and now - oldest.stored_at <= _MAX_AGE_SECONDS:
                 return
             del self._slices[oldest_key]

@@ -57,11 +57,7 @@ class _CatchUpState(Struct):
 
 
 class CatchUpTasks:
-    """One task for each connection that catches up.
-
-    Attributes:
-        isolated: The connections whose filters are slow.
-    """
+    """One task for each connection that catches up."""
 
     def __init__(
         self,
@@ -84,8 +80,10 @@ class CatchUpTasks:
         self._clock = clock
         self._reader = SliceReader(changelog, progress, registry, visibility)
         self.isolated = IsolatedConnections(progress, clock)
+        """The connections whose filters are slow."""
         self._tasks: dict[Connection, asyncio.Task[None]] = {}
         self._semaphore = asyncio.Semaphore(max_concurrent)
+        # One of its own: slow filters hold a place for seconds, and would take all of the others'.
         self._isolated_semaphore = asyncio.Semaphore(max(1, max_concurrent // 2))
         self._cache = CatchUpCache(clock)
         self._caught_up: dict[Connection, bool] = {}
@@ -101,7 +99,6 @@ class CatchUpTasks:
             )
 
     def _stop(self, connection: Connection) -> None:
-        """Forget a connection that was closed."""
         self.prevent_going_live(connection)
         task = self._tasks.pop(connection, None)
         if task is not None:
@@ -114,6 +111,7 @@ class CatchUpTasks:
     def make_caught_up_live(self) -> None:
         """Make the connections LIVE that have caught up; called while no slice is evaluated."""
         for connection in list(self._caught_up):
+            # Its own task, if it has one, does this when it has read on.
             if connection not in self._tasks:
                 try:
                     self._try_go_live(connection)
@@ -124,12 +122,16 @@ class CatchUpTasks:
         """Make a connection LIVE that has read everything, or let it wait, or read on."""
         progress = self._progress
         if not connection.is_catching_up():
+            # A call or a lost caller took it out of this state while it waited.
             self._caught_up.pop(connection, None)
             return
+        # Nothing is awaited from these comparisons to ``go_live``: the head can't move in between,
+        # or the slice in between would be lost for it.
         if progress.is_evaluating or connection.cursor > progress.head:
             # Its groups are not among those evaluated now; it has read that slice by itself.
             self._caught_up.setdefault(connection, False)
         elif connection.cursor < progress.head:
+            # The head moved since it had read everything. The task that calls this is about to end.
             self._tasks.pop(connection, None)
             self.start_task(connection)
         elif self.isolated.try_rejoin(connection):
@@ -138,6 +140,7 @@ class CatchUpTasks:
             if connection.has_cursor_topic:
                 connection.write_cursor_event(progress.head)
         elif not self._caught_up.get(connection):
+            # It must stay isolated. This comes after each slice: its position is written once.
             self._caught_up[connection] = True
             if connection.has_cursor_topic:
                 connection.write_cursor_event(progress.head)
@@ -158,6 +161,7 @@ class CatchUpTasks:
         except Exception as error:  # noqa: BLE001 (a fault of ours ends this connection only)
             self._close_failed(connection, error)
         finally:
+            # Another task may have been started for it meanwhile.
             if self._tasks.get(connection) is asyncio.current_task():
                 del self._tasks[connection]
             if not self._tasks:
@@ -168,11 +172,9 @@ class CatchUpTasks:
         self._registry.close(connection, "failed")  # its client reconnects; silence would be a gap
 
     async def _deliver_oversized(self, connection: Connection, state: _CatchUpState) -> None:
-        """Deliver a message that is larger than the connection's limit, once there is room.
-
-        One such message at a time, so that none waits for ever. Clients that leave no room for too
-        long are dropped, the one with the largest send buffer first.
-        """
+        """Deliver a message that is larger than the connection's limit, once there is room."""
+        # One such message at a time, so that none waits for ever. Clients that leave no room for
+        # too long are dropped, the one with the largest send buffer first.
         async with self._send_budget.oversized_lock:
             while not await self._send_budget.wait_for_room(
                 state.oversized_message_bytes, self._stall_timeout
@@ -184,14 +186,17 @@ class CatchUpTasks:
 
     async def _deliver_next(self, connection: Connection, state: _CatchUpState) -> bool:
         """Deliver what is next for the connection; return whether there may be more."""
+        # A slice at a time, so that a subscribe call waits for one slice and not for the end.
         async with connection.lock:
             if not connection.is_catching_up() or self._notify_pending_gap(connection):
                 return False
+            # Before it waits for a place: what another was sent costs no query.
             if self._deliver_cached(connection):
                 return True
             if connection.cursor >= self._progress.evaluation_target:
                 self._try_go_live(connection)
                 return False
+            # Read once: the evaluation below may isolate it, and the place is that of before.
             is_isolated = connection.is_isolated
             async with self._isolated_semaphore if is_isolated else self._semaphore:
                 # Again: while it waited, another may have read on from the same cursor.
@@ -207,7 +212,7 @@ class CatchUpTasks:
         return connection.is_catching_up() and connection.cursor < self._progress.evaluation_target
 
     def _notify_pending_gap(self, connection: Connection) -> bool:
-        """Notify of a gap before the submitted position; return whether nothing may follow."""
+        """Notify of a gap before the submitted position; return whether that ends delivery."""
         if not connection.pending_gap_reason:
             return False
         reason = connection.take_pending_gap()
@@ -230,6 +235,7 @@ class CatchUpTasks:
             evaluated = await self._evaluate(connection, state)
             if evaluated is None:
                 return
+        # After the evaluation: others may have filled the total meanwhile.
         limit = self._send_budget.limit_bytes()
         messages = await self._compose(connection, evaluated, min(limit, _MAX_WRITE_BYTES))
         if connection.is_closed() or self._progress.revision != revision:
@@ -238,6 +244,8 @@ class CatchUpTasks:
         if size > limit and not self._send_budget.admits(size):
             state.oversized_message_bytes, state.unsent = size, evaluated
         elif messages.sent_messages:
+            # The cursor stays before the change, of which a part was sent: a client that breaks off
+            # resumes there and receives that part again.
             change = evaluated.events[0].cursor
             self._write_batch(connection, evaluated.events, messages.batch, change)
             connection.record_messages_sent(change, messages.sent_messages)
@@ -254,6 +262,7 @@ class CatchUpTasks:
         revision = self._progress.revision
         budget = self.isolated.budget_for(connection, is_limited=state.is_limited)
         evaluated = await self._reader.read(connection, state.max_events, budget)
+        # Its caller may have become invalid in the slice, or another generation begun.
         if not connection.is_catching_up() or self._progress.revision != revision:
             return None
         exceeds_limit = self.isolated.record_usage(connection, budget, evaluated.events)
@@ -267,11 +276,6 @@ class CatchUpTasks:
     async def _compose(
         self, connection: Connection, evaluated: EvaluatedSlice, max_bytes: int
     ) -> ConnectionMessages:
-        """Compose messages of about so many bytes.
-
-        On return the events that can't be rendered are visible: the connection is notified of a
-        gap, and its client must find them on reloading.
-        """
         events = evaluated.events
         messages = await compose_for_connection(
             self._progress.generation.renderer,
@@ -281,6 +285,7 @@ class CatchUpTasks:
             evaluated.enrichment,
             max_bytes=max_bytes,
         )
+        # The connection is notified of a gap, and its client must find them on reloading.
         if messages.failed_indexes:
             await self._visibility.wait_until_visible(
                 events[index].xid for index in messages.failed_indexes
@@ -294,10 +299,7 @@ class CatchUpTasks:
         messages: ConnectionMessages,
         key: CatchUpCacheKey | None,
     ) -> None:
-        """Write the messages of the first events, then gaps, and move the cursor behind both.
-
-        They are stored under the key for other connections, unless they may differ for these.
-        """
+        """Write the messages of the first events, then gaps, and move the cursor behind both."""
         events, stop = evaluated.events, messages.stop_index
         is_whole = stop == len(events)
         end = evaluated.end_cursor if is_whole else events[stop - 1].cursor
@@ -305,6 +307,8 @@ class CatchUpTasks:
         evaluation_gap = evaluated.result.gap_in(events, range(stop), messages.failed_indexes)
         position_limit = self._gap_notifier.position_limit(connection, evaluation_gap)
         self._write_batch(connection, events, messages.batch, position_limit)
+        # Not what depends on this connection alone: a gap that it is notified of by its own topics,
+        # a change of its caller, rows that it was not shown.
         is_same_for_others = not (
             evaluated.gap or evaluated.account_events or evaluated.is_caller_outdated
         )
@@ -312,6 +316,7 @@ class CatchUpTasks:
             self._cache.store(
                 key, events, messages.batch, end, evaluated.budget, checked=evaluated.caller_check
             )
+        # Before the gap, which may close it: a closed connection's cursor can't advance.
         connection.advance(end)
         connection.record_messages_sent(end, NO_MESSAGE_KEYS)
         self._gap_notifier.notify_slice(connection, gap, evaluation_gap, end)
@@ -350,6 +355,7 @@ class CatchUpTasks:
             or cached.size_bytes > self._send_budget.limit_bytes()
         ):
             return False
+        # Its filters took this time, though for another connection: they are as slow for it.
         self.isolated.record_usage(connection, cached.budget, cached.events)
         self._write_batch(connection, cached.events, cached.batch)
         connection.advance(cached.end_cursor)
@@ -364,6 +370,7 @@ class CatchUpTasks:
             return True
         generation = self._progress.generation
         collection = generation.collections.get(account[0])
+        # Its own row may have changed in the commit itself, and ``after`` is exclusive.
         before = LSN(checked.commit_lsn - 1)
         return checked.is_changelog_complete and (
             collection is None

@@ -8,8 +8,9 @@ topics. They call its transitions; nothing outside of its class assigns its fiel
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -72,44 +73,30 @@ _CALL_STATES = (
 _OPEN_STATES = tuple(state for state in ConnectionState if state is not ConnectionState.CLOSED)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Subscription:
     """One topic of one connection.
 
-    Attributes:
-        own_record_id: For topics of the caller's auth collection, the id of the caller's record:
-            its email is shown to it. Otherwise empty.
-        read_point: For a topic that was added to a connection: a snapshot and a WAL position.
-            Transactions visible in it are not delivered for this topic. None once all later
-            transactions are invisible in it.
-        group: The subscriptions that it is evaluated with; None if no event can match.
-        expand_viewer: The viewer of related records; None without ``expand``.
-        bound_manage_rule: The rule that shows an email which is not public; None if none can.
+    What its group depends on changes only while it is in no group, which could not find it again.
     """
 
-    __slots__ = (
-        "bound_manage_rule",
-        "connection",
-        "expand_viewer",
-        "group",
-        "own_record_id",
-        "read_point",
-        "topic",
-        "topic_bytes",
-        "view",
-    )
+    connection: Connection
+    topic: Topic
+    view: View
+    own_record_id: str
+    """Of the caller's record, whose email is shown to it; empty for topics of other collections."""
+    topic_bytes: bytes = field(init=False)
+    read_point: ReadPoint | None = None
+    """Transactions visible in this snapshot are not delivered for a topic that was added to a
+    connection. None once all later transactions are invisible in it."""
+    group: Group | None = None
+    """The subscriptions that it is evaluated with; None if no event can match."""
+    expand_viewer: ExpandViewer | None = None
+    bound_manage_rule: BoundPredicate | None = None
+    """The rule that shows an email which is not public; None if none can."""
 
-    def __init__(
-        self, connection: Connection, topic: Topic, view: View, own_record_id: str
-    ) -> None:
-        self.connection = connection
-        self.topic = topic
-        self.topic_bytes = topic.text.encode()
-        self.view = view
-        self.own_record_id = own_record_id
-        self.read_point: ReadPoint | None = None
-        self.group: Group | None = None
-        self.expand_viewer: ExpandViewer | None = None
-        self.bound_manage_rule: BoundPredicate | None = None
+    def __post_init__(self) -> None:
+        self.topic_bytes = self.topic.text.encode()
 
     @property
     def render_key(self) -> RenderKey:
@@ -117,7 +104,7 @@ class Subscription:
         return self.topic_bytes, self.view, self.expand_viewer, self.bound_manage_rule
 
     def set_own_record(self, record_id: str) -> None:
-        """Set the id of the caller's own record; only while it is in no group."""
+        """Set the id of the caller's own record."""
         self.own_record_id = record_id
 
     def set_view(
@@ -126,13 +113,13 @@ class Subscription:
         expand_viewer: ExpandViewer | None = None,
         bound_manage_rule: BoundPredicate | None = None,
     ) -> None:
-        """Set what it sees of records; only while it is in no group."""
+        """Set what it sees of records."""
         self.view = view
         self.expand_viewer = expand_viewer
         self.bound_manage_rule = bound_manage_rule
 
     def set_group(self, group: Group | None) -> None:
-        """Set the group that the matcher put it into; None when it was taken out."""
+        """Set the group that the matcher put it into, or None."""
         self.group = group
 
     def set_read_point(self, read_point: ReadPoint | None) -> None:
@@ -142,6 +129,16 @@ class Subscription:
 
 Group: TypeAlias = MemberGroup[Subscription]
 RenderGroup: TypeAlias = MemberRenderGroup[Subscription]
+
+
+def connections_of(groups: Iterable[Group]) -> dict[Connection, None]:
+    """Return the connections that have subscriptions in any of the groups."""
+    return {
+        subscription.connection: None
+        for group in groups
+        for render_group in group.render_groups
+        for subscription in render_group
+    }
 
 
 class Resumption(NamedTuple):
@@ -161,29 +158,7 @@ class Connection(ConnectionOutput):
     """The state machine of one client's response.
 
     A transition from a state that it doesn't exist for raises ``RuntimeError``: a fault of this
-    program, which ends the connection.
-
-    Args:
-        client_id: Sent in PB_CONNECT, submitted by subscribe calls.
-        writer: The transport.
-        address: The client's IP address.
-        submitted_positions: ``Last-Event-ID`` and ``lastEventId`` as submitted; resolved when
-            PB_CONNECT is sent.
-        epoch: Of the stream's positions.
-        cursor: The dispatcher's head.
-        now: Monotonic seconds, as wherever ``now`` is a parameter.
-
-    Attributes:
-        cursor: Everything up to here was delivered to it. While LIVE it is stale: the dispatcher's
-            head holds.
-        pending_gap_reason: Reason of a gap to announce once the first call was accepted, or empty.
-        is_resuming: Whether it resumes from a submitted position and has had no call since.
-        is_isolated: Whether its filters are evaluated for it alone because they were slow. Set by
-            the matcher, whose groups depend on it.
-        close_reason: Why it is to be closed as soon as its client can bear that, or empty.
-        caller_read_point: The snapshot in which the caller's row was read; None without a row.
-        lock: Held while a subscribe call or one slice of catching up moves ``cursor`` or changes
-            the subscriptions.
+    program, which ends the connection. ``now`` is in monotonic seconds wherever it is a parameter.
     """
 
     # Thousands of these wait for hours: 0.9 KB each with a dict.
@@ -224,17 +199,27 @@ class Connection(ConnectionOutput):
         self.address = address
         self.network = client_network(address)
         self.submitted_positions = submitted_positions
+        """``Last-Event-ID`` and ``lastEventId``, resolved when PB_CONNECT is sent."""
         self.state = ConnectionState.CONNECTING
         self.cursor = cursor
+        """Everything up to here was delivered to it. Stale while LIVE: the head holds."""
         self.pending_gap_reason: str = ""
+        """Of a gap to announce once the first call was accepted, or empty."""
         self.is_resuming = False
+        """Whether it goes on from a submitted position and has had no call since."""
         self.is_isolated = False
+        """Whether its filters are evaluated for it alone because they were slow. Set by the
+        matcher, whose groups depend on it."""
         self.close_reason = ""
+        """Why it is to be closed as soon as its client can bear that, or empty."""
         self.caller = Caller()
         self.caller_read_point: ReadPoint | None = None
+        """The snapshot in which the caller's row was read; None without a row."""
         self.subscriptions: dict[str, Subscription] = {}
         self.has_resync_topic = False
         self.lock = asyncio.Lock()
+        """Held while a subscribe call, or one slice of catching up, moves ``cursor`` or changes
+        the subscriptions."""
         self.opened_at = now
         self.connected_at = now
         self.first_call_answered_at: float | None = None
@@ -254,6 +239,7 @@ class Connection(ConnectionOutput):
     def may_close(self, now: float) -> bool:
         """Whether closing it cannot fall between PB_CONNECT and the answer to its first call."""
         if self.first_call_answered_at is None:
+            # Catching up holds the lock too, but begins after the first call only.
             is_in_call = self.lock.locked()
             return not is_in_call and now - self.connected_at >= _CLOSE_DELAY_SECONDS
         return now - self.first_call_answered_at >= _CLOSE_DELAY_SECONDS
@@ -271,23 +257,27 @@ class Connection(ConnectionOutput):
         self.epoch = epoch
         self.cursor = head
         if resumption is not None:
+            # Only for clients that submitted a position: others receive PocketBase's bytes.
             self.is_resumable = True
             self.cursor, self.position, self.pending_gap_reason, self.is_resuming = resumption
+        # Anew: the time in which PB_CONNECT was held back counts for no timeout of a connected one.
         self.connected_at = self.idle_since = self.last_write_at = now
         self.write_message(connect_tail(self.id), None)
 
     def begin_call(self, head: Cursor) -> bool:
         """-> SUBSCRIBING, unless it has no topics or no valid caller: stop delivery for a call.
 
-        Returns:
-            Whether it has no topics, so that nothing was delivered to it.
+        Returns whether it has no topics, so that nothing was delivered to it.
         """
         match self.state:
             case ConnectionState.CONNECTING | ConnectionState.UNSUBSCRIBED:
                 return True
             case ConnectionState.CALLER_INVALID:
+                # Nothing is delivered in it. ``accept_call`` leaves it; a refused call does not.
                 return False
             case ConnectionState.LIVE:
+                # What the dispatcher has composed for it of the slice in progress, it does not
+                # enqueue on a connection that is not LIVE: all is read again behind the head.
                 self.cursor = head
             case _:
                 self._require(ConnectionState.CATCHING_UP)
@@ -295,54 +285,48 @@ class Connection(ConnectionOutput):
         return False
 
     def start_at(self, head: Cursor, *, loses_position: bool) -> None:
-        """Begin delivery at the head; only in a call that finds it without topics.
-
-        It loses its position if that turned out not to be one of this stream.
-        """
+        """Begin delivery at the head; only in a call that finds it without topics."""
         if loses_position:
+            # The submitted position turned out not to be one of this stream.
             self.pending_gap_reason, self.is_resuming = "unknown", False
         self.cursor = head
 
     def accept_call(self, topics: Mapping[str, Topic], read_point: ReadPoint | None) -> None:
         """Apply the rest of an accepted call; subscriptions and caller are set already.
 
-        CALLER_INVALID -> SUBSCRIBING: the call authenticated the caller anew, whose row was read
-        at ``read_point``.
+        CALLER_INVALID -> SUBSCRIBING: the call authenticated the caller anew.
         """
         self._require(*_CALL_STATES, ConnectionState.CALLER_INVALID)
         self.caller_read_point = read_point
         self.has_resync_topic = RESYNC_TOPIC in topics
         self.has_cursor_topic = CURSOR_TOPIC in topics
         if self.has_cursor_topic and not self.is_resumable:
+            # Never back to False: a client that has seen positions may submit one.
             self.is_resumable = True
             self.position = self._encode_position(self.cursor)
         if topics:
+            # Not by a call without topics, after which the position is still the submitted one.
             self.is_resuming = False
         if self.state is ConnectionState.CALLER_INVALID:
             self.state = ConnectionState.SUBSCRIBING
 
     def end_call(self, head: Cursor) -> bool:
-        """-> CATCHING_UP with topics, else UNSUBSCRIBED: resume delivery after a call.
-
-        Returns:
-            Whether it is catching up now.
-        """
+        """-> CATCHING_UP with topics, else UNSUBSCRIBED; return whether it is catching up now."""
         if self.state in (ConnectionState.CALLER_INVALID, ConnectionState.CLOSED):
             return False
         self._require(*_CALL_STATES)
         if self.subscriptions:
             self.state = ConnectionState.CATCHING_UP
             return True
+        # A connection without topics before and after the call keeps its state: CONNECTING, or
+        # UNSUBSCRIBED with the cursor from which its client wants to resume.
         if self.state is ConnectionState.SUBSCRIBING:
             self.state = ConnectionState.UNSUBSCRIBED
             self.cursor = head
         return False
 
     def mark_answered(self, now: float, *, close_reason: str = "") -> None:
-        """Note that its first call was answered, and why it must be closed after that, if it must.
-
-        Later calls change nothing.
-        """
+        """Note that its first call was answered, and perhaps why it is to be closed after that."""
         if self.first_call_answered_at is None:
             self.first_call_answered_at = now
             self.close_reason = close_reason or self.close_reason
@@ -360,6 +344,7 @@ class Connection(ConnectionOutput):
     def fall_behind(self, head: Cursor) -> None:
         """LIVE -> CATCHING_UP from the head; what was queued is read again from the changelog."""
         self._require(LIVE)
+        # The cursor goes back before these messages: written too, they would come twice.
         self._queued_batches = ()
         self.state = ConnectionState.CATCHING_UP
         self.cursor = head
@@ -372,16 +357,14 @@ class Connection(ConnectionOutput):
         self.state = ConnectionState.CALLER_INVALID
 
     def restart(self, epoch: str, head: Cursor) -> bool:
-        """Begin at the head of another history: earlier positions and snapshots are void.
-
-        Returns:
-            Whether it must be notified of a gap now, for it has topics or a call in progress.
-        """
+        """Begin at the head of another history; return whether to notify it of a gap now."""
         self.epoch = epoch
         self.cursor = head
         self._sent_of_change = None
         self.caller_read_point = None
         if self.state is ConnectionState.UNSUBSCRIBED and self.is_resumable:
+            # Without topics no gap affects it now. Its client may hold a position of the history
+            # before, so its first call is followed by one.
             self.pending_gap_reason = self.pending_gap_reason or "unknown"
             return False
         return bool(self.subscriptions) or self.state is ConnectionState.SUBSCRIBING
@@ -422,19 +405,21 @@ class Connection(ConnectionOutput):
         return taken
 
     def take_pending_gap(self) -> str:
-        """Return the reason of the gap to announce, which counts as announced now."""
+        """Return the reason of the gap to announce, and have none any more."""
         reason, self.pending_gap_reason = self.pending_gap_reason, ""
         return reason
 
     def write_gap(self, tail: bytes, cursor: Cursor | None, now: float) -> None:
         """Write PB_RESYNC; its cursor, if any, is what it has received then."""
         self.write_message(tail, cursor)
+        # With the position: a subscribe call begins behind the gap, or the gap would come again.
         self.cursor = cursor or self.cursor
         self.mark_event_sent(now)
 
     def write_heartbeat(self, cursor: Cursor, now: float) -> None:
         """Write PB_CURSOR if the position moved, else an SSE comment."""
         self.last_write_at = now
+        # Before a pending gap is announced the position must not pass it.
         if (
             self.is_resumable
             and not self.pending_gap_reason

@@ -39,11 +39,6 @@ class MemberRenderGroup(Generic[MemberT]):
     """Subscriptions of one group that receive the same bytes.
 
     A single one is stored without a dict: most groups have one.
-
-    Attributes:
-        render_key: Of all of them.
-        batch: Their messages in the part of a slice being delivered; None between slices.
-        composed_in: The part that ``batch`` belongs to.
     """
 
     __slots__ = ("_by_owner", "_subscriptions", "batch", "composed_in", "render_key")
@@ -51,7 +46,9 @@ class MemberRenderGroup(Generic[MemberT]):
     def __init__(self, subscription: MemberT) -> None:
         self.render_key = subscription.render_key
         self.batch: MessageBatch | None = None
+        """Their messages in the part of a slice being delivered; None between slices."""
         self.composed_in: object = None
+        """The part that ``batch`` belongs to."""
         self._subscriptions: MemberT | dict[MemberT, None] = subscription
         self._by_owner: dict[str, dict[MemberT, None]] | None = None
 
@@ -91,13 +88,7 @@ class MemberRenderGroup(Generic[MemberT]):
 class MemberGroup(Generic[MemberT]):
     """Subscriptions that always have the same verdict; a member of the index.
 
-    Attributes:
-        specialization: Of their rule and filter.
-        values: The caller values and literals that the specialization takes.
-        record_id: Of a record topic; None for the whole collection.
-        shared_subscription_count: How many of its subscriptions are evaluated for all: those
-            without a filter, and those whose connections aren't isolated. Events find a group that
-            has any.
+    ``record_id`` is that of a record topic; None for the whole collection.
     """
 
     __slots__ = (
@@ -113,6 +104,8 @@ class MemberGroup(Generic[MemberT]):
         self.values = bound.values
         self.record_id = record_id
         self.shared_subscription_count = 0
+        """How many of its subscriptions are evaluated for all: those without a filter, and those
+        whose connections aren't isolated. Events find a group that has any."""
         self._render_groups: (
             MemberRenderGroup[MemberT] | dict[RenderKey, MemberRenderGroup[MemberT]] | None
         ) = None

@@ -46,16 +46,7 @@ def encode_position(epoch: str, cursor: Cursor) -> bytes:
 
 
 class ConnectionOutput:
-    """Encodes and writes the messages of one connection; the base class of ``Connection``.
-
-    Attributes:
-        is_resumable: Whether ids carry positions. Other clients receive PocketBase's bytes.
-        position: The position in the last id sent, if ids carry positions.
-        idle_since: When it connected or last received an event: the idle timeout counts from here.
-        last_write_at: The heartbeat counts from here.
-        last_drained_at: When the client last read bytes, or had none to read.
-        events_sent: Total, for metrics.
-    """
+    """Encodes and writes the messages of one connection; the base class of ``Connection``."""
 
     __slots__ = (
         "_drained_bytes",
@@ -79,11 +70,16 @@ class ConnectionOutput:
         self.writer = writer
         self.epoch = epoch
         self.is_resumable = False
+        """Whether ids carry positions. Other clients receive PocketBase's bytes."""
         self.position: bytes = b""
+        """The position in the last id sent, if ids carry positions."""
         self.has_cursor_topic = False
         self.idle_since = now
+        """When it connected or last received an event."""
         self.last_write_at = now
+        """The heartbeat counts from here."""
         self.last_drained_at = now
+        """When the client last read bytes, or had none to read."""
         self.events_sent = 0
         self._id_prefix = b"id:" + client_id.encode()
         self._written_bytes = 0
@@ -134,10 +130,8 @@ class ConnectionOutput:
     def encode_queued(self, events: Sequence[Event], position_limit: Cursor | None = None) -> bytes:
         """Return the queued messages as bytes and empty the queue; the position moves with them.
 
-        Args:
-            events: The slice's.
-            position_limit: Start of a gap of which it has yet to be notified: its position stays
-                before that, so that it is notified again if it breaks off in between.
+        The position stays before ``position_limit``, the start of a gap of which the client has yet
+        to be notified: if it breaks off in between, it is notified again.
         """
         if not self._queued_batches:
             return b""
@@ -156,6 +150,8 @@ class ConnectionOutput:
         prefix = self._id_prefix + b"."
         parts: list[bytes] = []
         for count, (tail, cursor) in enumerate(zip(tails, cursors, strict=True), start=1):
+            # A position says that all of its change was sent: with the id of an earlier message a
+            # client that breaks off there would lose the rest of the change.
             is_last_of_change = count == len(cursors) or cursors[count] != cursor
             if is_last_of_change and (position_limit is None or cursor < position_limit):
                 self.position = self._encode_position(cursor)
@@ -166,12 +162,10 @@ class ConnectionOutput:
         return parts
 
     def record_drained(self, now: float) -> None:
-        """Note whether the client read bytes since the last call.
-
-        ``buffered_bytes`` includes what the transport adds to each write and ``_written_bytes``
-        does not, so the difference may shrink; that is no sign of life.
-        """
+        """Note whether the client read bytes since the last call."""
         buffered = self.writer.buffered_bytes()
+        # ``buffered`` includes what the transport adds to each write and ``_written_bytes`` does
+        # not, so the difference may shrink; that is no sign of life.
         drained = self._written_bytes - buffered
         if drained > self._drained_bytes or buffered == 0:
             self._drained_bytes, self.last_drained_at = drained, now
@@ -182,21 +176,18 @@ _ID_LINE_BYTES = 76
 
 
 class MessageBatch:
-    """Messages without their ids, in order, each with the index of its event in the slice.
-
-    Attributes:
-        tails: The messages after an empty first element: joining them with an id puts the id
-            before each, in one call per connection whatever the number of messages.
-        event_indexes: The events' indexes, ascending; one less than ``tails``.
-        size_bytes: Approximate size of the messages.
-    """
+    """Messages without their ids, in order, each with the index of its event in the slice."""
 
     __slots__ = ("event_indexes", "size_bytes", "tails")
 
     def __init__(self, messages: Iterable[tuple[int, bytes]] = ()) -> None:
         self.tails: list[bytes] = [b""]
+        """The messages after an empty first element: joining them with an id puts the id before
+        each, in one call per connection whatever the number of messages."""
         self.event_indexes: list[int] = []
+        """The events' indexes, ascending; one less than ``tails``."""
         self.size_bytes = 0
+        """Approximate size of the messages with their ids."""
         for event_index, tail in messages:
             self.add(event_index, tail)
 

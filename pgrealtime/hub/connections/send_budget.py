@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pgrealtime.hub.connections.connection import Connection
 
 COUNTED_FROM_BYTES = 64 * 1024
-"""Send buffers smaller than this many bytes aren't counted against the total, unless a connection
-may not have so much anyway (``SendBudget.counted_from_bytes``). Each connection may have so much
-waiting however much waits for others: clients that keep up aren't affected by those that don't."""
+"""Smaller send buffers aren't counted against the total. Each connection may have so much waiting
+however much waits for others: clients that keep up aren't affected by those that don't."""
 _FREE_DIVISOR = 4
 """A connection may have 1/4 of what is still free waiting. (The same threshold by which switches
 share memory among ports: Choudhury and Hahne, "Dynamic queue length thresholds", 1998.) A few slow
@@ -27,20 +26,10 @@ class SendBudget:
     """Counts the bytes waiting in the send buffers of slow connections.
 
     A connection is slow while its send buffer holds at least ``counted_from_bytes``; then all its
-    bytes count. All send buffers together thus hold at most ``total_bytes``, and less than
-    ``counted_from_bytes`` for each connection. A message is written whole, so a single large one
-    may pass both bounds: see ``admits``.
-
-    Args:
-        per_connection_bytes: Bytes that may wait for one connection, unless it is one larger
-            message (``realtime.send_buffer``).
-        total_bytes: Bytes that may wait for all slow connections together
-            (``realtime.send_buffers``).
-        clock: Monotonic seconds.
-
-    Attributes:
-        per_connection_bytes: As given.
-        counted_from_bytes: ``COUNTED_FROM_BYTES``, or ``per_connection_bytes`` if that is less.
+    bytes count. All send buffers together thus hold at most ``total_bytes``
+    (``realtime.send_buffers``), and less than ``counted_from_bytes`` for each connection;
+    ``per_connection_bytes`` (``realtime.send_buffer``) may wait for one. A message is written
+    whole, so a single large one may pass both bounds: see ``admits``.
     """
 
     def __init__(
@@ -63,11 +52,7 @@ class SendBudget:
         other waits for, or each drop a connection for it."""
 
     def limit_bytes(self) -> int:
-        """Return how many bytes may wait for one connection now.
-
-        The same for every connection: between ``counted_from_bytes`` and
-        ``per_connection_bytes``, and the less the more waits for others.
-        """
+        """Return how many bytes may wait for one connection now, the same for every connection."""
         if self._slow and self._clock() - self._refreshed_at >= _REFRESH_SECONDS:
             self._refresh()
         free = self._total_bytes - self._waiting_bytes
@@ -93,14 +78,11 @@ class SendBudget:
         return self._waiting_bytes + min(size, self._total_bytes // 2) <= self._total_bytes
 
     async def wait_for_room(self, size: int, timeout_seconds: float) -> bool:
-        """Wait until a message is admitted.
+        """Wait until a message is admitted; return whether it was in time.
 
         Reserves nothing: other connections may fill the room before the caller writes, so it checks
-        ``admits`` again then. The caller holds ``oversized_lock``.
-
-        Returns:
-            False if it wasn't admitted in time; the caller then drops ``largest_connection`` and
-            waits again.
+        ``admits`` again then. The caller holds ``oversized_lock``. If the message wasn't admitted
+        in time, it drops ``largest_connection`` and waits again.
         """
         end = self._clock() + timeout_seconds
         while not self.admits(size):
@@ -111,22 +93,17 @@ class SendBudget:
         return True
 
     def largest_connection(self) -> Connection | None:
-        """Return the connection with the largest send buffer, None if none is slow.
-
-        It is the one to drop when a message has found no room for too long.
-        """
+        """Return the connection with the largest send buffer, None if none is slow."""
         return max(self._slow, key=self._slow.__getitem__, default=None)
 
     def deduct_aborted(self, connection: Connection) -> None:
         """Deduct an aborted connection, whose send buffer was discarded.
 
-        Not one that was closed in order: the bytes in its send buffer are still sent, and count
-        until then.
+        Not one that was closed in order: what is in its send buffer is still sent.
         """
         self._waiting_bytes -= self._slow.pop(connection, 0)
 
     def _refresh(self) -> None:
-        """Read the send buffers of slow connections again; those that shrank are slow no more."""
         self._refreshed_at = self._clock()
         buffered = {connection: connection.writer.buffered_bytes() for connection in self._slow}
         self._slow = {

@@ -71,12 +71,7 @@ class ComposedMessages(Struct):
 class MessageComposer:
     """Composes the messages of one slice.
 
-    Args:
-        renderer: Renders each message.
-        events: The slice's.
-        hits: Per event, the groups that receive it.
-        enrichment: Related data of the records.
-        send_buffer_bytes: What one connection may be sent of one change.
+    One connection may be sent ``send_buffer_bytes`` of one change.
     """
 
     def __init__(
@@ -157,11 +152,6 @@ class MessageComposer:
         """Compose a large event without the connections that would receive too much of it.
 
         One client may have a thousand topics that all receive the event.
-
-        Args:
-            rendering: The event.
-            render_groups: All its receivers.
-            composed_count: For how many of them it is composed already.
         """
         topic_counts = Counter(member.connection for group in render_groups for member in group)
         excluded = self._composed.excluded_connections
@@ -190,13 +180,8 @@ class MessageComposer:
     def _add(self, rendering: EventRendering, render_group: RenderGroup) -> None:
         if render_group.render_key[1].fields is None:
             self._add_message(rendering, render_group)
-        else:
-            self._add_within_fields_budget(rendering, render_group)
-
-    def _add_within_fields_budget(
-        self, rendering: EventRendering, render_group: RenderGroup
-    ) -> None:
-        """Add a record with ``fields``, whose cost the client determines, if there is time."""
+            return
+        # The client determines what ``fields`` cost: they are within a budget.
         connections = [
             subscription.connection
             for subscription in render_group
@@ -252,12 +237,8 @@ class MessageComposer:
 def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> list[Connection]:
     """Enqueue a part's batches on LIVE connections: the same object on all where that is possible.
 
-    Args:
-        composed: The part; its render groups hold no batch afterwards.
-        events: The slice's.
-
-    Returns:
-        The connections that received anything, and those that are excluded.
+    Returns the connections that received anything, and those that are excluded. The render
+    groups hold no batch afterwards.
     """
     receivers: list[Connection] = [
         connection for connection in composed.excluded_connections if connection.state is LIVE
@@ -323,14 +304,8 @@ async def compose_for_connection(
 ) -> ConnectionMessages:
     """Compose messages for a connection's subscriptions, yielding to the loop.
 
-    Args:
-        renderer: Renders each message.
-        connection: What it was sent of the first change before is left out.
-        events: The slice's.
-        hits: Per event, the groups that receive it.
-        enrichment: What the records show beside their rows.
-        max_bytes: Bytes after which composing stops. Only the first change is divided for it, and
-            no message is.
+    What it was sent of the first change before is left out. Composing stops after
+    ``max_bytes``: only the first change is divided for it, and no message is.
     """
     timer = BackgroundYieldTimer() if connection.is_isolated else YieldTimer()
     batch = MessageBatch()

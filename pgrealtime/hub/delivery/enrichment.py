@@ -80,17 +80,8 @@ class _Needs(NamedTuple):
 class SliceEnricher:
     """Enriches events by one generation's collections.
 
-    Args:
-        queries: Reads related records and live rows, answers rules about them.
-        collections: All collections of the generation.
-        matcher: Evaluates live rows.
-        render_record: Renders related records.
-        row_history: Finds later changes of junction tables.
-        omitted_column_counts: By collection, counts records that some group is shown without a
-            column; incremented here.
-
-    Attributes:
-        expanding_count: Subscriptions with ``expand``; written by the generation.
+    It counts in ``omitted_column_counts``, by collection, records that some group is shown
+    without a column.
     """
 
     def __init__(
@@ -115,19 +106,16 @@ class SliceEnricher:
         )
         """Names of collections whose records show more than their rows even without ``expand``."""
         self.expanding_count = 0
+        """Subscriptions with ``expand``; written by the generation."""
         self._quick_plans: WeakSet[ExpandPlan] = WeakSet()
         """The ``expand`` options that were quick when no other connection waited, and not over
         their time since."""
 
     def needs_enrichment(self, events: Sequence[Event], result: SliceResult) -> bool:
         """Whether records may need related data, or rows lack columns."""
-        return (
-            bool(result.partial_row_indexes)
-            or bool(self.expanding_count)
-            or (
-                bool(self._enriched_collections)
-                and any(event.collection.name in self._enriched_collections for event in events)
-            )
+        names = self._enriched_collections
+        return bool(result.partial_row_indexes or self.expanding_count) or (
+            bool(names) and any(event.collection.name in names for event in events)
         )
 
     async def try_enrich(
@@ -157,14 +145,9 @@ class SliceEnricher:
     ) -> Enrichment:
         """Return the enrichment, and record in the result which events lack a part of it.
 
-        Args:
-            events: The slice's.
-            result: Their evaluation.
-            find_needs: Finds the needs of the receivers.
-            check_callers: Finds the receivers that must not receive what is read live.
-            is_shared: Whether all connections wait. Then an ``expand`` that fewer than
-                ``MANY_CONNECTIONS`` use is loaded only if it was quick before, and in a short
-                time; otherwise its viewers are excluded.
+        ``is_shared`` says that all connections wait. Then an ``expand`` that fewer than
+        ``MANY_CONNECTIONS`` use is loaded only if it was quick before, and in a short time;
+        otherwise its viewers are excluded.
         """
         if not self.needs_enrichment(events, result):
             return NO_ENRICHMENT
@@ -326,7 +309,6 @@ def needs_of_groups(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
 
 
 def _widely_used_plans(hits: Iterable[Iterable[Group]]) -> set[ExpandPlan]:
-    """Return the ``expand`` options that many LIVE connections use on the events."""
     counts: Counter[ExpandPlan] = Counter()
     for group in {group for groups in hits for group in groups}:
         for render_group in group.render_groups:

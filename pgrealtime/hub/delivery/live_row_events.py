@@ -43,18 +43,7 @@ class LiveRowEvent(Struct):
 
 
 class LiveRowEvents:
-    """The live row events of one slice.
-
-    Args:
-        matcher: Evaluates live rows.
-        events: The slice's.
-        hits: Per event, the groups that receive it.
-        check_callers: Asked once in each read session, at its end.
-
-    Attributes:
-        checked: By index of the event. Nothing is in it before its callers were checked: if the
-            check fails, no live row is shown.
-    """
+    """The live row events of one slice; callers are checked at the end of each read session."""
 
     def __init__(
         self,
@@ -69,26 +58,12 @@ class LiveRowEvents:
         self._check_callers = check_callers
         self._unchecked: dict[int, LiveRowEvent] = {}
         self.checked: dict[int, LiveRowEvent] = {}
+        """By index of the event. Nothing is in it before its callers were checked: if the check
+        fails, no live row is shown."""
 
     async def load(self, session: ReadSession, event_indexes: Sized[int]) -> None:
-        """Read live rows and find the groups that may see them; a session may be tried again."""
-        self._unchecked.clear()
-        self._unchecked.update(await self._load(session, event_indexes))
-
-    async def check_callers(self, session: ReadSession, viewers: Sized[ExpandViewer]) -> None:
-        """Check the callers of the viewers, and of the groups that would see live rows."""
-        groups = frozenset[Group]().union(
-            *(live_row.groups for live_row in self._unchecked.values())
-        )
-        withheld = await self._check_callers(session, viewers, groups)
-        for live_row in self._unchecked.values():
-            live_row.groups -= withheld
-        self.checked.update(self._unchecked)
-        self._unchecked.clear()
-
-    async def _load(
-        self, session: ReadSession, event_indexes: Sized[int]
-    ) -> dict[int, LiveRowEvent]:
+        """Read live rows and find the groups that may see them."""
+        self._unchecked = {}  # the session may be a second attempt
         rows = await _fetch_rows(session, [self._events[index] for index in event_indexes])
         loaded = [
             (index, event, row)
@@ -104,13 +79,24 @@ class LiveRowEvents:
         )
         await budget.run_in_process(evaluation)
         await session.answer_questions(evaluation)
-        return {
+        self._unchecked = {
             index: LiveRowEvent(
                 replace(event, row=_without_email(event, row) | event.row), frozenset(groups)
             )
             for row_key, (index, event, row) in enumerate(loaded)
             if (groups := evaluation.hits(row_key))
         }
+
+    async def check_callers(self, session: ReadSession, viewers: Sized[ExpandViewer]) -> None:
+        """Check the callers of the viewers, and of the groups that would see live rows."""
+        groups = frozenset[Group]().union(
+            *(live_row.groups for live_row in self._unchecked.values())
+        )
+        withheld = await self._check_callers(session, viewers, groups)
+        for live_row in self._unchecked.values():
+            live_row.groups -= withheld
+        self.checked.update(self._unchecked)
+        self._unchecked.clear()
 
 
 async def _fetch_rows(session: ReadSession, events: Iterable[Event]) -> dict[tuple[str, str], Row]:

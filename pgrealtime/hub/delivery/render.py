@@ -53,31 +53,17 @@ class EventRendering(Struct):
 
 def event_rendering(event: Event, event_index: int, enrichment: Enrichment) -> EventRendering:
     """Return the event ready to be rendered, with its live row event if it has one."""
-    live = enrichment.live_row_events.get(event_index) if enrichment.live_row_events else None
-    if live is None:
-        return EventRendering(event, event_index, enrichment)
-    live_row_rendering = EventRendering(
-        live.event, event_index, enrichment, live_junction_ids=live.live_junction_ids
-    )
-    return EventRendering(
-        event,
-        event_index,
-        enrichment,
-        live_row_rendering=live_row_rendering,
-        live_row_groups=live.groups,
-    )
+    rendering = EventRendering(event, event_index, enrichment)
+    if enrichment.live_row_events and (live := enrichment.live_row_events.get(event_index)):
+        rendering.live_row_groups = live.groups
+        rendering.live_row_rendering = EventRendering(
+            live.event, event_index, enrichment, live_junction_ids=live.live_junction_ids
+        )
+    return rendering
 
 
 class RecordRenderer:
-    """Renders the records of one generation's collections.
-
-    Args:
-        collections: All collections of the generation.
-        compiler: Compiles manage rules, and the view rules of expanded records.
-        nulls: How NULL is shown.
-        hidden: Who may expand a hidden relation.
-        on_schema_mismatch: Called when a row doesn't fit what the catalogue says of its table.
-    """
+    """Renders the records of one generation's collections."""
 
     def __init__(
         self,
@@ -92,15 +78,9 @@ class RecordRenderer:
         self._compiler = compiler
         self._nulls: Literal["null", "zero"] = nulls
         self._on_schema_mismatch = on_schema_mismatch
-        self._expand_compiler = ExpandCompiler(collections, compiler, hidden=hidden)
+        self.expand_compiler = ExpandCompiler(collections, compiler, hidden=hidden)
         # Views hold what clients wrote as ``fields``: unbounded, they could fill the memory.
         self._encoder = lru_cache(maxsize=_MAX_ENCODERS)(self._make_encoder)
-
-    def compile_expand(
-        self, collection: Collection, request: RuleRequest, own_row: Row | None
-    ) -> ExpandViewer | None:
-        """Return a subscriber as a viewer of related records; None without ``expand``."""
-        return self._expand_compiler.compile_expand(collection, request, own_row)
 
     def set_subscription_view(
         self,
@@ -109,17 +89,9 @@ class RecordRenderer:
         request: RuleRequest,
         own_row: Row | None,
     ) -> None:
-        """Set what a subscription sees of the collection's records.
+        """Set view, viewer and manage rule of a subscription to a collection.
 
-        Args:
-            subscription: Its view, viewer and manage rule are set.
-            collection: That of its topic.
-            request: The subscriber's.
-            own_row: The columns of the subscriber's own row that rules read; None if there are
-                none.
-
-        Raises:
-            RuleError: The manage rule can't be compiled.
+        Raises ``RuleError`` if the manage rule can't be compiled.
         """
         is_superuser = isinstance(request.principal, Superuser)
         view = View(
@@ -128,7 +100,7 @@ class RecordRenderer:
         expand_viewer = manage_rule = None
         subscription.set_view(view)  # also if a rule can't be used
         if "expand" in request.query:
-            expand_viewer = self._expand_compiler.compile_expand(collection, request, own_row)
+            expand_viewer = self.expand_compiler.compile_expand(collection, request, own_row)
         if collection.manage_rule is not None and not is_superuser:
             bound = self._compiler.bind_caller(collection, collection.manage_rule, request, own_row)
             manage_rule = bound if isinstance(bound, BoundPredicate) else None
@@ -139,10 +111,7 @@ class RecordRenderer:
     ) -> bytes:
         """Return the message's bytes after the id; empty if the row can't be encoded.
 
-        Args:
-            rendering: The event.
-            render_key: Of the receivers.
-            is_own_record: Whether the record is the subscriber's own, who sees its e-mail address.
+        A subscriber whose own record it is sees its e-mail address.
         """
         topic, view, viewer, manage_predicate = render_key
         if is_own_record or (

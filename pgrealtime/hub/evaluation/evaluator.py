@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Collection as Sized
-from collections.abc import Iterable
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import structlog
@@ -25,20 +25,13 @@ from pgrealtime.hub.evaluation.toast import RowCompleter
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.slices import SLICE_CHANGES
 from pgrealtime.observe.redact import raise_location
-from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import Specialization
 
 log = structlog.get_logger(__name__)
 
 
 class SliceEvaluator:
-    """Evaluates events by one generation's collections.
-
-    Args:
-        queries: Answers questions about rules.
-        matcher: Holds the groups.
-        completer: Fills in columns that the WAL left out.
-    """
+    """Evaluates events by one generation's collections."""
 
     def __init__(self, queries: HubQueries, matcher: Matcher, completer: RowCompleter) -> None:
         self._queries = queries
@@ -48,18 +41,13 @@ class SliceEvaluator:
     async def evaluate(
         self, events: list[Event], budget: FilterBudget, only_groups: Sized[Group] | None = None
     ) -> SliceResult:
-        """Return the receivers of the events; fills in missing columns of their rows.
+        """Return the receivers of events in stream order, among some groups or all.
 
-        A defect in one rule or row ends no connection: then all the events count as failed.
-
-        Args:
-            events: In stream order.
-            budget: For filters.
-            only_groups: The only groups to evaluate; None is all.
+        Fills in missing columns of the events' rows.
         """
         try:
             result = await self._evaluate(events, budget, only_groups)
-        except Exception as error:  # noqa: BLE001 (see above)
+        except Exception as error:  # noqa: BLE001 (a defect in one rule or row ends no connection)
             log.error("evaluation.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (a traceback may show a row)
             result = SliceResult([()] * len(events), failed_collections=collection_names(events))
         result.update_gap_indexes(events)
@@ -68,11 +56,11 @@ class SliceEvaluator:
     async def evaluate_in_chunks(self, events: list[Event]) -> SliceResult:
         """Return the receivers of a slice's events, evaluated for all connections.
 
-        At most ``SLICE_CHANGES`` are evaluated at once, so that the loop's other tasks run in
-        between. Exceptions propagate to the caller, which lets each connection evaluate alone.
+        Exceptions propagate to the caller, which lets each connection evaluate alone.
         """
         budget = FilterBudget.for_slice(len(events))
         whole: SliceResult | None = None
+        # In chunks, so that the loop's other tasks run in between.
         for first in range(0, len(events), SLICE_CHANGES):
             if first:
                 await asyncio.sleep(0)
@@ -98,22 +86,14 @@ class SliceEvaluator:
         )
         await budget.run_in_process(evaluation)
         result.undecided_collections = await self._queries.answer_questions(evaluation)
-        result.hits = _hits_per_event(evaluation, len(events))
+        result.hits = [evaluation.hits(index) for index in range(len(events))]
         if lacks_columns:
             result.record_unprovable(evaluation)
         deferred = evaluation.deferred_members
         if self._matcher.has_remote_filters or deferred:
-            filters = self._matcher.start_evaluation(
-                events,
-                now,
-                only_groups,
-                has_remote_filter=True,
-                work_budget=budget.work_budget,
-                deferred_groups=deferred,
+            await self._add_filters(
+                events, result, budget, now, groups=only_groups, deferred=deferred
             )
-            await self._add_filters(filters, result, budget)
-            if lacks_columns:
-                result.record_unprovable(filters)
             if result.over_budget_groups and only_groups is None:
                 await self._retry_shared_filters(events, result, budget, now)
                 self._matcher.trials.record_over_budget(
@@ -126,19 +106,34 @@ class SliceEvaluator:
         return result
 
     async def _add_filters(
-        self, filters: Evaluation[int, Group], result: SliceResult, budget: FilterBudget
+        self,
+        events: list[Event],
+        result: SliceResult,
+        budget: FilterBudget,
+        now: datetime,
+        *,
+        groups: Sized[Group] | None,
+        deferred: Mapping[int, Sized[Group]],
     ) -> None:
         """Add what the filters decide that are evaluated last, as far as the budget allows."""
+        filters = self._matcher.start_evaluation(
+            events,
+            now,
+            groups,
+            has_remote_filter=True,
+            work_budget=budget.work_budget,
+            deferred_groups=deferred,
+        )
         await budget.run_in_process(filters)
         result.undecided_collections |= await self._queries.answer_questions(filters, budget)
-        result.hits = _merge_hits(result.hits, _hits_per_event(filters, len(result.hits)))
-        result.over_budget_groups = filters.undecided_members
+        hits = [filters.hits(index) for index in range(len(events))]
+        result.hits = [(*a, *b) if b else a for a, b in zip(result.hits, hits, strict=True)]
+        result.over_budget_groups |= filters.undecided_members
+        result.record_unprovable(filters)
 
     def _partial_row_indexes(self, events: list[Event]) -> list[int]:
-        """Return the indexes of events with subscriptions whose rows lack columns.
-
-        Of a delete nothing more can be read; its rules see what the replica identity logs.
-        """
+        """Return the indexes of events with subscriptions whose rows lack columns."""
+        # Of a delete nothing more can be read; its rules see what the replica identity logs.
         return [
             index
             for index, event in enumerate(events)
@@ -148,7 +143,6 @@ class SliceEvaluator:
         ]
 
     async def _complete_rows(self, events: list[Event], result: SliceResult) -> None:
-        """Fill in what can be proved of the partial rows; the others stay partial."""
         indexes = result.partial_row_indexes
         completed = await self._completer.complete([events[index] for index in indexes])
         result.failed_collections = completed.unreadable_collections
@@ -159,10 +153,8 @@ class SliceEvaluator:
     async def _retry_shared_filters(
         self, events: list[Event], result: SliceResult, budget: FilterBudget, now: datetime
     ) -> None:
-        """Evaluate filters again, with more time, that are over budget and widely used.
-
-        If each of their connections evaluated them alone, it would take longer in all.
-        """
+        """Evaluate filters again, with more time, that are over budget and widely used."""
+        # If each of their connections evaluated them alone, it would take longer in all.
         counts: Counter[Specialization] = Counter()
         for group in result.over_budget_groups:
             if group.specialization.has_remote_filter:
@@ -174,34 +166,11 @@ class SliceEvaluator:
         }
         if not retried:
             return
-        filters = self._matcher.start_evaluation(
-            events,
-            now,
-            retried,
-            has_remote_filter=True,
-            work_budget=budget.work_budget,
-            deferred_groups={},
-        )
-        await budget.run_in_process(filters)
-        result.undecided_collections |= await self._queries.answer_questions(
-            filters, budget.for_shared_filters()
-        )
         # What the first attempt found of them is incomplete, and replaced by the second's.
-        others = [
+        result.hits = [
             tuple(group for group in groups if group not in retried) for groups in result.hits
         ]
-        result.hits = _merge_hits(others, _hits_per_event(filters, len(events)))
-        result.over_budget_groups = (
-            result.over_budget_groups - retried
-        ) | filters.undecided_members
-        result.record_unprovable(filters)
-
-
-def _hits_per_event(evaluation: Evaluation[int, Group], event_count: int) -> list[Iterable[Group]]:
-    return [evaluation.hits(index) for index in range(event_count)]
-
-
-def _merge_hits(
-    first_hits: Iterable[Iterable[Group]], second_hits: Iterable[Iterable[Group]]
-) -> list[Iterable[Group]]:
-    return [(*a, *b) if b else a for a, b in zip(first_hits, second_hits, strict=True)]
+        result.over_budget_groups -= retried
+        await self._add_filters(
+            events, result, budget.for_shared_filters(), now, groups=retried, deferred={}
+        )

@@ -37,13 +37,9 @@ _WORK_PER_CHANGE = 2_000.0
 class FilterBudget(TimeBudget):
     """The time of PostgreSQL and of this process that filters may take for some changes.
 
-    Args:
-        is_limited: Whether others wait. If not, each statement has the whole statement timeout.
-        work_budget: What the filters may take in the process; None is no bound.
-        work_lock: Serializes the work in the process among connections; None if it is done for all
-            connections at once.
-        network: The client network that takes turns on ``work_lock``.
-        max_seconds: Of PostgreSQL, if others wait.
+    A limited one is for changes that others wait for. Otherwise each statement has the whole
+    statement timeout. ``work_lock`` serializes the work in the process among connections, by
+    turns of networks; None if the work is done for all connections at once.
     """
 
     def __init__(
@@ -139,11 +135,7 @@ class FilterTrials:
         return any(self._untried_filters.values())
 
     def untried_groups(self, collection_names: Iterable[str]) -> Iterator[Group]:
-        """Yield the groups whose filters must not be evaluated for all.
-
-        Args:
-            collection_names: The collections whose rows changed.
-        """
+        """Yield the groups of changed collections whose filters must not be evaluated for all."""
         for name in collection_names:
             for specialization in self._untried_filters.get(name, ()):
                 groups = self._groups[specialization]

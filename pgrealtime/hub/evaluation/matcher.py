@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection as Sized
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from pgrealtime.auth.principal import Principal
 from pgrealtime.changes import Row
@@ -41,20 +41,13 @@ _BindKey: TypeAlias = tuple[
 
 
 class Matcher:
-    """The groups of one generation's collections.
-
-    Args:
-        collections: All collections of the generation.
-
-    Attributes:
-        compiler: Compiles their rules, with filters.
-        trials: Which filters that ask PostgreSQL may be evaluated for all connections.
-    """
+    """The groups of one generation's collections."""
 
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
         self.compiler = RuleCompiler(collections)
         self.trials = FilterTrials()
+        """Which filters that ask PostgreSQL may be evaluated for all connections."""
         self._before_states = BeforeStates(reachable_tables(collections))
         self._tables: dict[str, GroupTable] = {}
         """By name of the collection; no table is empty."""
@@ -69,10 +62,7 @@ class Matcher:
     ) -> str:
         """Put the subscription into its group; return why nothing can match, or ``""``.
 
-        Args:
-            subscription: In no group.
-            principal: The caller's.
-            caller_row: Columns of the caller's own row; None if there is none, or it isn't known.
+        ``caller_row`` has columns of the caller's own row, if it has one that is known.
 
         Raises:
             RuleError: The collection's rule can't be compiled.
@@ -99,7 +89,7 @@ class Matcher:
         group.add(subscription)
         subscription.set_group(group)
         if not _is_evaluated_alone(subscription.connection, group):
-            self._increment_shared(table, group)
+            self._count_shared(table, group, 1)
         return ""
 
     def remove(self, subscription: Subscription) -> None:
@@ -114,7 +104,7 @@ class Matcher:
         tables = self._tables_for(group.specialization)
         table = tables[name]
         if not _is_evaluated_alone(subscription.connection, group):
-            self._decrement_shared(table, group)
+            self._count_shared(table, group, -1)
         if group.remove(subscription):
             table.remove(group)
             if not table:
@@ -130,17 +120,18 @@ class Matcher:
             if group is not None and group.specialization.filter_tests:
                 tables = self._tables_for(group.specialization)
                 table = tables[group.specialization.collection.name]
-                (self._decrement_shared if is_isolated else self._increment_shared)(table, group)
+                self._count_shared(table, group, -1 if is_isolated else 1)
 
-    def _increment_shared(self, table: GroupTable, group: Group) -> None:
-        table.increment_shared(group)
-        if group.shared_subscription_count == 1 and group.specialization.has_remote_filter:
-            self.trials.add(group)
-
-    def _decrement_shared(self, table: GroupTable, group: Group) -> None:
-        table.decrement_shared(group)
-        if not group.shared_subscription_count and group.specialization.has_remote_filter:
-            self.trials.remove(group)
+    def _count_shared(self, table: GroupTable, group: Group, change: Literal[1, -1]) -> None:
+        was_shared = bool(group.shared_subscription_count)
+        group.shared_subscription_count += change
+        if bool(group.shared_subscription_count) == was_shared:
+            return
+        index = table.index_for(group)
+        if index is not None:
+            (index.remove if was_shared else index.add)(group)
+        if group.specialization.has_remote_filter:
+            (self.trials.remove if was_shared else self.trials.add)(group)
 
     def _tables_for(self, specialization: Specialization) -> dict[str, GroupTable]:
         return self._remote_filter_tables if specialization.has_remote_filter else self._tables
@@ -148,13 +139,8 @@ class Matcher:
     def bind_topic(
         self, collection: Collection, topic: Topic, principal: Principal, caller_row: Row | None
     ) -> BoundPredicate | DenyAll:
-        """Return the predicate of a topic for a caller.
-
-        The last result is kept: the topics of one call mostly differ in the record alone.
-
-        Raises:
-            RuleError: The collection's rule can't be compiled.
-        """
+        """Return a topic's predicate for a caller; raises ``RuleError`` for an invalid rule."""
+        # The last result is kept: the topics of one call mostly differ in the record alone.
         rule = collection.list_rule if topic.record_id is None else collection.view_rule
         key = (collection.name, rule, principal, topic.query, topic.headers, caller_row)
         if self._last_bound is None or self._last_bound[0] != key:
@@ -182,14 +168,16 @@ class Matcher:
         work_budget: FilterWorkBudget[Group] | None = None,
         deferred_groups: Mapping[int, Sized[Group]] | None = None,
     ) -> Evaluation[int, Group]:
-        """Return an evaluation of events by their indexes, of which no step is done yet.
+        """Return an evaluation of a slice's events by their indexes, of which no step is done yet.
+
+        It is either of the groups whose filters ask PostgreSQL more than their rules do, or of the
+        others.
 
         Args:
-            events: A slice's, in stream order.
+            events: In stream order.
             now: With its zone; what macros such as ``@now`` mean.
             only_groups: The only groups to evaluate; None is all.
-            has_remote_filter: Whether to evaluate the groups whose filters ask PostgreSQL more
-                than their rules do, or the others.
+            has_remote_filter: Whether those that ask more.
             work_budget: Bounds what filters do in the process; None is no bound.
             deferred_groups: By index, groups that an earlier evaluation deferred, to evaluate as
                 well. None makes this one defer groups, if it has a budget.
@@ -256,15 +244,11 @@ class Matcher:
         now: datetime,
         work_budget: FilterWorkBudget[Group],
     ) -> Evaluation[int, Group]:
-        """Return an evaluation of rows, each against groups of its own, without the index.
+        """Return an evaluation of rows, each an event with its groups, without the index.
 
-        Groups whose filters ask PostgreSQL more than their rules do never match. The callers are
-        those of the event, though the row may be later: code that delivers by it checks them.
-
-        Args:
-            rows: Each as an event, with the groups to evaluate; the result is by their positions.
-            now: With its zone; what macros such as ``@now`` mean.
-            work_budget: Bounds what filters do in the process.
+        The result is by position. Groups whose filters ask PostgreSQL more than their rules do
+        never match. The callers are those of the event, though the row may be later: code that
+        delivers by it checks them.
         """
         evaluation: Evaluation[int, Group] = Evaluation(macro_values_at(now))
 
@@ -289,7 +273,6 @@ class Matcher:
 
 
 def _is_evaluated_alone(connection: Connection, group: Group) -> bool:
-    """Whether a subscription of the group is evaluated for its connection alone."""
     return connection.is_isolated and bool(group.specialization.filter_tests)
 
 
@@ -298,18 +281,16 @@ class GroupTable:
 
     The matcher writes it. A group is found for events while any of its subscriptions is shared,
     that is evaluated for all connections at once.
-
-    Attributes:
-        index: The shared groups of topics about the whole collection.
-        by_record_id: The groups of topics about one record. Most records have one, which then
-            stands here without a table: tens of thousands of such topics are usual.
     """
 
     __slots__ = ("_by_specialization", "by_record_id", "index")
 
     def __init__(self) -> None:
         self.index: PredicateIndex[Group] = PredicateIndex()
+        """The shared groups of topics about the whole collection."""
         self.by_record_id: dict[str, Group | GroupTable] = {}
+        """The groups of topics about one record. Most records have one, which then stands here
+        without a table: tens of thousands of such topics are usual."""
         self._by_specialization: dict[Specialization, dict[tuple[Scalar, ...], Group]] = {}
 
     def __bool__(self) -> bool:
@@ -366,24 +347,10 @@ class GroupTable:
         if not groups:
             del self._by_specialization[group.specialization]
 
-    def increment_shared(self, group: Group) -> None:
-        """Count one more shared subscription of a group that is in this table."""
-        group.shared_subscription_count += 1
-        table = self._table_indexing(group)
-        if group.shared_subscription_count == 1 and table is not None:
-            table.index.add(group)
-
-    def decrement_shared(self, group: Group) -> None:
-        """Count one shared subscription less."""
-        group.shared_subscription_count -= 1
-        table = self._table_indexing(group)
-        if not group.shared_subscription_count and table is not None:
-            table.index.remove(group)
-
-    def _table_indexing(self, group: Group) -> GroupTable | None:
-        """Return the table whose index holds the group; None if it is a record's only one."""
+    def index_for(self, group: Group) -> PredicateIndex[Group] | None:
+        """Return the index of a group in this table while it is shared; None if it needs none."""
         table = self if group.record_id is None else self.by_record_id[group.record_id]
-        return table if isinstance(table, GroupTable) else None
+        return table.index if isinstance(table, GroupTable) else None
 
     def add_candidates(self, row: RowEvaluation[Group], event: Event) -> None:
         """Give the evaluation of an event's row the groups that it may concern."""

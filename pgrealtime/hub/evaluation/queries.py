@@ -26,22 +26,16 @@ class HubQueries(Protocol):
     async def answer_questions(
         self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
     ) -> frozenset[str]:
-        """Answer an evaluation's questions, round by round, until it has none left.
+        """Answer an evaluation's questions, round by round, until none is left or the budget spent.
 
-        Args:
-            evaluation: Receives the answers.
-            budget: Questions left when it is spent stay open; None is no bound.
-
-        Returns:
-            The names of the collections whose questions could not be asked at all.
+        Returns the names of the collections whose questions could not be asked at all.
         """
         ...
 
     async def verify_assumptions(self, assumptions: CatalogAssumptions) -> bool:
         """Return whether the catalogue still confirms what rows of the stream are taken for.
 
-        Raises:
-            DatabaseUnreachableError: There was no answer.
+        Raises ``DatabaseUnreachableError``.
         """
         ...
 
@@ -56,8 +50,6 @@ class HubQueries(Protocol):
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         """Return the columns that the events' rows lack, as the tables hold them now.
 
-        Returns:
-            The rows by collection name and id, and the names of the collections that could not be
-            read.
+        By collection name and id; and the names of the collections that could not be read.
         """
         ...

@@ -38,8 +38,7 @@ _PLAIN_VIEW = ("", "")
 def check_topic(subscription: Subscription) -> None:
     """Check what the topic's options alone decide, before its filter is compiled.
 
-    Raises:
-        SubscriptionLimitError: The connection has too many views or filter characters.
+    Raises ``SubscriptionLimitError``: the connection has too many views or filter characters.
     """
     topic = subscription.topic
     if (
@@ -55,11 +54,7 @@ def check_topic(subscription: Subscription) -> None:
 
 
 def check_remote_filters(subscription: Subscription, specialization: Specialization) -> None:
-    """Check the number of filters that ask PostgreSQL, once it is known whether this one does.
-
-    Raises:
-        SubscriptionLimitError: The connection has too many.
-    """
+    """Check the number of filters that ask PostgreSQL, once it is known whether this one does."""
     if (
         specialization.has_remote_filter
         and _remote_filters_before(subscription) >= REMOTE_FILTERS_PER_CONNECTION
@@ -77,10 +72,9 @@ class UnindexedFilters:
         return bool(self._groups_by_network)
 
     def add(self, subscription: Subscription, group: Group) -> None:
-        """Count a subscription of such a group.
+        """Count a subscription of such a group, unless its connection or network has too many.
 
-        Raises:
-            SubscriptionLimitError: The connection, or its network, has too many; not counted.
+        Raises ``SubscriptionLimitError`` then.
         """
         connection_groups = {
             earlier.group
@@ -120,7 +114,6 @@ def _limit_error(subscription: Subscription, limit: str, maximum: int) -> Subscr
 
 
 def _submitted_before(subscription: Subscription) -> Iterator[Subscription]:
-    """Yield the connection's subscriptions that were submitted before this one."""
     subscriptions = subscription.connection.subscriptions.values()
     return takewhile(lambda earlier: earlier is not subscription, subscriptions)
 

@@ -72,11 +72,9 @@ class SliceResult(Struct):
     def record_failed_enrichment(
         self, events: Sequence[Event], failed: Iterable[tuple[int, ExpandViewer | None]]
     ) -> None:
-        """Record the events for which something could not be loaded.
+        """Record the events for which something could not be loaded, by index.
 
-        Args:
-            events: The slice's.
-            failed: Indexes of events, each with the viewer who lacks it; None is every receiver.
+        The viewer is the one who lacks it; None is every receiver.
         """
         viewers_by_index: defaultdict[int, set[ExpandViewer | None]] = defaultdict(set)
         for index, viewer in failed:
@@ -101,11 +99,7 @@ class SliceResult(Struct):
         self.update_gap_indexes(events)
 
     def update_gap_indexes(self, events: Sequence[Event]) -> None:
-        """Derive ``gap_indexes`` from what was recorded so far.
-
-        Args:
-            events: The slice's.
-        """
+        """Derive ``gap_indexes`` from what was recorded so far."""
         names = self.undecided_collections | self.failed_collections
         if names or self.unproven_indexes:
             unproven = frozenset(self.unproven_indexes)
@@ -120,10 +114,7 @@ class SliceResult(Struct):
     ) -> EvaluationGap | None:
         """Return what connections must be notified of for some of the events; None if nothing.
 
-        Args:
-            events: The slice's.
-            event_indexes: Of the events concerned.
-            failed_indexes: Ascending, of events that could not be rendered for some connection.
+        ``failed_indexes`` are, ascending, those that can't be rendered for some connection.
         """
         in_range = [index for index in self.gap_indexes if index in event_indexes]
         if not in_range and not failed_indexes:
@@ -161,13 +152,8 @@ def gap_xids(
     """Return the transactions that must be visible before connections are notified of gaps.
 
     A client that reloads when it is notified must see what it missed.
-
-    Args:
-        gap: The slice's own gap, if any.
-        events: The slice's.
-        result: Their evaluation.
-        subscription_counts: By name; gaps of collections without subscriptions are not reported.
     """
+    # Gaps of collections without subscriptions notify nobody, so nothing waits for them.
     missed = (events[index] for index in result.gap_indexes)
     xids = {event.xid for event in missed if subscription_counts.get(event.collection.name)}
     if (

@@ -32,15 +32,11 @@ FetchLiveRows: TypeAlias = Callable[
 
 
 class CompletionResult(NamedTuple):
-    """What completing rows found.
-
-    Attributes:
-        unreadable_collections: Names of collections whose rows could not be read.
-        dropped_columns: By name of the collection, columns that its table no longer has.
-    """
+    """What completing rows found."""
 
     unreadable_collections: frozenset[str]
     dropped_columns: Mapping[str, frozenset[str]]
+    """By name of the collection, columns that its table no longer has."""
 
     def is_row_complete(self, event: Event) -> bool:
         """Whether the event's row has all columns that its table has."""
@@ -75,12 +71,7 @@ class _UndatedLiveRow:
 
 
 class RowCompleter:
-    """Completes the rows of events.
-
-    Args:
-        fetch_live_rows: Reads live rows.
-        row_history: Finds later changes of the rows.
-    """
+    """Completes the rows of events."""
 
     def __init__(self, fetch_live_rows: FetchLiveRows, row_history: RowHistory) -> None:
         self._fetch_live_rows = fetch_live_rows
@@ -170,14 +161,10 @@ async def _fill_unwritten_columns(
 ) -> None:
     """Fill in, for all events of one row, the columns that no later transaction writes.
 
-    From the last event back, so that each write is looked at once however many events there are.
-
-    Args:
-        events: In stream order.
-        live_row: The row as it is now.
-        later_writes: Of the row, oldest first.
-        timer: Yields to the loop: a row may be written any number of times.
+    The events are in stream order, the writes oldest first.
     """
+    # From the last event back, so that each write is looked at once however many events there are.
+    # The timer yields the loop, as a row may be written any number of times.
     writes = list(later_writes)
     unwritten = frozenset[str]().union(*(row_event.provable_columns for row_event in events))
     for event, columns in reversed(events):
@@ -217,50 +204,36 @@ def columns_written(
 
 
 _CACHED_CHANGES = 200_000
-"""Changes of the transactions that are kept; the latest transaction counts nothing."""
+"""Changes of the transactions that are kept; the latest transaction counts nothing. A large one
+comes in many slices, and connections that catch up read different ones by turns."""
+
+
+_IndexedChanges: TypeAlias = tuple[
+    Sequence[Change], dict[TableName, Mapping[str, Mapping[str, int]]]
+]
+"""A transaction's changes; by table, filled when first asked, the result of ``_last_writes``."""
 
 
 class LaterWrites:
-    """An index of the latest transactions that were asked about.
-
-    A large transaction comes in many slices, and connections that catch up read different ones by
-    turns.
-    """
+    """An index of the latest transactions that were asked about."""
 
     def __init__(self) -> None:
-        self._cache: WeightedCache[int, _LastWrites] = WeightedCache(_CACHED_CHANGES)
+        self._cache: WeightedCache[int, _IndexedChanges] = WeightedCache(_CACHED_CHANGES)
 
     def columns_written_later(self, event: Event) -> frozenset[str]:
-        """Return the columns that later changes of the event's transaction write in its row.
-
-        Another row under the same id writes all columns, also those that its image lacks. Generated
-        columns are in no image, and count as written by any change of the row.
-        """
+        """Return the columns that later changes of the event's transaction write in its row."""
         changes = event.transaction_changes
         if len(changes) <= event.cursor.ordinal:
             return _NO_COLUMNS
         # The identity is a safe key: the cached value holds the changes.
-        last_writes = self._cache.get(id(changes), lambda: (_LastWrites(changes), len(changes)))
-        ordinals = last_writes.by_record(event.collection).get(event.record_id, {})
+        _, by_table = self._cache.get(id(changes), lambda: ((changes, {}), len(changes)))
+        table = event.collection.table.name
+        if table not in by_table:
+            by_table[table] = _last_writes(changes, event.collection)
+        ordinals = by_table[table].get(event.record_id, {})
         return frozenset(
             column for column, ordinal in ordinals.items() if ordinal > event.cursor.ordinal
         )
-
-
-class _LastWrites:
-    """One transaction's changes, indexed by table when first asked."""
-
-    __slots__ = ("_by_table", "_changes")
-
-    def __init__(self, changes: Sequence[Change]) -> None:
-        self._changes = changes
-        self._by_table: dict[TableName, Mapping[str, Mapping[str, int]]] = {}
-
-    def by_record(self, collection: Collection) -> Mapping[str, Mapping[str, int]]:
-        table = collection.table.name
-        if table not in self._by_table:
-            self._by_table[table] = _last_writes(self._changes, collection)
-        return self._by_table[table]
 
 
 def _last_writes(
@@ -277,6 +250,8 @@ def _last_writes(
     last_writes: dict[str, dict[str, int]] = {}
     for ordinal, record_id, change in written:
         if counts[record_id] > 1:
+            # Another row under the same id writes all columns, also those that its image lacks.
+            # Generated columns are in no image, and count as written by any change of the row.
             is_same_row = isinstance(change, Update) and change.old.row.get(key) == record_id
             columns = (
                 [*change.new, *collection.generated_columns]

@@ -25,30 +25,24 @@ from pgrealtime.lsn import Cursor, Xid
 
 
 class Event(Struct, gc=False):
-    """One record's change, as clients receive it.
-
-    Attributes:
-        row: The image that rules are evaluated on and that is rendered: the new one for create and
-            update, the old one for delete. The evaluator may complete it.
-        cursor: Of the change; a changed key makes two events of one change.
-        transaction_changes: All changes of its transaction. Rules are evaluated on a delete as
-            tables were before them.
-    """
+    """One record's change, as clients receive it."""
 
     collection: Collection
     action: Action
     record_id: str
     row: Row
+    """The image that rules are evaluated on and that is rendered: the new one for create and
+    update, the old one for delete. The evaluator may complete it."""
     cursor: Cursor
+    """Of the change; a changed key makes two events of one change."""
     xid: Xid
     transaction_changes: tuple[Change, ...] = ()
+    """All changes of its transaction: rules of a delete see the tables as they were before."""
 
     @property
     def missing_columns(self) -> frozenset[str]:
-        """Columns that the row lacks: left out of the WAL, or no longer in the table.
-
-        By name: the table may have been altered since the catalogue was read.
-        """
+        """Columns that the row lacks: left out of the WAL, or no longer in the table."""
+        # By name: the table may have been altered since the catalogue was read.
         return self.collection.column_names.difference(self.row)
 
     @property
@@ -74,12 +68,9 @@ class TruncatedCollection(Struct, frozen=True):
 def transaction_events(
     transaction: Transaction, collections: Collections, skipped_changes: int = 0
 ) -> Iterator[Event | TruncatedCollection]:
-    """Yield the events of a transaction in order.
+    """Yield the events of a transaction in order, without those of the first changes.
 
-    Args:
-        transaction: The transaction.
-        collections: Changes of other tables make no events.
-        skipped_changes: How many of the first changes to leave out.
+    Changes of tables without a collection make no events.
     """
     changes = transaction.changes
     for ordinal in range(skipped_changes + 1, len(changes) + 1):  # a slice of changes may be large

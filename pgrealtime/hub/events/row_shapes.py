@@ -25,10 +25,7 @@ _REREAD_SECONDS = 5.0
 class ShapeChecker:
     """Decides which row shapes fit one generation's collections, each shape once.
 
-    Args:
-        collections: All collections of the generation; the junction tables between them are checked
-            as well.
-        clock: Monotonic seconds.
+    The junction tables between the collections are checked as well.
     """
 
     def __init__(self, collections: Collections, clock: Callable[[], float]) -> None:
@@ -55,12 +52,10 @@ class ShapeChecker:
     def decide_without_waiting(
         self, transaction: Transaction, *, is_catalog_read: bool, is_catalog_stale: bool = False
     ) -> None:
-        """Decide about a transaction's shapes by what is known: waiting would add nothing.
+        """Decide about the shapes of a transaction that needs a catalogue read.
 
-        Args:
-            transaction: One for which ``needs_catalog_read`` was True.
-            is_catalog_read: Whether the catalogue was read since the transaction became visible.
-            is_catalog_stale: Whether the catalogue is known to differ from the collections.
+        Waiting adds nothing: either the catalogue was read since the transaction became visible, or
+        it can't be read. A stale one is known to differ from the collections.
         """
         for shape in transaction.row_shapes:
             is_open = self._shape_needs_catalog_read(shape) or shape in self._reread_times
@@ -132,11 +127,7 @@ class ShapeChecker:
 
 
 class TableDefinitions:
-    """What the rows of the collections' tables are taken for without any decoder saying so.
-
-    Args:
-        collections: All collections of the generation.
-    """
+    """What the rows of the collections' tables are taken for without any decoder saying so."""
 
     def __init__(self, collections: Collections) -> None:
         tables = [collection.table for collection in collections.values()]

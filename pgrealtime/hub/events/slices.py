@@ -124,17 +124,12 @@ def split_into_slices(
     *,
     fits: Callable[[Transaction], bool],
 ) -> Iterator[Slice]:
-    """Divide entries into slices that begin after a cursor.
+    """Divide entries into slices that begin after the reader's cursor; at least one.
 
-    Args:
-        entries: In stream order.
-        after: The reader's cursor.
-        collections: Changes of other tables make no events.
-        changes_a_caller: Whether an update or delete of an account's row changes a caller of the
-            reader. A slice must be delivered before the next one is taken from the iterator.
-        max_events: Of one slice, unless a single change makes more.
-        fits: Whether a transaction's rows have the shapes that the collections were built for. If
-            not, they can't be evaluated or rendered: what is left of the transaction is a gap.
+    A slice must be delivered before the next one is taken: ``changes_a_caller`` says whether an
+    update or delete of an account's row changes a caller that the reader has by then. If a
+    transaction does not fit, its rows don't have the shapes that the collections were built
+    for and can't be evaluated or rendered: what is left of it is a gap.
     """
     if not entries:
         # Nothing is left of the commit at the cursor.
@@ -163,9 +158,7 @@ def split_into_slices(
 def slice_prefix(whole: Slice, event_count: int) -> Slice:
     """Return the beginning of a slice, without its gap unless it is the whole slice.
 
-    Args:
-        whole: The slice.
-        event_count: How many events, at least 1; more if a change would be divided.
+    It has ``event_count`` events, at least 1; more if a change would be divided.
     """
     events = whole.events
     while (
@@ -182,12 +175,7 @@ def slice_prefix(whole: Slice, event_count: int) -> Slice:
 def delivery_ranges(events: Sequence[Event], hits: Sequence[Iterable[Hashable]]) -> Iterator[range]:
     """Divide an evaluated slice so that no group receives many more than ``SLICE_CHANGES`` at once.
 
-    Args:
-        events: The slice's.
-        hits: Per event, the groups that receive it.
-
-    Yields:
-        Indexes of events, at least one range; no change is divided.
+    Yields indexes of events, at least one range; no change is divided.
     """
     first = 0
     if len(events) > SLICE_CHANGES:

@@ -29,15 +29,12 @@ FindConnections: TypeAlias = Callable[[Sized[ExpandViewer], Sized[Group]], Itera
 
 
 class CallerCheckResult(NamedTuple):
-    """The result of checking a slice.
-
-    Attributes:
-        commit_lsn: The end of the commit of the slice's first event.
-        is_changelog_complete: Whether the changelog holds everything that the snapshot sees.
-    """
+    """The result of checking a slice."""
 
     commit_lsn: LSN
+    """The end of the commit of the slice's first event."""
     is_changelog_complete: bool
+    """Whether the changelog holds everything that the snapshot sees."""
 
 
 class CallerCheck:
@@ -46,18 +43,6 @@ class CallerCheck:
     Called once for each snapshot that rows are read in, before it ends. Most often it queries
     nothing: by the changelog nothing was written since the slice's first event to the tables that
     were read, or to no account's row.
-
-    Args:
-        caller_tracker: Makes a caller of its row.
-        generation: In force. Its row history says what was written after the events; it waits up
-            to a second for the stream to reach the snapshot.
-        events: The slice's.
-        find_connections: Finds the connections to check.
-
-    Attributes:
-        outdated_connections: Connections whose callers have changed, each with those of its viewers
-            for whom nothing may be expanded; none if only columns are to be withheld.
-        result: None if nothing that was read depends on the caller.
     """
 
     def __init__(
@@ -74,21 +59,19 @@ class CallerCheck:
         self._events = events
         self._find_connections = find_connections
         self.outdated_connections: dict[Connection, frozenset[ExpandViewer]] = {}
+        """Each with those of its viewers for whom nothing may be expanded; none if only columns
+        are to be withheld."""
         self.result: CallerCheckResult | None = None
+        """None if nothing that was read depends on the caller."""
 
     async def __call__(
         self, session: ReadSession, viewers: Iterable[ExpandViewer], groups: Iterable[Group]
     ) -> frozenset[Group]:
-        """Check the callers for whom rows were read.
+        """Check the callers for whom rows were read in a session's snapshot.
 
-        Args:
-            session: Of the snapshot in which the rows were read.
-            viewers: For whom related records were read.
-            groups: That would be sent columns of live rows of the events' records.
-
-        Returns:
-            The groups of which every connection is outdated. The outdated connections of other
-            groups must be served separately.
+        Related records were read for the viewers; the groups would be sent columns of live rows of
+        the events' own records. Returns the groups of which every connection is outdated. The
+        outdated connections of other groups must be served separately.
         """
         asking = {
             viewer
@@ -99,6 +82,8 @@ class CallerCheck:
         if not (asking or asking_groups) or not self._events:
             return frozenset()
         commit = self._events[0].cursor.lsn
+        # Up to a second for the stream to reach the snapshot: then the changelog has all writes
+        # that the snapshot sees, and only accounts that were written need be queried.
         is_complete = await self._row_history.wait_for_lsn(session.insert_lsn)
         if is_complete and not asking_groups and not await self._may_be_written(asking, commit):
             return frozenset()
@@ -190,7 +175,6 @@ class CallerCheck:
         collection: Collection,
         connections_by_account: Mapping[AccountKey, Sequence[Connection]],
     ) -> dict[Connection, Caller | None]:
-        """Return the same for the accounts of one collection."""
         if not connections_by_account:
             return {}
         rows = await fetch_rows_by_id(
@@ -229,11 +213,7 @@ def may_account_have_changed(
 ) -> bool:
     """Whether an account's row may have been written in commits that end after an LSN.
 
-    Args:
-        row_history: Has read the collection's table since then.
-        collection: The account's.
-        account: The account.
-        after: The LSN.
+    The row history must have read the collection's table since then.
     """
     if collection.key.type.base.name == "bpchar":
         return True  # rows hold the id with its padding

@@ -33,12 +33,7 @@ _NO_LOGIN = CollectionLoginConfig()
 
 
 class CallerTracker:
-    """The connections by account, and the latest changes of accounts' rows.
-
-    Args:
-        logins: By collection name, the columns that make a caller of a row.
-        allows_guests: Whether guests may have topics.
-    """
+    """The connections by account, and the latest changes of accounts' rows."""
 
     def __init__(
         self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool = True
@@ -53,12 +48,6 @@ class CallerTracker:
         self._remembered_characters = 0
         self._forgotten_upto = LSN(0)
 
-    def add(self, connection: Connection) -> None:
-        """Add the connection to its caller's account."""
-        account = account_of(connection.caller)
-        if account is not None:
-            self._connections_by_account.setdefault(account, {})[connection] = None
-
     def remove(self, connection: Connection) -> None:
         """Remove the connection from its caller's account. Idempotent."""
         account = account_of(connection.caller)
@@ -72,8 +61,9 @@ class CallerTracker:
         """Set the connection's caller."""
         self.remove(connection)
         connection.set_caller(caller)
-        if not connection.is_closed():
-            self.add(connection)
+        account = account_of(caller)
+        if account is not None and not connection.is_closed():
+            self._connections_by_account.setdefault(account, {})[connection] = None
 
     def replace_settings(
         self,
@@ -84,10 +74,7 @@ class CallerTracker:
     ) -> None:
         """Replace what the configuration says of callers.
 
-        Args:
-            logins: As for the class.
-            revalidate: Returns a known caller by the configuration: the same, changed, or a guest.
-            allows_guests: As for the class.
+        ``revalidate`` returns a known caller by the configuration: the same, changed, or a guest.
         """
         self._logins, self._revalidate, self._allows_guests = logins, revalidate, allows_guests
 
@@ -113,16 +100,10 @@ class CallerTracker:
         return self._connections_by_account.get(event.account_key, {}).keys()
 
     def caller_after(self, event: Event, caller: Caller, read_point: ReadPoint | None) -> Caller:
-        """Return the caller after an event; the same object if the event doesn't change it.
-
-        Args:
-            event: Of the caller's row or of any other.
-            caller: Before the event.
-            read_point: The snapshot in which its row was read. A transaction that was visible in it
-                changes nothing: the row may be newer.
-        """
+        """Return the caller after an event; the same object if the event doesn't change it."""
         if account_of(caller) != event.account_key:
             return caller
+        # What was visible when its row was read changes nothing: the row may be newer.
         if read_point is not None and not read_point.predates(event.xid, event.cursor.lsn):
             return caller
         if event.action == "delete":
@@ -131,13 +112,7 @@ class CallerTracker:
         return caller if after == caller else after
 
     def caller_from_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
-        """Return the caller with the values of its row.
-
-        Args:
-            caller: A record of the collection.
-            collection: The caller's.
-            row: The caller's; None if it was deleted.
-        """
+        """Return the caller with the values of its row; a guest if the row was deleted."""
         if row is None:
             return Caller()
         return update_caller(caller, collection, self._logins.get(collection.name, _NO_LOGIN), row)
@@ -175,14 +150,9 @@ class CallerTracker:
         self._forgotten_upto = upto
 
     def caller_at(self, caller: Caller, cursor: Cursor) -> Caller:
-        """Return the caller as of a cursor.
+        """Return the caller as of its connection's cursor.
 
-        Args:
-            caller: As it was authenticated, with the read point of its row.
-            cursor: Its connection's. Later changes are applied as the connection reads them.
-
-        Raises:
-            LookupError: Its row was read too long ago, or a change since lacks columns.
+        Raises ``LookupError`` if its row was read too long ago, or a change since lacks columns.
         """
         read_point = caller.read_point
         if read_point is None:
@@ -190,6 +160,7 @@ class CallerTracker:
         if read_point.insert_lsn < self._forgotten_upto:
             raise LookupError("the caller's row was read too long ago")
         for event in self._recent_changes.get(account_of(caller) or ("", ""), ()):
+            # Later ones are applied as the connection reads them.
             if event.cursor <= cursor:
                 caller = self.caller_after(event, caller, read_point)
         if caller.is_stale:

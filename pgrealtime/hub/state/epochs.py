@@ -16,13 +16,7 @@ _UNREACHABLE_CURSOR = Cursor(LSN(1 << 64), 0)
 class ResumableEpochs:
     """The stream's epoch, and the one before it if the stream continued from that.
 
-    Args:
-        epoch: Of the stream's positions.
-        changelog: Its floor bounds the positions that can be resumed.
-        can_resume: Whether any position is accepted.
-
-    Attributes:
-        epoch: In force.
+    The changelog's floor bounds the positions that can be resumed.
     """
 
     def __init__(self, epoch: str, changelog: Changelog, *, can_resume: bool) -> None:
@@ -52,10 +46,8 @@ class ResumableEpochs:
     def resolve(self, submitted: tuple[str | None, str | None], head: Cursor) -> Resumption | None:
         """Return where a connection begins by the positions that it submitted; None without any.
 
-        Args:
-            submitted: ``Last-Event-ID`` and ``lastEventId``. The first is another server's if it
-                holds no position; an empty second one asks for positions from now on.
-            head: The dispatcher's.
+        Of ``Last-Event-ID`` and ``lastEventId`` the first is another server's if it holds no
+        position; an empty second one asks for positions from now on.
         """
         last_event_id, position = submitted
         parsed = _parse_submitted_position(last_event_id)

@@ -16,11 +16,7 @@ from pgrealtime.protocol.frame import resync_tail
 
 
 class GapNotifier:
-    """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it.
-
-    Attributes:
-        notified: By the gap's reason, how many times a connection was notified or closed for it.
-    """
+    """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it."""
 
     def __init__(
         self,
@@ -32,6 +28,7 @@ class GapNotifier:
         self._registry = registry
         self._clock = clock
         self.notified: Counter[str] = Counter()
+        """By the gap's reason, how many times a connection was notified or closed for it."""
 
     def notify_slice(
         self,
@@ -40,17 +37,17 @@ class GapNotifier:
         evaluation_gap: EvaluationGap | None,
         end_cursor: Cursor,
     ) -> None:
-        """Notify a connection of a slice's gap, and of events that could not be evaluated for it.
-
-        Only the last moves its position: if it breaks off in between, it is notified again.
-        """
+        """Notify a connection of a slice's gap, and of events not evaluated for it."""
         gaps = [] if gap is None else [gap]
         if evaluation_gap is not None and (
             missed := _collections_missed_by(connection, evaluation_gap)
         ):
             gaps.insert(0, GapNotice(missed, "unknown", end_cursor))
+        # Only the last one moves its position: if its client breaks off in between, it is
+        # notified of both again.
         are_both_sent = len(gaps) > 1 and self._affects(connection, gaps[-1])
         for notice in gaps:
+            # The first may have closed it.
             if not connection.is_closed():
                 self.notify(
                     connection, notice, keeps_position=are_both_sent and notice is not gaps[-1]
@@ -59,10 +56,8 @@ class GapNotifier:
     def position_limit(
         self, connection: Connection, evaluation_gap: EvaluationGap | None
     ) -> Cursor | None:
-        """Return the cursor that the position may not reach before a gap was sent, if any.
-
-        A position says that everything up to it was delivered, or announced as a gap.
-        """
+        """Return the cursor that the position may not reach before a gap was sent, if any."""
+        # A position says that everything up to it was delivered, or announced as a gap.
         if evaluation_gap is None:
             return None
         names = _collections_missed_by(connection, evaluation_gap)
@@ -73,7 +68,6 @@ class GapNotifier:
         )
 
     def _subscribed_collections(self, connection: Connection) -> set[str]:
-        """Return the names of the collections of the connection's topics."""
         collections = self._progress.generation.collections
         topics = (s.topic.collection_name_or_id for s in connection.subscriptions.values())
         return {c.name for c in map(collections.find, topics) if c is not None}
@@ -88,9 +82,6 @@ class GapNotifier:
     ) -> None:
         """Notify a connection of a gap that affects it, or close it so that its client reloads.
 
-        A connection whose caller's row may have changed in the gap is closed too: on reconnecting
-        its client authenticates anew, and until then nothing is delivered.
-
         With ``keeps_position`` its position stays, since another gap is sent next.
         """
         is_affected = self._affects(connection, gap)
@@ -99,18 +90,21 @@ class GapNotifier:
             cursor = None if keeps_position else gap.cursor
             tail = resync_tail(gap.collections or (), gap.reason)
             connection.write_gap(tail, cursor, self._clock())
+        # On reconnecting its client authenticates anew; until then nothing is delivered. After the
+        # write, so that its client can resume behind the gap.
         is_caller_lost = self._may_caller_have_changed(connection, gap)
         self.notified[gap.reason] += is_affected or is_caller_lost
         if is_caller_lost:
             self._registry.invalidate_caller(connection, "gap", gap.cursor)
         elif is_affected and not knows_gaps:
+            # Clients of PocketBase load their data again after a reconnect.
             self._registry.request_close(connection, "gap")
 
     def _may_caller_have_changed(self, connection: Connection, gap: GapNotice) -> bool:
-        """Whether the caller's row may have changed in the gap since it was read."""
         name, _ = account_of(connection.caller) or ("", "")
         if name not in self._progress.generation.collections or not gap.affects(name):
             return False
+        # A row that was read behind the gap is newer than all that the gap may hide.
         return (
             connection.caller_read_point is None
             or connection.caller_read_point.insert_lsn < gap.cursor.lsn
@@ -118,7 +112,6 @@ class GapNotifier:
 
 
 def _collections_missed_by(connection: Connection, gap: EvaluationGap) -> frozenset[str]:
-    """Return the names of the collections of which the connection may miss events."""
     missed = gap.failed_collections | (
         gap.undecided_collections & _collections_queried_for(connection)
     )
@@ -138,6 +131,7 @@ def _collections_missed_by(connection: Connection, gap: EvaluationGap) -> frozen
 def _collections_queried_for(connection: Connection) -> frozenset[str]:
     """Return the names of the collections whose rows are queried to evaluate its topics."""
     groups = (s.group for s in connection.subscriptions.values() if s.group is not None)
+    # A rule whose formula is True admits every caller to every row, whatever the answers are.
     return frozenset(
         g.specialization.collection.name for g in groups if g.specialization.formula is not True
     )

@@ -15,7 +15,7 @@ import structlog
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changelog.row_history import RowHistory
-from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import RuleError
 from pgrealtime.expand.plan import ExpandViewer
@@ -37,27 +37,7 @@ log = structlog.get_logger(__name__)
 
 
 class Generation:
-    """Collections, and what binds, evaluates and renders by them.
-
-    Args:
-        executor: Queries the database.
-        collections: In force.
-        nulls: How NULL is shown.
-        hidden_fields: Who may expand a hidden relation.
-        on_schema_mismatch: Called when a row doesn't have the shape that the catalogue says.
-        row_history: Knows later writes of rows.
-        incomplete_records: Counts records sent without a column, by collection.
-
-    Attributes:
-        matcher: The groups of subscriptions.
-        renderer: Renders events as messages.
-        evaluator: Finds the groups that receive an event.
-        enricher: Loads related data of records.
-        shape_checker: Checks that rows have the shape that the collections were made for.
-        catalog_assumptions: What must hold in the catalogue where the stream doesn't say.
-        row_history: As given.
-        subscription_counts: Subscriptions in groups, by collection.
-    """
+    """Collections, and what binds, evaluates and renders by them."""
 
     def __init__(
         self,
@@ -94,14 +74,13 @@ class Generation:
             omitted_column_counts=incomplete_records,
         )
         self.subscription_counts: Counter[str] = Counter()
+        """Subscriptions in groups, by collection."""
         self._on_schema_mismatch = on_schema_mismatch
         self._reported_rule_errors: set[tuple[str, str]] = set()
 
     def report_unknown_columns(self, events: Sequence[Event]) -> None:
-        """Report a schema mismatch if a row has a column that its collection does not know.
-
-        A column that is gone is noticed where rows are evaluated.
-        """
+        """Report a schema mismatch if a row has a column that its collection does not know."""
+        # One that is gone is noticed where rows are evaluated.
         if any(len(event.row) > len(event.collection.column_names) for event in events):
             self._on_schema_mismatch()
 
@@ -112,12 +91,6 @@ class Generation:
 
         Yields the loop in between, and works for one call at a time: a call may bring a thousand
         topics that take 2 ms each, and there may be many calls.
-
-        Args:
-            topic_texts: As submitted.
-            caller: Of the call.
-            work_lock: Held while working.
-            network: The client's, which takes turns with others on the lock.
         """
         topics: dict[str, Topic] = {}
         left = FILTER_CHARACTERS_PER_CONNECTION
@@ -126,6 +99,7 @@ class Generation:
             async with work_lock.acquire_for_loop_work(network) as yield_timer:
                 for name in rest:
                     topic = topics[name] = parse_topic(name)
+                    # What is too long is refused when it is bound: it isn't compiled first.
                     left -= len(topic.query.get("filter", ""))
                     self._precompile(topic, caller, may_compile_filter=left >= 0)
                     if yield_timer.is_due():
@@ -135,26 +109,17 @@ class Generation:
     def _precompile(self, topic: Topic, caller: Caller, *, may_compile_filter: bool) -> None:
         """Compile what ``bind_subscription`` will need; an invalid rule is its to report."""
         collection = self.collections.find(topic.collection_name_or_id)
-        if collection is None:
-            return
         if "expand" in topic.query:
-            self.renderer.compile_expand(collection, _rule_request(topic, caller), caller.own_row)
-        if "filter" in topic.query and may_compile_filter:
-            self._compile_filter(collection, topic, caller)
-
-    def _compile_filter(self, collection: Collection, topic: Topic, caller: Caller) -> None:
-        with suppress(RuleError):
-            self.matcher.bind_topic(collection, topic, caller.principal, caller.own_row)
+            self.compile_expand_viewer(topic, caller)
+        if collection is not None and "filter" in topic.query and may_compile_filter:
+            with suppress(RuleError):
+                self.matcher.bind_topic(collection, topic, caller.principal, caller.own_row)
 
     def bind_subscription(self, subscription: Subscription, caller: Caller) -> str:
         """Put a subscription into the group of its topic, caller and view.
 
-        Returns:
-            Why no event can match it, or ``""``.
-
-        Raises:
-            SubscriptionLimitError: The connection or address has too many of the kind; the
-                subscription is in no group then.
+        Returns why no event can match it, or ``""``. Raises ``SubscriptionLimitError`` if the
+        connection or address has too many of the kind; it is in no group then.
         """
         topic = subscription.topic
         subscription.set_own_record("")
@@ -184,7 +149,7 @@ class Generation:
         collection = self.collections.find(topic.collection_name_or_id)
         if collection is None:
             return None
-        return self.renderer.compile_expand(
+        return self.renderer.expand_compiler.compile_expand(
             collection, _rule_request(topic, caller), caller.own_row
         )
 
@@ -196,7 +161,7 @@ class Generation:
             self.matcher.remove(subscription)
 
     def _report_rule_error(self, collection: str, error: RuleError) -> None:
-        """Log once that a collection's rule is invalid and denies all."""
+        # Once: a thousand clients may subscribe to the collection.
         if (collection, error.message) not in self._reported_rule_errors:
             self._reported_rule_errors.add((collection, error.message))
             log.error("rule.error", collection=collection, reason=error.message)

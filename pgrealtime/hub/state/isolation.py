@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import structlog
 
 from pgrealtime.fairness import FairLock
-from pgrealtime.hub.connections.connection import Connection, Group
+from pgrealtime.hub.connections.connection import Connection, Group, connections_of
 from pgrealtime.hub.evaluation.filter_limits import WORK_PER_FILTER, FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.progress import DispatchProgress
@@ -45,24 +45,16 @@ class IsolatedConnections:
     def with_untried_filters(self, events: Iterable[Event]) -> dict[Connection, None]:
         """Return the connections whose filters must not be evaluated with others for some events.
 
-        These filters query PostgreSQL, were not quick yet while no other connection waited, and
-        few connections use them.
+        These query PostgreSQL, few connections use them, and they were not quick yet while no other
+        connection waited.
         """
         collections = {event.collection.name for event in events}
-        groups = self._progress.generation.matcher.trials.untried_groups(collections)
-        return {
-            subscription.connection: None
-            for group in groups
-            for render_group in group.render_groups
-            for subscription in render_group
-        }
+        return connections_of(self._progress.generation.matcher.trials.untried_groups(collections))
 
     def isolate_with_backoff(self, connection: Connection) -> None:
-        """Isolate a connection whose filter took too long in this process while others waited.
-
-        The first times are tolerated; then it stays isolated for a while.
-        """
+        """Isolate a connection whose filter took too long in this process while others waited."""
         self.isolate(connection)
+        # The first times it may rejoin at once; then it stays isolated for a while.
         self._record_timeout(connection, is_tolerated=True)
 
     def try_rejoin(self, connection: Connection) -> bool:
@@ -75,9 +67,7 @@ class IsolatedConnections:
     def budget_for(self, connection: Connection, *, is_limited: bool) -> FilterBudget:
         """Return the time budget of its filters for the slice that it reads next.
 
-        Args:
-            connection: Catching up.
-            is_limited: Whether the slice is an attempt to see if its filters are quick now.
+        A limited one is an attempt to see if its filters are quick now.
         """
         is_limited = is_limited and not self._breakers.is_open(connection)
         if not connection.is_isolated:
@@ -97,11 +87,7 @@ class IsolatedConnections:
     ) -> bool:
         """Isolate a connection that read some events by itself if its filters were slow.
 
-        They may take ``SLICE_FILTER_SECONDS`` a change, for the dispatcher's slices have few. If
-        they were quick, they may be evaluated with those of others.
-
-        Returns:
-            Whether they exceeded a limited budget, and need an unlimited one.
+        Returns whether they exceeded a limited budget, and need an unlimited one.
         """
         if budget.work_budget.late_members:
             self.isolate(connection)
@@ -109,6 +95,7 @@ class IsolatedConnections:
             if budget.used_seconds < _QUICK_SECONDS:
                 self._record_quick(connection, events)
             return False
+        # So much for each change, as the dispatcher's slices often have a single one.
         if budget.used_seconds < SLICE_FILTER_SECONDS * len({event.cursor for event in events}):
             return False
         self.isolate(connection)
@@ -121,14 +108,11 @@ class IsolatedConnections:
             return
         collections = {event.collection.name for event in events}
         groups = (subscription.group for subscription in connection.subscriptions.values())
+        filters = {group.specialization for group in groups if group}
         self._progress.generation.matcher.trials.record_quick(
-            {
-                group.specialization
-                for group in groups
-                if group
-                and group.specialization.has_remote_filter
-                and group.specialization.collection.name in collections
-            }
+            filter_
+            for filter_ in filters
+            if filter_.has_remote_filter and filter_.collection.name in collections
         )
 
     def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:

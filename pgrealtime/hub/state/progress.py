@@ -13,24 +13,20 @@ if TYPE_CHECKING:
 
 
 class DispatchProgress:
-    """The dispatcher's head, the generation in force and the revision.
-
-    Attributes:
-        head: Everything up to here was delivered to the LIVE connections.
-        evaluation_target: Everything up to here was evaluated for them, or is being evaluated.
-        generation: In force.
-        revision: Counts generations and histories. Code that awaits compares it with the one read
-            before, and discards results of an older one.
-        is_evaluating: Whether a slice is being evaluated. The groups of a connection that becomes
-            LIVE during that time are not among those evaluated.
-    """
+    """The dispatcher's head, the generation in force and the revision."""
 
     def __init__(self, head: Cursor, generation: Generation) -> None:
         self.head = head
+        """Everything up to here was delivered to the LIVE connections."""
         self.evaluation_target = head
+        """Everything up to here was evaluated for them, or is being evaluated."""
         self.generation = generation
         self.revision = 0
+        """Counts generations and histories. Code that awaits compares it with the one read
+        before, and discards results of an older one."""
         self.is_evaluating = False
+        """Whether a slice is being evaluated. The groups of a connection that becomes LIVE
+        during that time are not among those evaluated."""
         self._deferred: deque[Callable[[], None]] = deque()
 
     def begin_slice(self, end_cursor: Cursor) -> None:
@@ -38,7 +34,7 @@ class DispatchProgress:
         self.evaluation_target, self.is_evaluating = end_cursor, True
 
     def advance(self, head: Cursor) -> None:
-        """Move the head: everything up to it was delivered."""
+        """Move the head."""
         self.head = head
 
     def restart(self, head: Cursor) -> None:
@@ -51,7 +47,7 @@ class DispatchProgress:
         self.revision += 1
 
     def begin_history(self, head: Cursor) -> None:
-        """Begin another history: results of the one before are void."""
+        """Begin another history at a head."""
         self.revision += 1
         self.restart(head)
 

@@ -42,18 +42,7 @@ _ID_LENGTH = 40
 
 
 class ConnectionRegistry:
-    """The open connections by id.
-
-    Attributes:
-        callers: The index from an account (a row of a users table) to its connections.
-        counters: Totals, for metrics.
-        send_budget: The limit of bytes in send buffers, of each connection and of all together.
-        is_stream_up: Whether the replication stream is being read. While it is not, PB_CONNECT is
-            held back and subscribe calls are refused.
-        is_closing: Whether new connections get no PB_CONNECT any more.
-        subscriptions_with_read_point: Subscriptions added to a connection that already receives
-            events: of a transaction that their snapshot sees nothing is sent for them.
-    """
+    """The open connections by id."""
 
     def __init__(
         self,
@@ -71,12 +60,16 @@ class ConnectionRegistry:
         self._connections: dict[str, Connection] = {}
         self._removal_callbacks: list[Callable[[Connection], None]] = []
         self.callers = CallerTracker(settings.logins, allows_guests=settings.allows_guests)
+        """The index from an account (a row of a users table) to its connections."""
         self.counters = counters
         self.send_budget = SendBudget(
             per_connection_bytes=limits.send_buffer, total_bytes=limits.send_buffers, clock=clock
         )
         self.is_stream_up = False
+        """Whether the replication stream is being read. While it is not, PB_CONNECT is held back
+        and subscribe calls are refused."""
         self.is_closing = False
+        """Whether new connections get no PB_CONNECT any more."""
         self.subscriptions_with_read_point: dict[Subscription, None] = {}
 
     @property
@@ -100,13 +93,7 @@ class ConnectionRegistry:
         address: str,
         submitted_positions: tuple[str | None, str | None],
     ) -> Connection:
-        """Add a connection whose response head was sent; send PB_CONNECT if the stream is up.
-
-        Args:
-            writer: Writes the response body.
-            address: Of the client.
-            submitted_positions: ``Last-Event-ID`` and the query parameter, as the client sent them.
-        """
+        """Add a connection whose response head was sent; send PB_CONNECT if the stream is up."""
         connection = Connection(
             "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH)),
             writer,
@@ -144,13 +131,13 @@ class ConnectionRegistry:
     def when_removed(self, callback: Callable[[Connection], None]) -> None:
         """Call back with each connection that is removed, before its subscriptions are unbound.
 
-        Args:
-            callback: Idempotent: it is called again if a connection is removed twice.
+        Twice if a connection is removed twice.
         """
         self._removal_callbacks.append(callback)
 
     def remove(self, connection: Connection, reason: str) -> None:
         """Remove a connection whose response has ended, or is about to. Idempotent."""
+        # Its state first: whatever the calls below run finds it closed.
         connection.close()
         self.callers.remove(connection)
         for callback in self._removal_callbacks:
@@ -189,10 +176,7 @@ class ConnectionRegistry:
     def invalidate_caller(self, connection: Connection, reason: str, delivered: Cursor) -> None:
         """Stop delivering to a connection whose caller's row is deleted or unknown, and close it.
 
-        Args:
-            connection: Closed at once or soon.
-            reason: Of closing it.
-            delivered: What it has received if it is LIVE; its client can resume from there.
+        ``delivered`` is what it has received if it is LIVE; its client can resume from there.
         """
         connection.invalidate_caller(delivered)
         self.request_close(connection, reason)
@@ -260,11 +244,9 @@ class ConnectionRegistry:
         self.subscriptions_with_read_point.clear()
 
     def rebind(self) -> None:
-        """Bind all callers and subscriptions in a new generation, which has none yet.
-
-        Connections that exceed a limit now are closed, and guests where they may have no topics.
-        """
+        """Bind all callers and subscriptions in a new generation, which has none yet."""
         for connection in list(self._connections.values()):
+            # Of all its subscriptions before any is bound: quotas count those that are in groups.
             for subscription in connection.subscriptions.values():
                 subscription.set_group(None)  # the other generation's, which is gone
             with self.closing_on_error(connection):
@@ -274,10 +256,7 @@ class ConnectionRegistry:
                 self._close_if_guest(connection, self._progress.head)
 
     def apply_caller_change(self, connection: Connection, event: Event) -> None:
-        """Change the connection's caller as an event of its row says; no message is sent.
-
-        An error closes the connection.
-        """
+        """Change the connection's caller as an event of its row says; an error closes it."""
         with self.closing_on_error(connection):
             callers = self.callers
             caller = callers.caller_after(event, connection.caller, connection.caller_read_point)
@@ -296,27 +275,20 @@ class ConnectionRegistry:
                 self._close_if_guest(connection, delivered)
 
     def _close_if_guest(self, connection: Connection, delivered: Cursor) -> None:
-        """Close a connection whose caller has become a guest, where guests may have no topics."""
         if not self.callers.may_keep_topics(connection):
             self.invalidate_caller(connection, "guest", delivered)
 
 
 class HubCounters(Struct):
-    """Totals since the start.
-
-    Attributes:
-        closed_connections: Closed connections by reason; ``client`` if the client closed it.
-        events_sent_to_closed: Events sent to connections that are closed now.
-        resume_outcomes: First subscribe calls of connections that submitted a position, by
-            ``resumed`` or the reason of the gap.
-        refused_subscribe_calls: Calls with too many subscriptions of a kind for a connection or an
-            address.
-        incomplete_records: By collection, records sent to some subscribers without a column: the
-            WAL doesn't carry its old value, and their rule may not admit the row as it is now.
-    """
+    """Totals since the start."""
 
     closed_connections: Counter[str] = field(default_factory=Counter)
+    """By reason; ``client`` if the client closed it."""
     events_sent_to_closed: int = 0
+    """To connections that are closed now."""
     resume_outcomes: Counter[str] = field(default_factory=Counter)
+    """First calls of connections that submitted a position: ``resumed``, or the gap's reason."""
     refused_subscribe_calls: int = 0
     incomplete_records: Counter[str] = field(default_factory=Counter)
+    """By collection, records sent to some subscribers without a column: the WAL doesn't carry its
+    old value, and their rule may not admit the row as it is now."""

@@ -11,25 +11,19 @@ from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, Rea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSettings:
-    """Settings of the hub; a reload replaces ``logins`` and ``allows_guests`` only.
-
-    Attributes:
-        limits: Timeouts, buffers and numbers of connections.
-        logins: By collection name, the columns that make a caller of a row.
-        allows_guests: Whether a connection keeps its topics when its caller becomes a guest.
-        nulls: How NULL is shown in records.
-        hidden_fields: Who may expand a hidden relation.
-        epoch: Of the stream's positions before the stream has started.
-        can_resume: Whether submitted positions are accepted.
-        max_concurrent_catch_ups: Connections that are served from the changelog at the same time,
-            and half as many isolated ones. The rest of the query pool is for the dispatcher.
-    """
+    """Settings of the hub; a reload replaces ``logins`` and ``allows_guests`` only."""
 
     limits: RealtimeConfig = field(default_factory=RealtimeConfig)
     logins: Mapping[str, CollectionLoginConfig] = field(default_factory=dict)
+    """By collection name, the columns that make a caller of a row."""
     allows_guests: bool = True
+    """Whether a connection keeps its topics when its caller becomes a guest."""
     nulls: Literal["null", "zero"] = "null"
     hidden_fields: HiddenFieldsMode = "strict"
     epoch: str = "000000"
+    """Of positions before the stream has started."""
     can_resume: bool = True
+    """Whether submitted positions are accepted."""
     max_concurrent_catch_ups: int = 16
+    """Connections that are served from the changelog at the same time, and half as many isolated
+    ones. The rest of the query pool is for the dispatcher."""

@@ -87,10 +87,8 @@ class ConnectionTimeouts:
         return ""
 
     async def shutdown(self, grace_seconds: float) -> None:
-        """Close all connections within ``grace_seconds``, a few at a time.
-
-        Their clients reconnect at once: not all of them in the same moment.
-        """
+        """Close all connections within ``grace_seconds``, a few at a time."""
+        # Their clients reconnect at once: not all of them in the same moment.
         registry, began = self._registry, self._clock()
         while registry.connections and (now := self._clock()) - began < grace_seconds:
             ready = [

@@ -35,8 +35,7 @@ _WATCH_INTERVAL_SECONDS = 0.5
 class VisibilityTracker:
     """The delivered transactions that were not seen to be visible yet.
 
-    What was read before the revision changed is dropped. ``run_query`` runs ``SNAPSHOT_QUERY`` and
-    returns its row.
+    ``run_query`` runs ``SNAPSHOT_QUERY`` and returns its row.
     """
 
     def __init__(
@@ -49,9 +48,10 @@ class VisibilityTracker:
         self._progress = progress
         self._clock = clock
         self._not_yet_visible: deque[tuple[LSN, Xid]] = deque()
+        """In stream order, which is not the order of becoming visible. Some may be in it twice."""
 
     def record_delivered(self, entries: Iterable[Entry]) -> None:
-        """Note transactions before they are delivered: a read point must see all that were."""
+        """Note transactions before they are delivered."""
         self._not_yet_visible.extend(
             (entry.end_lsn, entry.xid)
             for entry in entries
@@ -59,18 +59,17 @@ class VisibilityTracker:
         )
 
     def clear(self) -> None:
-        """Forget all: another history has begun."""
+        """Forget all."""
         self._not_yet_visible.clear()
 
     async def fetch_read_point(self, delivered_upto: Cursor) -> ReadPoint:
         """Return a read point whose snapshot sees every transaction delivered up to a cursor.
 
-        A transaction that it doesn't see has to be delivered for the new topic. If it was before
-        the cursor, it would come after later ones, and resuming from a later id would lose it.
-
-        Raises:
-            SubscriptionError: ``stream_away``: the database doesn't answer, or not in time.
+        Raises ``SubscriptionError`` if the database doesn't answer, or not in time.
         """
+        # A transaction that the snapshot doesn't see has to be delivered for the new topic. If it
+        # was before the cursor, it would come after later ones, and resuming from a later id would
+        # lose it.
         deadline = self._clock() + _READ_POINT_TIMEOUT_SECONDS
         while True:
             revision = self._progress.revision
@@ -79,10 +78,12 @@ class VisibilityTracker:
             except PgRealtimeError as error:
                 raise SubscriptionError("no snapshot", code="stream_away") from error
             if self._progress.revision != revision:
-                continue  # it may be another history's
+                continue  # it may be another history's, whose transaction ids mean others
+            # Only after the comparison: the transactions noted meanwhile are the new history's.
             self._discard_visible(read_point.snapshot)
             if not any(end_lsn <= delivered_upto.lsn for end_lsn, _xid in self._not_yet_visible):
                 return read_point
+            # A commit may stay invisible for as long as a synchronous standby is away.
             if self._clock() > deadline:
                 raise SubscriptionError("a commit stays invisible", code="stream_away")
             await asyncio.sleep(_SNAPSHOT_RETRY_SECONDS)
@@ -92,6 +93,7 @@ class VisibilityTracker:
         xids = [
             entry.xid for entry in entries if isinstance(entry, Transaction | OversizedTransaction)
         ]
+        # Without a bound: a client that loads a record when it receives the event must find it.
         revision = self._progress.revision
         while xids and self._progress.revision == revision:
             try:
@@ -111,6 +113,8 @@ class VisibilityTracker:
         Called before a gap is sent: the client reloads at once and must find what the gap is about.
         """
         wanted = frozenset(xids)
+        # With a bound, as all connections wait for it. What is not in the deque was seen to be
+        # visible, or belongs to another history.
         revision, began = self._progress.revision, self._clock()
         while (
             any(xid in wanted for _, xid in self._not_yet_visible)
@@ -128,6 +132,7 @@ class VisibilityTracker:
     async def watch(self) -> None:
         """Forget transactions that have become visible, for ever."""
         while True:
+            # One query for all that has become visible meanwhile.
             await asyncio.sleep(_WATCH_INTERVAL_SECONDS)
             if not self._not_yet_visible:
                 continue
@@ -143,12 +148,6 @@ class VisibilityTracker:
         )
 
 
-def _retrieve_exception(task: asyncio.Task[ReadPoint]) -> None:
-    """Retrieve the error of a fetch that is not awaited any more, or asyncio logs it."""
-    if not task.cancelled():
-        task.exception()
-
-
 class SnapshotSource:
     """Fetches snapshots; callers that come while one is being fetched share the next."""
 
@@ -158,20 +157,19 @@ class SnapshotSource:
         self._next: asyncio.Task[ReadPoint] | None = None
 
     async def fetch(self) -> ReadPoint:
-        """Return a read point whose snapshot was taken entirely after this call.
-
-        Raises:
-            PgRealtimeError: The database didn't answer.
-        """
+        """Return a read point whose snapshot was taken entirely after this call."""
         if self._next is None:
             self._next = asyncio.create_task(self._fetch_after(self._running), name="snapshot")
-            self._next.add_done_callback(_retrieve_exception)
-        # Shielded: other callers may await the same one.
+            # asyncio would log an error that nobody retrieves: all who asked may be cancelled.
+            self._next.add_done_callback(lambda task: task.cancelled() or task.exception())
+        # Not the running one: its snapshot may have been taken before this call. Shielded, as other
+        # callers may await the same.
         return await asyncio.shield(self._next)
 
     async def _fetch_after(self, running: asyncio.Task[ReadPoint] | None) -> ReadPoint:
         if running is not None:
-            await asyncio.wait([running])
+            await asyncio.wait([running])  # returns also if that one failed
+        # Before the query: calls from here on must get a later snapshot.
         self._running, self._next = self._next, None
         snapshot, insert_lsn, _in_recovery = await self._run_query()
         return parse_read_point(snapshot, insert_lsn)
