@@ -143,7 +143,7 @@ class QueryExecutor:
                         self._pool, connection, evaluation.xids, budget
                     )
                     await transaction.begin()
-                    begin_timeout.reschedule(None)
+                    _lift_timeout(begin_timeout)
                     if budget.is_limited:
                         budget.spend(time.perf_counter() - began)
                     self.outage.record_answer()
@@ -189,7 +189,7 @@ class QueryExecutor:
         async with begin_timeout, self._pool.session() as connection:
             transaction = BudgetedTransaction(self._pool, connection, xids, budget)
             await transaction.begin()
-            begin_timeout.reschedule(None)
+            _lift_timeout(begin_timeout)
             budget.spend(time.perf_counter() - began)
             self.outage.record_answer()
             yield ReadSession(transaction, self._rounds, self._unanswered)
@@ -203,3 +203,17 @@ class QueryExecutor:
         See ``LiveRowReader.fetch``.
         """
         return await self._live_rows.fetch(images)
+
+
+def _lift_timeout(timeout: asyncio.Timeout) -> None:
+    """Let a timeout no longer expire.
+
+    ``asyncio.wait_for``, by which the pool waits, drops a cancellation that arrives together with
+    the result (before Python 3.12). Then the timeout has expired and this task was not told.
+
+    Raises:
+        TimeoutError: It has expired.
+    """
+    if timeout.expired():
+        raise TimeoutError("no snapshot in time")
+    timeout.reschedule(None)

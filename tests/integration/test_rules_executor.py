@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
@@ -31,6 +32,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rule_queries.rounds import BudgetedTransaction
 from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudget
 from pgrealtime.rules.engine.batch_query import KeyQuestion, PairQuestion
 from pgrealtime.rules.engine.formula import Test, each_test_call
@@ -354,3 +356,39 @@ async def test_the_short_time_never_is_longer_than_the_operator_s(
         after = await (await connection.execute("SHOW statement_timeout")).fetchone()
 
     assert (shown, after) == ((ours,), ("0",))
+
+
+@pytest.fixture
+def _cancellation_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeout expires while a transaction begins, and that begins all the same."""
+    begin = BudgetedTransaction.begin
+
+    async def begin_late(transaction: BudgetedTransaction) -> None:
+        await begin(transaction)
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+
+    monkeypatch.setattr(BudgetedTransaction, "begin", begin_late)
+
+
+@pytest.mark.usefixtures("_cancellation_is_lost")
+async def test_a_timeout_whose_cancellation_is_lost_leaves_the_questions_unanswered(
+    desk: Desk,
+) -> None:
+    """It is no fault of the evaluation: the connections that asked evaluate the slice alone."""
+    desk.rule("project.owner = @request.auth.id")
+    desk.subscribe("u1")
+    events, now = [desk.event(project="p1")], datetime.now(UTC)
+    evaluation = evaluate_in_process(desk.matcher, events, now)
+    budget = TimeBudget(is_limited=True)
+
+    assert await desk.probe.answer_questions(evaluation, budget) == frozenset()
+    assert budget.is_spent()
+    assert evaluation.questions()
+
+
+@pytest.mark.usefixtures("_cancellation_is_lost")
+async def test_a_session_whose_cancellation_is_lost_ends_in_a_timeout(desk: Desk) -> None:
+    with pytest.raises(TimeoutError):
+        async with desk.probe.read_session([SEEN], 0.05):
+            raise AssertionError
