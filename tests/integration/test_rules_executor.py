@@ -382,7 +382,7 @@ async def test_a_timeout_whose_cancellation_is_lost_leaves_the_questions_unanswe
     evaluation = evaluate_in_process(desk.matcher, events, now)
     budget = TimeBudget(is_limited=True)
 
-    assert await desk.probe.answer_questions(evaluation, budget) == frozenset()
+    assert await desk.executor.answer_questions(evaluation, budget) == frozenset()
     assert budget.is_spent()
     assert evaluation.questions()
 
@@ -390,5 +390,5 @@ async def test_a_timeout_whose_cancellation_is_lost_leaves_the_questions_unanswe
 @pytest.mark.usefixtures("_cancellation_is_lost")
 async def test_a_session_whose_cancellation_is_lost_ends_in_a_timeout(desk: Desk) -> None:
     with pytest.raises(TimeoutError):
-        async with desk.probe.read_session([SEEN], 0.05):
+        async with desk.executor.read_session([SEEN], 0.05):
             raise AssertionError
