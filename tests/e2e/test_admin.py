@@ -220,7 +220,7 @@ async def test_without_a_port_there_is_none_and_one_that_is_not_to_be_had_is_nam
         path = tmp_path / "other.yaml"
         path.write_text(config + f"admin: {{host: {host}, port: {port}, token: secret}}\n")
         process = await ServerProcess.start([command(), "run", "-c", str(path)], tmp_path / "log")
-        expected = rf"port_unavailable: admin\.port (.|\n)*HINT: {re.escape(hint)}"
+        expected = rf"port_unavailable: can't listen on admin\.port\n(.|\n)*HINT: {re.escape(hint)}"
         with pytest.raises(Exception, match=expected):
             await process.wait_healthy(running.address, "")
         await process.stop()
