@@ -172,7 +172,7 @@ async def test_an_aborted_call_frees_its_budget_only_with_its_thread(
         may_go.wait(DEADLINE)
         raise RequestRefusedError(BAD_REQUEST)
 
-    monkeypatch.setattr("pgrealtime.api.realtime.parse_subscribe_call", slow)
+    monkeypatch.setattr("pgrealtime.api.realtime.parse_subscribe_body", slow)
     body_reader = BodyReader()
     async with served(body_reader=body_reader) as service:
         for number in range(1, 4):
