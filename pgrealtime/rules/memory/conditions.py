@@ -247,6 +247,10 @@ def _pattern_reader(plan: ValueComparison, scope: ListScope) -> ValueReader:
     term = plan.right.term
     match plan.pattern:
         case Pattern.NULL:
+            if not isinstance(term, ParameterTerm):
+                # The SQL reads no argument of a function whose result is no text. Here they would
+                # count as columns that the row must have.
+                raise NotInProcessError
             return constant_reader(None)
         case Pattern.BOUND:
             assert isinstance(term, ParameterTerm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TypeAlias, TypeVar
 
 from pgrealtime.catalog.model import Type, TypeKind
@@ -41,8 +42,10 @@ from pgrealtime.rules.language.sqlite_values import (
     Scalar,
     ascii_lower,
     exact_number,
+    json_in_jsonb_order,
 )
 from pgrealtime.rules.memory.compare import (
+    WORK_BUDGET,
     SqliteValue,
     UndecidedError,
     is_blank,
@@ -281,7 +284,36 @@ def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext
         return lambda _row, args, _items: (
             value if isinstance(value := args[index], str) else to_sql_value(value, form)
         )
+    if form is SqlForm.JSON:
+        return lambda _row, args, _items: (
+            _json_argument(value)
+            if isinstance(value := args[index], str)
+            else to_sql_value(value, form)
+        )
     return lambda _row, args, _items: to_sql_value(args[index], form)
+
+
+def _json_argument(text: str) -> str:
+    """Return a text as ``SqlForm.JSON``: once, not for every row and combination of list items."""
+    if text[:1] not in {"{", "["}:
+        return text
+    if len(text) > _MAX_CACHED_JSON_CHARACTERS:
+        return _ordered_json(text)
+    return _cached_ordered_json(text)
+
+
+_MAX_CACHED_JSON_CHARACTERS = 4096
+"""A client's filter is no longer; of other texts the cache would hold too much."""
+_JSON_CHARACTERS_PER_UNIT = 8
+"""Characters parsed and written again in one unit of ``WORK_BUDGET``."""
+
+
+def _ordered_json(text: str) -> str:
+    WORK_BUDGET.spend(len(text) / _JSON_CHARACTERS_PER_UNIT)
+    return json_in_jsonb_order(text)
+
+
+_cached_ordered_json = lru_cache(maxsize=1024)(_ordered_json)
 
 
 _INTEGERS = frozenset({"int2", "int4", "int8"})

@@ -90,6 +90,16 @@ def test_combinations_of_items_are_counted_before_they_are_gone_through() -> Non
             test({**row, "tags": more}, ())
 
 
+@pytest.mark.parametrize(
+    "rule",
+    ["title ~ geoDistance(1, 2, loc.lon, loc.lat)", "title ~ strftime('%Y', pub_date, '+1 day')"],
+)
+def test_what_no_evaluation_reads_need_not_be_in_the_row(rule: str) -> None:
+    """A pattern that is no text matches nothing, whatever the arguments of its function hold."""
+    (call,) = each_test_call(bind(rule).specialization.formula)
+    assert call.test.column_names <= {"title"}
+
+
 def _has_lists(call: TestCall) -> bool:
     return "tags" in call.test.column_names
 

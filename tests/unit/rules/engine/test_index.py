@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.language.parameters import macro_values_at
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.language.sqlite_values import Scalar, json_in_jsonb_order
+from pgrealtime.rules.memory import operands
 from pgrealtime.rules.memory.compare import WORK_BUDGET
 from tests.unit.rules.schema import COLLECTIONS, POSTS
 
@@ -73,6 +75,36 @@ def test_what_holds_for_all_items_is_found_out_once(
     )
     assert evaluated.evaluate(bound.specialization.formula, bound.values) is not None
     assert WORK_BUDGET.units_left > 8_000  # 400 pairs for all of it, and 400 for what is searched
+
+
+@pytest.mark.parametrize("blanks", ["", " " * 5000], ids=["cached", "too-long"])
+def test_a_json_literal_is_parsed_within_the_budget(
+    blanks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each combination of list items: a client chooses both."""
+    parses: list[str] = []
+
+    def parse(text: str) -> str:
+        parses.append(text)
+        return json_in_jsonb_order(text)
+
+    monkeypatch.setattr(operands, "json_in_jsonb_order", parse)
+    operands._cached_ordered_json.cache_clear()
+    rule = "tags:each ?~ 'a' && (tags:each ?~ 'zz' || data = @request.query.q)"
+    document = json.dumps({f"k{n:03}": n for n in range(200)}, separators=(",", ":")) + blanks
+    request = RuleRequest(query={"q": document})
+    bound = RuleCompiler(COLLECTIONS).bind_caller(POSTS, rule, request)
+    assert isinstance(bound, BoundPredicate)
+    row = dict.fromkeys(column.name for column in POSTS.table.columns)
+    row |= {"tags": "{" + ",".join(f"a{n}" for n in range(200)) + "}", "data": "{}"}
+    monkeypatch.setattr(WORK_BUDGET, "units_left", 2_000.0)
+
+    for _ in range(2):
+        RowEvaluation[Member](row, frozenset(), macro_values_at(NOW)).evaluate(
+            bound.specialization.formula, bound.values
+        )
+    assert parses
+    assert len(parses) * len(document) / 8 < 4_000
 
 
 def make_members(rule: str, count: int, chance: Random) -> Iterator[Member]:
