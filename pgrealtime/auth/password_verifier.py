@@ -99,7 +99,9 @@ class PasswordVerifier:
         if waiting < _MAX_WAITING and not is_long:
             return
         error = AuthError("too many passwords are being checked", code="login_refused")
-        longest = self._waiting.longest_key() or network
+        longest = self._waiting.longest_key()
+        if longest is None:
+            longest = network
         if self._waiting.count_waiting(longest) < self._waiting.count_waiting(network) + 2:
             raise error
         self._waiting.fail_last(longest, error)

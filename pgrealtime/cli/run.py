@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 
 import click
@@ -12,6 +13,11 @@ from pgrealtime.cli.report import report_errors
 from pgrealtime.config.load import read_config
 from pgrealtime.service.process import serve
 
+_SWITCH_SECONDS = 0.0005
+"""After so long a thread that runs Python code lets another one run. The event loop releases the
+interpreter at each read, write and query, and has to get it back while other threads parse large
+request bodies: with Python's default of 5 ms, events arrived later by several times that."""
+
 
 @click.command()
 @config_option
@@ -20,5 +26,6 @@ def run(path: str) -> None:
     with report_errors():
         parsed = read_config(path, os.environ)
         config = parsed.require_valid()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with report_errors(parsed.locations):
         run_coroutine(serve(config, partial(read_config, path, os.environ)))
