@@ -187,6 +187,7 @@ class Dispatcher:
 
     async def _dispatch_slice(self, slice_: Slice, revision: int) -> bool:
         """Evaluate and deliver a slice; return whether all of it was delivered."""
+        self._progress.generation.report_unknown_columns(slice_.events)
         self._apply_account_changes(slice_)
         result = await self._evaluate(slice_)
         enrichment = await self._enrich(slice_, result)
@@ -201,8 +202,7 @@ class Dispatcher:
         self.settle()
 
     def _apply_account_changes(self, slice_: Slice) -> None:
-        """Apply a slice's changes of accounts and columns before it is evaluated."""
-        self._progress.generation.report_unknown_columns(slice_.events)
+        """Apply a slice's changes of accounts, and gaps in them, before it is evaluated."""
         callers, gap = self._registry.callers, slice_.gap
         # A subscribe call that was authenticated before this change may be carried out after it;
         # its caller is then brought up to date by what is remembered here.

@@ -258,10 +258,11 @@ class Hub:
         def replace() -> None:
             # Before rebinding: both of these decide into which group a subscription goes.
             try:
+                generation = self._make_generation(collections)
                 self._registry.callers.replace_settings(
                     logins or {}, revalidate_caller, allows_guests=allows_guests
                 )
-                self._progress.replace_generation(self._make_generation(collections))
+                self._progress.replace_generation(generation)
                 self._registry.rebind()
             except Exception as error:  # noqa: BLE001 (raised where it is awaited)
                 if not replaced.done():

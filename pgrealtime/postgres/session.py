@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import psycopg
 from psycopg import sql
@@ -37,6 +37,13 @@ def is_connection_error(error: Exception) -> bool:
     if isinstance(error, psycopg.Error) and error.sqlstate is not None:
         return error.sqlstate.startswith(_UNAVAILABLE_SQLSTATES)
     return isinstance(error, psycopg.OperationalError)
+
+
+def visibility_retry_delays() -> Iterator[float]:
+    """Yield the seconds to wait after each snapshot that doesn't see a commit, until too late."""
+    deadline = time.monotonic() + _VISIBILITY_TIMEOUT_SECONDS
+    while time.monotonic() <= deadline:
+        yield _VISIBILITY_RETRY_SECONDS
 
 
 class ReadTransaction:
@@ -92,23 +99,28 @@ class ReadTransaction:
             TimeoutError: A transaction stays invisible.
             psycopg.Error: The transaction can't begin.
         """
-        deadline = time.monotonic() + _VISIBILITY_TIMEOUT_SECONDS
-        begin = self._pool.begin_sql(self.statement_seconds)
         if self._keeps_snapshot:
+            begin = self._pool.begin_sql(self.statement_seconds)
             await self._connection.execute(f"{begin}; SAVEPOINT question".encode())
             return
-        while True:
-            cursor = await self._connection.execute(f"{begin}; {_SNAPSHOT_QUERY}".encode())
-            await cursor.set_result(-1)
-            row = await cursor.fetchone()
-            assert row is not None
-            self.snapshot, self.insert_lsn = parse_snapshot(row[0]), parse_lsn(row[1])
-            if all(self.snapshot.sees(xid) for xid in self._xids):
+        for retry_delay in visibility_retry_delays():
+            if await self.try_begin():
                 return
-            await self.finish()
-            if time.monotonic() > deadline:
-                raise TimeoutError("a commit stays invisible")
-            await asyncio.sleep(_VISIBILITY_RETRY_SECONDS)
+            await asyncio.sleep(retry_delay)
+        raise TimeoutError("a commit stays invisible")
+
+    async def try_begin(self) -> bool:
+        """Take a snapshot; return whether it sees the transactions, else leave it again."""
+        begin = self._pool.begin_sql(self.statement_seconds)
+        cursor = await self._connection.execute(f"{begin}; {_SNAPSHOT_QUERY}".encode())
+        await cursor.set_result(-1)
+        row = await cursor.fetchone()
+        assert row is not None
+        self.snapshot, self.insert_lsn = parse_snapshot(row[0]), parse_lsn(row[1])
+        if all(self.snapshot.sees(xid) for xid in self._xids):
+            return True
+        await self.finish()
+        return False
 
     async def fetch_texts(
         self, statement: sql.SQL | sql.Composed, params: Mapping[str, object]

@@ -23,7 +23,12 @@ from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.outage import DatabaseOutage
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.postgres.rows import rows_by_key_statement
-from pgrealtime.postgres.session import TIMEOUT_ERRORS, ReadTransaction, is_connection_error
+from pgrealtime.postgres.session import (
+    TIMEOUT_ERRORS,
+    ReadTransaction,
+    is_connection_error,
+    visibility_retry_delays,
+)
 from pgrealtime.rule_queries.rounds import UnansweredQuestions
 from pgrealtime.snapshot import Snapshot
 
@@ -172,11 +177,19 @@ class LiveRowReader:
             compares_own_type=True,
         )
         ids = list({image.record_id: None for image in images})
-        async with self._pool.session() as connection:
-            transaction = ReadTransaction(self._pool, connection, {image.xid for image in images})
-            await transaction.begin()
-            texts = await transaction.fetch_texts(statement, {"ids": ids})
-            await transaction.finish()
+        xids = {image.xid for image in images}
+        for retry_delay in visibility_retry_delays():
+            # A connection for each attempt: a standby that lags keeps commits invisible for
+            # seconds, and logins and snapshots share the few connections of the pool.
+            async with self._pool.session() as connection:
+                transaction = ReadTransaction(self._pool, connection, xids)
+                if await transaction.try_begin():
+                    texts = await transaction.fetch_texts(statement, {"ids": ids})
+                    await transaction.finish()
+                    break
+            await asyncio.sleep(retry_delay)
+        else:
+            raise TimeoutError("a commit stays invisible")
         rows: dict[str, LiveRow] = {}
         for key, *values, xmin in texts:
             row: Row = dict(zip(columns, values, strict=True))

@@ -9,7 +9,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
@@ -359,36 +358,42 @@ async def test_the_short_time_never_is_longer_than_the_operator_s(
 
 
 @pytest.fixture
-def _cancellation_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The timeout expires while a transaction begins, and that begins all the same."""
+def lost_cancellations(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.CancelledError]:
+    """Timeouts expire while transactions begin, which begin all the same; lists what was lost."""
+    lost: list[asyncio.CancelledError] = []
     begin = BudgetedTransaction.begin
 
     async def begin_late(transaction: BudgetedTransaction) -> None:
         await begin(transaction)
-        with suppress(asyncio.CancelledError):
+        try:
             await asyncio.sleep(10)
+        except asyncio.CancelledError as error:
+            lost.append(error)
 
     monkeypatch.setattr(BudgetedTransaction, "begin", begin_late)
+    return lost
 
 
-@pytest.mark.usefixtures("_cancellation_is_lost")
 async def test_a_timeout_whose_cancellation_is_lost_leaves_the_questions_unanswered(
-    desk: Desk,
+    desk: Desk, lost_cancellations: list[asyncio.CancelledError]
 ) -> None:
     """It is no fault of the evaluation: the connections that asked evaluate the slice alone."""
     desk.rule("project.owner = @request.auth.id")
     desk.subscribe("u1")
     events, now = [desk.event(project="p1")], datetime.now(UTC)
     evaluation = evaluate_in_process(desk.matcher, events, now)
-    budget = TimeBudget(is_limited=True)
+    budget = TimeBudget(is_limited=True, max_seconds=1.0)
 
     assert await desk.executor.answer_questions(evaluation, budget) == frozenset()
+    assert len(lost_cancellations) == 1
     assert budget.is_spent()
     assert evaluation.questions()
 
 
-@pytest.mark.usefixtures("_cancellation_is_lost")
-async def test_a_session_whose_cancellation_is_lost_ends_in_a_timeout(desk: Desk) -> None:
+async def test_a_session_whose_cancellation_is_lost_ends_in_a_timeout(
+    desk: Desk, lost_cancellations: list[asyncio.CancelledError]
+) -> None:
     with pytest.raises(TimeoutError):
-        async with desk.executor.read_session([SEEN], 0.05):
+        async with desk.executor.read_session([SEEN], 1.0):
             raise AssertionError
+    assert len(lost_cancellations) == 1

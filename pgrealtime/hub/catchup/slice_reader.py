@@ -31,6 +31,7 @@ from pgrealtime.hub.events.slices import (
     split_into_slices,
 )
 from pgrealtime.hub.state.caller_check import CallerCheck, CallerCheckResult
+from pgrealtime.hub.state.generation import Generation
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.hub.state.visibility import VisibilityTracker
@@ -146,18 +147,20 @@ class SliceReader:
         by_group = subscriptions_by_group(connection)
         if not events or not by_group:
             return
-        evaluator = self._progress.generation.evaluator
-        evaluated.result = await evaluator.evaluate(events, budget, by_group.keys())
+        # Both steps by one generation: a reload in between would not know these groups.
+        generation = self._progress.generation
+        evaluated.result = await generation.evaluator.evaluate(events, budget, by_group.keys())
         if not evaluated.result.over_budget_groups:
-            await self._enrich(connection, evaluated, by_group)
+            await self._enrich(connection, evaluated, by_group, generation)
 
     async def _enrich(
         self,
         connection: Connection,
         evaluated: EvaluatedSlice,
         by_group: Mapping[Group, Sequence[Subscription]],
+        generation: Generation,
     ) -> None:
-        generation, events = self._progress.generation, evaluated.events
+        events = evaluated.events
 
         def needs(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
             return (

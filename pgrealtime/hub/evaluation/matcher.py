@@ -18,6 +18,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
+from pgrealtime.hub.connections.group import MemberGroup
 from pgrealtime.hub.evaluation.filter_limits import FilterTrials
 from pgrealtime.hub.evaluation.quotas import UnindexedFilters, check_remote_filters, check_topic
 from pgrealtime.hub.events.event import Event
@@ -80,7 +81,7 @@ class Matcher:
         tables = self._tables_for(bound.specialization)
         table = tables.get(collection.name) or GroupTable()
         known_group = table.find(bound, topic.record_id)
-        group = known_group or Group(bound, topic.record_id)
+        group: Group = known_group or MemberGroup(bound, topic.record_id)
         if group.is_unindexed:
             self._unindexed_filters.add(subscription, group)
         if known_group is None:

@@ -124,8 +124,9 @@ async def test_the_limit_of_waiting_checks_excludes_those_with_a_thread(
     assert all(isinstance(one, AuthError) for one in results[room:])
 
 
+@pytest.mark.parametrize("eve", ["eve", ""], ids=["known", "unknown"])
 async def test_a_client_that_fills_the_queue_locks_no_other_out(
-    monkeypatch: pytest.MonkeyPatch,
+    eve: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Networks take turns; beyond the limit the longest queue loses its last check."""
     released, order = threading.Event(), list[str]()
@@ -143,15 +144,15 @@ async def test_a_client_that_fills_the_queue_locks_no_other_out(
     def come(name: str, whose: str) -> asyncio.Future[bool | None]:
         return asyncio.ensure_future(passwords.verify(name, SLOW, DUMMY_HASH, network=whose))
 
-    flood = [come(f"eve{n}", "eve") for n in range(5)]
+    flood = [come(f"eve{n}", eve) for n in range(5)]
     await asyncio.sleep(0)
     ann, bob = come("ann", "ann"), come("bob", "bob")
     await asyncio.sleep(0)
-    late = come("late", "eve")
+    late = come("late", eve)
     refused = [one for one in (late, *flood) if isinstance(await _refusal(one), AuthError)]
     assert refused == [late, *flood[3:]]
     flood[1].cancel()
-    last = come("last", "eve")
+    last = come("last", eve)
     await asyncio.sleep(0)
     released.set()
     assert all(await asyncio.gather(ann, bob, flood[0], flood[2], last))

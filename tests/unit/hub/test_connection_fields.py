@@ -125,6 +125,7 @@ TRANSITIONS: dict[str, Callable[[Connection], object]] = {
     "go_live": lambda one: one.go_live(),
     "fall_behind": lambda one: one.fall_behind(HEAD),
     "invalidate_caller": lambda one: one.invalidate_caller(HEAD),
+    "restart": lambda one: one.restart("ghijkl", HEAD),
     "close": lambda one: one.close(),
 }
 PATHS = {
@@ -163,6 +164,7 @@ TABLE = {
     "go_live": {CATCHING_UP: LIVE},
     "fall_behind": {LIVE: CATCHING_UP},
     "invalidate_caller": {state: CALLER_INVALID for state in ConnectionState if state != CLOSED},
+    "restart": {state: state for state in ConnectionState},
     "close": dict.fromkeys(ConnectionState, CLOSED),
 }
 """Transition -> from -> to; every other one raises."""
@@ -193,3 +195,12 @@ def test_a_transition_leads_where_the_table_says_or_raises(
     with pytest.raises(RuntimeError, match="no such transition"):
         TRANSITIONS[name](connection)
     assert connection.state is state
+
+
+def test_a_call_that_leaves_no_topics_ends_unsubscribed() -> None:
+    """Nothing is to be caught up with: it is at the head."""
+    connection = connection_in(SUBSCRIBING)
+    connection.take_subscriptions()
+    ahead = Cursor(LSN(17), 0)
+    connection.end_call(ahead)
+    assert (connection.state, connection.cursor) == (UNSUBSCRIBED, ahead)

@@ -56,6 +56,25 @@ async def subscribed(room: Room, *topics: str, caller: Caller | None = None) -> 
     return sink
 
 
+async def test_collections_that_cannot_be_used_leave_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who a caller is follows the collections in force, not those that were refused."""
+
+    def fail(_collections: Collections) -> None:
+        raise ValueError("no")
+
+    async with open_room() as room:
+        sink = await subscribed(room, "posts/*", caller=ANN)
+        monkeypatch.setattr(room.hub, "_make_generation", fail)
+        with pytest.raises(ValueError, match="no"):
+            await use(room, LOCKED, lambda _caller: Caller())
+        assert room.hub._registry.callers.revalidate(ANN) == ANN
+        room.commit(insert("a"))
+        await room.settled()
+    assert heard(sink) == [("posts/*", "a")]
+
+
 async def test_rules_are_in_force_from_the_next_event_on() -> None:
     async with open_room() as room:
         sink = await subscribed(room, "posts/*")
