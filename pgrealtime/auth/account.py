@@ -18,14 +18,13 @@ from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.auth.record import auth_record_of, token_key_of
 from pgrealtime.catalog.keys import canonical_id
 from pgrealtime.catalog.model import Column
-from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.rows import fetch_texts, rows_by_key_statement
+from pgrealtime.postgres.rows import fetch_texts, identifier, rows_by_key_statement
 from pgrealtime.snapshot import ReadPoint, parse_read_point
 
 _BATCH_IDS = 500

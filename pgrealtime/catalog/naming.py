@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from psycopg import sql
-
 from pgrealtime.changes import TableName
-
-
-def identifier(*names: str) -> sql.Identifier:
-    """Return the quoted name for a statement that psycopg runs with parameters.
-
-    psycopg takes every ``%`` of such a statement for the start of a placeholder, also between
-    quotes.
-    """
-    return sql.Identifier(*(name.replace("%", "%%") for name in names))
 
 
 def quote_identifier(name: str) -> str:

@@ -31,7 +31,7 @@ class MemoryChangelog:
     """Implements ``changelog.base.Changelog``.
 
     Args:
-        start: Where the stream begins: floor and head of the empty changelog.
+        start: Where the stream begins: floor and end of the empty changelog.
         max_bytes: Of all entries but the newest, approximately.
         max_age_seconds: Applied by ``expire``.
     """

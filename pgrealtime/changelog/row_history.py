@@ -121,7 +121,7 @@ class TableHistory:
         return max(last, of_any) > after
 
     async def extend(self, after: LSN) -> bool:
-        """Index every entry that ends after an LSN, up to the changelog's head.
+        """Index every entry that ends after an LSN, up to the changelog's end.
 
         Returns:
             False if some of these entries were already discarded by the changelog; ``writes``
@@ -241,13 +241,18 @@ def column_values(change: Change, column: str) -> Sequence[str]:
             return (change.old.row[column] or "",) if column in change.old.row else ()
 
 
+CACHED_CHANGES = 200_000
+"""Bounds each index of the changes of transactions, the latest transaction not counted. A large
+one is evaluated in many slices, and connections that catch up read different ones by turns."""
+
+
 class RowHistory:
     """One ``TableHistory`` for each table and column that was asked about.
 
     Args:
         changelog: What they index.
-        wait_for_lsn: Waits for the changelog to contain an LSN. Without it nothing is waited for:
-            ``wait_for_lsn`` answers by what the changelog contains now.
+        wait_for_lsn: Waits for the changelog to contain an LSN. Without it the method of that name
+            answers at once, by what the changelog contains now.
     """
 
     def __init__(self, changelog: Changelog, wait_for_lsn: WaitForLSN | None = None) -> None:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 from pgrealtime.changes import Row
-from pgrealtime.collections.model import Collection, unpadded_id
+from pgrealtime.collections.model import Collection, FieldKind, unpadded_id
 from pgrealtime.expand.node import RecordNode, RecordVersion, ids_in_row
 from pgrealtime.expand.plan import (
     ExpandBranch,
@@ -23,7 +23,7 @@ from pgrealtime.expand.plan import (
     RelationHop,
     RelationKey,
 )
-from pgrealtime.expand.relation_sql import creation_sort_key, id_sort_key, relation_query
+from pgrealtime.expand.relation_sql import relation_query
 from pgrealtime.expand.undo import (
     ids_before_changes,
     ids_before_overlay,
@@ -324,3 +324,25 @@ def _attach_visible_children(
         visible.append(visible_nodes[key])
     traversal.node.children[branch.hop.name] = visible
     return new_nodes
+
+
+def id_sort_key(text: str) -> tuple[bool, int, str]:
+    """Return what sorts ids: numbers by value, before texts. A table has no order of its own."""
+    is_number = text.isascii() and text.isdigit()
+    return not is_number, int(text) if is_number else 0, text
+
+
+def creation_sort_key(collection: Collection, row: Row) -> str:
+    """Return what sorts a collection's rows by creation; the same for all if no column tells.
+
+    PocketBase shows back relations in that order, which SQLite keeps and PostgreSQL doesn't.
+    """
+    for name in _CREATION_FIELDS:
+        field = collection.fields_by_name.get(name)
+        if field is not None and field.kind is FieldKind.DATE and field.column is not None:
+            return row.get(field.column.name) or ""
+    return ""
+
+
+_CREATION_FIELDS = ("created", "created_at", "createdAt", "inserted_at")
+"""PocketBase's name for it, and what other frameworks call it."""

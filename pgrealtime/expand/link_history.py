@@ -1,7 +1,7 @@
 """Changes of the rows that link records through junction tables, later than a record's event.
 
 Links are read live, so an event would show links that were made after it, which its subscribers may
-not be allowed to see. ``load`` undoes what ``LinkHistory`` returns.
+not be allowed to see. ``expand.batch`` undoes what ``LinkHistory`` returns.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from pgrealtime.caches import WeightedCache
-from pgrealtime.changelog.row_history import RowHistory, TableHistory, column_values
+from pgrealtime.changelog.row_history import CACHED_CHANGES, RowHistory, TableHistory, column_values
 from pgrealtime.changes import Change, TableName, Truncate
 from pgrealtime.collections.model import unpadded_id
 from pgrealtime.expand.node import ChangedRecord, LaterLinkChanges
@@ -21,8 +21,6 @@ from pgrealtime.lsn import LSN
 from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.snapshot import Snapshot
 
-_CACHED_CHANGES = 200_000
-"""Bounds the index: changes of the transactions that it covers, the latest one not counted."""
 _UNKNOWN_VALUE = "\0"
 """Index key for changes whose row isn't known; a PostgreSQL text can't contain this character."""
 
@@ -114,7 +112,7 @@ class TransactionLinkChanges:
     """
 
     def __init__(self) -> None:
-        self._ordinals_cache: WeightedCache[int, _ChangeOrdinals] = WeightedCache(_CACHED_CHANGES)
+        self._ordinals_cache: WeightedCache[int, _ChangeOrdinals] = WeightedCache(CACHED_CHANGES)
 
     def after_next_version(
         self, record: ChangedRecord, table: TableName, column: str

@@ -1,6 +1,6 @@
 """Loads related records, and ids in junction tables, for the records of events.
 
-``hub.delivery.enrichment`` calls it once for all events of a slice, ``reads`` for one row. It makes
+``hub.delivery.enrichment`` calls it for the events of a slice, ``reads`` for one row. It makes
 nodes of the events' records, ``batch`` loads what they lead to, and ``render`` writes it. Nothing
 here holds an event back: what can't be loaded is left out and reported as failed.
 """

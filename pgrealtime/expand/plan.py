@@ -1,7 +1,7 @@
 """Compiles the option ``expand`` and who may see what it leads to (protocol, 5.6).
 
-Its text is parsed by ``protocol.expand_option``; ``load`` loads the records that a plan leads to.
-Pure.
+Its text is parsed by ``protocol.expand_option``; ``expand.load`` and ``expand.batch`` load the
+records that a plan leads to. Pure.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from psycopg import sql
 
 from pgrealtime.catalog.keys import canonical_id, native_key_type
 from pgrealtime.catalog.model import Column, Table
-from pgrealtime.catalog.naming import identifier
 from pgrealtime.changes import Row
-from pgrealtime.collections.model import Collection, FieldKind, unpadded_id
+from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.expand.node import ids_in_array
 from pgrealtime.expand.plan import RelationHop
+from pgrealtime.postgres.rows import identifier
 
 _BACK_LIMIT = 1000
 """Records that point to one record (protocol, 5.6)."""
@@ -115,25 +115,3 @@ def _column(table: Table, name: str) -> Column:
     column = table.find_column(name)
     assert column is not None
     return column
-
-
-def id_sort_key(text: str) -> tuple[bool, int, str]:
-    """Return what sorts ids: numbers by value, before texts. A table has no order of its own."""
-    is_number = text.isascii() and text.isdigit()
-    return not is_number, int(text) if is_number else 0, text
-
-
-def creation_sort_key(collection: Collection, row: Row) -> str:
-    """Return what sorts a collection's rows by creation; the same for all if no column tells.
-
-    PocketBase shows back relations in that order, which SQLite keeps and PostgreSQL doesn't.
-    """
-    for name in _CREATION_FIELDS:
-        field = collection.fields_by_name.get(name)
-        if field is not None and field.kind is FieldKind.DATE and field.column is not None:
-            return row.get(field.column.name) or ""
-    return ""
-
-
-_CREATION_FIELDS = ("created", "created_at", "createdAt", "inserted_at")
-"""PocketBase's name for it, and what other frameworks call it."""

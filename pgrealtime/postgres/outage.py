@@ -38,7 +38,7 @@ class DatabaseOutage:
     def retry_delays(self) -> Iterator[float | None]:
         """Yield the seconds to wait before another attempt; None after the last one.
 
-        Advance it once per failed attempt. A broken connection says nothing about the next one, so
+        Advance it before each attempt. A broken connection says nothing about the next one, so
         the first attempts follow at once; then one every half second, until the outage has lasted
         too long. From then on no query waits, until the database has answered one.
         """

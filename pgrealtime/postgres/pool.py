@@ -145,13 +145,13 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         self._row_security_sql = ""
 
     def enable_row_security_for(self, tables: Collection[tuple[str, str]]) -> None:
-        """Let policies count that show our role every row of some tables; none of none.
+        """Turn row security on in transactions, if the tables' policies show the role every row.
 
-        Each transaction finds out anew whether they do. If one doesn't, row security stays off, and
-        Postgres refuses to read a table with policies, instead of hiding rows from rules.
+        Each transaction checks the policies anew. If one of them hides rows, row security stays
+        off: PostgreSQL then refuses to read a table with policies, and hides no rows from rules.
 
         Args:
-            tables: Schema and name of every table that is asked about.
+            tables: Schema and name of every table that is queried; none turns it off for good.
         """
         names = [f"({Literal(s).as_string()}, {Literal(t).as_string()})" for s, t in tables]
         text = _ROW_SECURITY_SQL.format(tables=", ".join(names))

@@ -14,7 +14,6 @@ from psycopg import sql
 
 from pgrealtime.catalog.keys import native_key_type
 from pgrealtime.catalog.model import Column, Table
-from pgrealtime.catalog.naming import identifier
 from pgrealtime.postgres.pool import DatabaseConnection
 
 TextRow: TypeAlias = tuple[str | None, ...]
@@ -38,9 +37,9 @@ def rows_by_key_statement(
         key: Its key column.
         columns: The columns to select, in order.
         extra: Expressions to select after the columns.
-        compares_own_type: Whether a key without a built-in type is compared in its own type, by the
-            index. Only for ids that were read from the table: the type's equality may take other
-            texts for the same, and refuses what is no value of it.
+        compares_own_type: Whether a key without a built-in type is compared by the operator of its
+            own type, so that an enum's index is used (citext is compared as text all the same).
+            Only for ids that were read from the table: an enum refuses what is no value of it.
     """
     native, base = native_key_type(key.type), key.type.base
     type_ = identifier(base.schema, base.name)
@@ -82,3 +81,12 @@ async def fetch_texts(
         )
         for row in range(result.ntuples)
     ]
+
+
+def identifier(*names: str) -> sql.Identifier:
+    """Return the quoted name for a statement that psycopg runs with parameters.
+
+    psycopg takes every ``%`` of such a statement for the start of a placeholder, also between
+    quotes.
+    """
+    return sql.Identifier(*(name.replace("%", "%%") for name in names))

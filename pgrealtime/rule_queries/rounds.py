@@ -102,7 +102,8 @@ class BudgetedTransaction(ReadTransaction):
     Attributes:
         budget: Seconds of PostgreSQL for all statements together.
         timeouts_left: Statements that may still time out before a timeout opens its subject's
-            breaker at once, and the others' timeouts are shortened.
+            breaker at once, and the others' timeouts are shortened (unless the snapshot is kept: a
+            timeout is set as a transaction begins).
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class QuestionRounds:
     ) -> None:
         self._unanswered = unanswered
         self._on_statement_seconds = on_statement_seconds
-        self.breakers: CircuitBreakers[Test | RemoteKey] = CircuitBreakers(time.monotonic)
+        self._breakers: CircuitBreakers[Test | RemoteKey] = CircuitBreakers(time.monotonic)
 
     async def answer(
         self,
@@ -180,7 +181,7 @@ class QuestionRounds:
         return frozenset(names)
 
     def _has_timed_out(self, question: Question) -> bool:
-        return self.breakers.has_timed_out(question.subject)
+        return self._breakers.has_timed_out(question.subject)
 
     async def _ask_or_split(self, transaction: BudgetedTransaction, question: Question) -> bool:
         """Ask a question and, if that fails, its parts, so that only what fails alone is denied.
@@ -190,7 +191,7 @@ class QuestionRounds:
         """
         if transaction.budget.is_spent():
             return False
-        if self.breakers.is_open(question.subject):
+        if self._breakers.is_open(question.subject):
             self._unanswered.counts[question.collection_name, "suspended"] += 1
             return True
         if await self._ask(transaction, question):
@@ -263,7 +264,7 @@ class QuestionRounds:
         if is_timeout:
             transaction.timeouts_left -= 1
             is_tolerated = transaction.timeouts_left >= 0
-            seconds = self.breakers.record_timeout(question.subject, is_tolerated=is_tolerated)
+            seconds = self._breakers.record_timeout(question.subject, is_tolerated=is_tolerated)
             if seconds:
                 self._unanswered.log_suspension(name, seconds)
         await transaction.recover()

@@ -7,6 +7,7 @@ them are of one moment. ``QueryExecutor.read_session`` opens it.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection as Sized
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -119,7 +120,7 @@ class ReadSessionFactory(Protocol):
     """Opens read sessions: ``QueryExecutor``."""
 
     def read_session(
-        self, xids: frozenset[Xid], max_seconds: float | None = None
+        self, xids: Sized[Xid], max_seconds: float | None = None
     ) -> AbstractAsyncContextManager[ReadSession]:
         """Open a snapshot that sees the transactions; see ``QueryExecutor.read_session``."""
         ...

@@ -90,7 +90,7 @@ class World:
 
     def forget_slowness(self) -> None:
         """Reset what the program measured as slow: histories must not depend on earlier ones."""
-        self.executor._rounds.breakers = CircuitBreakers(time.monotonic)
+        self.executor._rounds._breakers = CircuitBreakers(time.monotonic)
         self.executor._live_rows._unreadable_until.clear()
 
     def look(self) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, LiteralString
@@ -155,9 +156,9 @@ class World:
 
     @asynccontextmanager
     async def read_session(
-        self, xids: frozenset[Xid], seconds: float | None = None
+        self, xids: Sized[Xid], max_seconds: float | None = None
     ) -> AsyncIterator[ReadSession]:
-        async with self.executor.read_session(xids, seconds) as reading:
+        async with self.executor.read_session(xids, max_seconds) as reading:
             yield CountingSession(reading, self.queries)
 
     @property

@@ -126,6 +126,7 @@ async def test_a_value_that_is_out_of_range_is_denied_alone(
 
         assert [m.event for m in await poisoner.take(1)] == ["places/*"]
         assert not running.process.logged("rule.error")
+        assert not running.process.logged("rule.rejected")
 
 
 async def test_a_row_that_postgres_refuses_is_denied_alone(

@@ -318,7 +318,7 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
     assert evaluation.undecided_members == {each.group for each in made}
     assert not evaluation.hits(0)
     assert not executor.unanswered_counts
-    assert not any(executor._rounds.breakers.has_timed_out(about) for about in abouts(made))
+    assert not any(executor._rounds._breakers.has_timed_out(about) for about in abouts(made))
     # Their connections are closed: no query is sent.
     await executor.answer_questions(evaluation, budget)
     assert evaluation.undecided_members == {each.group for each in made}

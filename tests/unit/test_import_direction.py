@@ -308,6 +308,29 @@ def test_pure_code_touches_nothing_outside() -> None:
     assert [str(e) for e in _all_edges() if not e.is_ours and _touches_the_world(e)] == []
 
 
+_WITHOUT_DRIVER = ("catalog", "changelog", "collections", "protocol", "records", "rules", "wal")
+"""Rooms whose pure modules load neither driver nor server, through what they import neither."""
+
+
+def test_pure_code_loads_no_driver_and_no_server_through_others() -> None:
+    """Decoders and rules run where there is no libpq."""
+    ours: dict[str, set[str]] = {}
+    outside: dict[str, set[str]] = {}
+    for edge in _all_edges():
+        (ours if edge.is_ours else outside).setdefault(edge.source, set()).add(edge.target)
+    loading = {}
+    for module in sorted(ours.keys() | outside.keys()):
+        if module.startswith(_WITHOUT_DRIVER) and any(_is_in(module, room) for room in _PURE):
+            reached, waiting = {module}, [module]
+            while waiting:
+                waiting += (new := ours.get(waiting.pop(), set()) - reached)
+                reached |= new
+            loaded = {name.split(".")[0] for one in reached for name in outside.get(one, ())}
+            if heavy := loaded & {"aiohttp", "psycopg", "psycopg_pool"}:
+                loading[module] = heavy
+    assert loading == {}
+
+
 @pytest.mark.parametrize(
     ("source", "target", "allowed"),
     [

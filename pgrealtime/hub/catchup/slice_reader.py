@@ -54,7 +54,7 @@ class EvaluatedSlice(Struct):
     result: SliceResult
     enrichment: Enrichment
     caller_check: CallerCheckResult | None = None
-    """None unless rows were read live."""
+    """None if nothing that was read live depends on the caller."""
     is_caller_outdated: bool = False
     """Whether its caller has changed in the database."""
 

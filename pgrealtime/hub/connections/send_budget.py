@@ -42,7 +42,7 @@ class SendBudget:
         self._slow: dict[Connection, int] = {}
         """Slow connections, and the bytes in their send buffers as last read."""
         self._waiting_bytes = 0
-        """The sum of ``_slow``; what clients have read since, 20 ms at most, isn't deducted yet."""
+        """The sum of ``_slow``, as read 20 ms ago or longer; bytes read since aren't deducted."""
         self._refreshed_at = clock()
         self.oversized_lock = asyncio.Lock()
         """Queues messages that are larger than a connection's limit and not admitted yet.

@@ -98,7 +98,8 @@ class RecordRenderer:
             sees_hidden=is_superuser, sees_email=is_superuser, fields=request.query.get("fields")
         )
         expand_viewer = manage_rule = None
-        subscription.set_view(view)  # also if a rule can't be used
+        # If the manage rule can't be compiled, the view alone is set and nothing is expanded.
+        subscription.set_view(view)
         if "expand" in request.query:
             expand_viewer = self.expand_compiler.compile_expand(collection, request, own_row)
         if collection.manage_rule is not None and not is_superuser:

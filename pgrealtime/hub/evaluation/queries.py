@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection as Sized
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.hub.events.event import Event
-from pgrealtime.lsn import Xid
 from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.rule_queries.rounds import PendingEvaluation
-from pgrealtime.rule_queries.session import ReadSession
+from pgrealtime.rule_queries.session import ReadSessionFactory
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 
 
-class HubQueries(Protocol):
+class HubQueries(ReadSessionFactory, Protocol):
     """The queries of the hub, its evaluator and its enricher (``rule_queries.executor``)."""
 
     async def fetch_snapshot(self) -> tuple[str, str, bool]:
@@ -37,12 +34,6 @@ class HubQueries(Protocol):
 
         Raises ``DatabaseUnreachableError``.
         """
-        ...
-
-    def read_session(
-        self, xids: Sized[Xid], max_seconds: float | None = None
-    ) -> AbstractAsyncContextManager[ReadSession]:
-        """Open a snapshot that sees the transactions, for several queries."""
         ...
 
     async def fetch_live_rows(

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from pgrealtime.caches import WeightedCache
-from pgrealtime.changelog.row_history import RowHistory, RowWrite, TableHistory
+from pgrealtime.changelog.row_history import CACHED_CHANGES, RowHistory, RowWrite, TableHistory
 from pgrealtime.changes import Change, Insert, TableName, Update
 from pgrealtime.collections.model import Collection
 from pgrealtime.fairness import YieldTimer
@@ -203,11 +203,6 @@ def columns_written(
             return columns  # another row under this id, or the change isn't known
 
 
-_CACHED_CHANGES = 200_000
-"""Changes of the transactions that are kept; the latest transaction counts nothing. A large one
-comes in many slices, and connections that catch up read different ones by turns."""
-
-
 _IndexedChanges: TypeAlias = tuple[
     Sequence[Change], dict[TableName, Mapping[str, Mapping[str, int]]]
 ]
@@ -218,7 +213,7 @@ class LaterWrites:
     """An index of the latest transactions that were asked about."""
 
     def __init__(self) -> None:
-        self._cache: WeightedCache[int, _IndexedChanges] = WeightedCache(_CACHED_CHANGES)
+        self._cache: WeightedCache[int, _IndexedChanges] = WeightedCache(CACHED_CHANGES)
 
     def columns_written_later(self, event: Event) -> frozenset[str]:
         """Return the columns that later changes of the event's transaction write in its row."""

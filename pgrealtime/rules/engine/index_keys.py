@@ -48,7 +48,6 @@ from pgrealtime.rules.memory.operands import (
     ValueReader,
     compile_planned,
     empty_text_for_null,
-    is_caller_row,
 )
 from pgrealtime.rules.memory.text_values import parse_numeric
 from pgrealtime.rules.sql.conditions import SqlValues, translate_key_values
@@ -119,7 +118,7 @@ def _is_caller_value(term: Term, context: CompileContext) -> bool:
         case ParameterTerm(parameter):
             return parameter in context.argument_index and not isinstance(parameter, Macro)
         case FieldValue(row_path=path) | JsonValue(row_path=path):
-            return is_caller_row(path)
+            return path.is_caller_row
         case _:
             return False
 

@@ -1,8 +1,8 @@
 """How a row finds the callers that it may concern, without testing each of them.
 
-``Specialization`` computes the paths of its formula, ``PredicateIndex`` keeps members by them. An
-equality with a caller's value is an index key. AND takes the paths of its cheapest operand, OR
-those of all operands. Where there is no path, every caller is tested.
+``Plan`` computes the paths of a specialization's formula, ``PredicateIndex`` keeps members by
+them. An equality with a caller's value is an index key. AND takes the paths of its cheapest
+operand, OR those of all operands. Where there is no path, every caller is tested.
 """
 
 from __future__ import annotations

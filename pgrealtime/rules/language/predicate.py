@@ -98,6 +98,11 @@ class RowPath:
         return isinstance(self.root, ScopeRow) and not self.steps
 
     @property
+    def is_caller_row(self) -> bool:
+        """Whether it is the caller's own row itself, without a join."""
+        return isinstance(self.root, CallerRow) and not self.steps
+
+    @property
     def is_multiple(self) -> bool:
         """Whether it can lead to more than one row or value, so that comparisons match all."""
         return isinstance(self.root, CollectionRows) or any(

@@ -146,7 +146,7 @@ class WorkBudget:
 
 WORK_BUDGET = WorkBudget()
 
-_CHARACTERS_PER_UNIT = 512
+CHARACTERS_PER_UNIT = 512
 """Characters that are searched in a unit."""
 
 
@@ -161,7 +161,7 @@ def like_matcher(pattern: str) -> Callable[[str], bool]:
     What comes near that here (a segment with many ``_`` that nearly matches everywhere) is counted
     as work, until it is left to PostgreSQL.
     """
-    if len(pattern) > _CHARACTERS_PER_UNIT:  # it can be a column's value, another one in each row
+    if len(pattern) > CHARACTERS_PER_UNIT:  # it can be a column's value, another one in each row
         WORK_BUDGET.spend(len(pattern) / 32)
         return _cached_long_matcher(pattern)
     if plain := _SUBSTRING_PATTERN.fullmatch(pattern):
@@ -204,9 +204,9 @@ _cached_matcher, _cached_long_matcher = (
 
 def _shared_lower(text: str) -> str:
     """Return the text in lower case; cached if it is long, for the many patterns of one row."""
-    if len(text) < _CHARACTERS_PER_UNIT:
+    if len(text) < CHARACTERS_PER_UNIT:
         return ascii_lower(text)
-    WORK_BUDGET.spend(len(text) / _CHARACTERS_PER_UNIT)
+    WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
     return _cached_lower(text)
 
 
@@ -249,7 +249,7 @@ class _Segment:
             run_position = text.find(run, position + offset, last)
             if run_position < 0:
                 return -1
-            WORK_BUDGET.spend(len(run) / _CHARACTERS_PER_UNIT)
+            WORK_BUDGET.spend(len(run) / CHARACTERS_PER_UNIT)
             position = run_position - offset
             if self._other_runs_match(text, position):
                 return position

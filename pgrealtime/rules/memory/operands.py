@@ -25,7 +25,6 @@ from pgrealtime.rules.language.parameters import (
     to_sql_value,
 )
 from pgrealtime.rules.language.predicate import (
-    CallerRow,
     EachTerm,
     EachValue,
     FieldValue,
@@ -106,11 +105,6 @@ def _convert_text_form(convert: Callable[[str], _T], text: str) -> _T:
         return convert(text)
     except (ValueError, IndexError, AssertionError):
         raise UndecidedError from None
-
-
-def is_caller_row(path: RowPath) -> bool:
-    """Return whether the path is the caller's own row, without a join."""
-    return isinstance(path.root, CallerRow) and not path.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +334,7 @@ class _ColumnReaders:
         self._argument_index = context.argument_index
         if not (
             self._is_scope_row
-            or (is_caller_row(path) and CallerColumn("") in context.argument_index)
+            or (path.is_caller_row and CallerColumn("") in context.argument_index)
         ):
             raise NotInProcessError
 

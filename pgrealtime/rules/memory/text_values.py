@@ -19,7 +19,12 @@ from pgrealtime.rules.language.sqlite_values import (
     compact_json,
     sqlite_float_text,
 )
-from pgrealtime.rules.memory.compare import WORK_BUDGET, SqliteValue, UndecidedError
+from pgrealtime.rules.memory.compare import (
+    CHARACTERS_PER_UNIT,
+    WORK_BUDGET,
+    SqliteValue,
+    UndecidedError,
+)
 from pgrealtime.text_forms import Element, parse_array
 
 
@@ -133,15 +138,13 @@ years before 1 and infinities are left to PostgreSQL."""
 _MIN_CACHED_LENGTH = 128
 """Characters of a text from which on the result of parsing it is cached: of one value, for the many
 conditions that read it."""
-_CHARACTERS_PER_UNIT = 512
-"""Characters parsed in one unit of ``WORK_BUDGET``."""
 
 
 def array_items(text: str, delimiter: str = ",") -> tuple[str | None, ...]:
     """Return the items of an array in text form, those of all dimensions in order."""
     if len(text) < _MIN_CACHED_LENGTH:
         return tuple(_flatten(parse_array(text, delimiter)))
-    WORK_BUDGET.spend(len(text) / _CHARACTERS_PER_UNIT)
+    WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
     return _cached_array_items(text, delimiter)
 
 
@@ -174,7 +177,7 @@ def array_json_converter(item_json: Callable[[str], str]) -> Callable[[str], str
     cached_dump = lru_cache(maxsize=4)(lambda text: dump(parse_array(text)))
 
     def convert(text: str) -> str:
-        WORK_BUDGET.spend(len(text) / _CHARACTERS_PER_UNIT)
+        WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
         return cached_dump(text)
 
     return convert
@@ -200,7 +203,7 @@ def json_at_path(text: str | None, path: tuple[str, ...], *, is_as_text: bool) -
         return None
     if len(text) < _MIN_CACHED_LENGTH:
         return _follow_json_path(text, path, is_as_text)
-    WORK_BUDGET.spend(len(text) / _CHARACTERS_PER_UNIT)
+    WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
     return _cached_follow_json_path(text, path, is_as_text)
 
 

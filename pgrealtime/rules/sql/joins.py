@@ -134,11 +134,7 @@ class Scope:
         """Return a column of the row at the path."""
         if path.is_scope_row and self.is_row_image:
             self.translation.column_names.setdefault(column_name)
-        if (
-            self.translation.is_caller_row_bound
-            and isinstance(path.root, CallerRow)
-            and not path.steps
-        ):
+        if self.translation.is_caller_row_bound and path.is_caller_row:
             return self._caller_column(self.collection_at(path), column_name)
         return nodes.column(self.join_row(path), column_name)
 

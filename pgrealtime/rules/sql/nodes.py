@@ -272,7 +272,7 @@ _OPERATOR_FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
 
 
 def cast_to_base_type(expression: TypedSql) -> Sql:
-    """Return the expression cast to its domain's base type: enum operators don't accept domains."""
+    """Return the expression cast to its domain's base type, for operators of enums and arrays."""
     return (
         expression.node
         if expression.type.domain_of is None

@@ -7,7 +7,8 @@ import pytest
 from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
 from pgrealtime.changes import Change, Delete, Insert, Key, Row, TableName, Truncate, Update
 from pgrealtime.collections.model import Collection
-from pgrealtime.expand.relation_sql import RelationQuery, id_sort_key
+from pgrealtime.expand.batch import id_sort_key
+from pgrealtime.expand.relation_sql import RelationQuery
 from pgrealtime.expand.undo import ids_before_changes, ids_before_overlay, rows_before_overlay
 from pgrealtime.rules.sql.row_images import Overlay
 

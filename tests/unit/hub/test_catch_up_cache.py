@@ -81,9 +81,8 @@ async def test_who_fell_behind_together_is_judged_once(monkeypatch: pytest.Monke
         for sink in sinks:
             await sink.wait_for(1 + COUNT)
 
-        assert (
-            COUNT <= sum(counts) < 2 * COUNT + 500
-        )  # of CONNECTIONS * COUNT if each evaluated alone
+        # CONNECTIONS * COUNT if each evaluated alone.
+        assert COUNT <= sum(counts) < 2 * COUNT + 500
         async with asyncio.timeout(5.0):
             while room.hub._catch_up._tasks:
                 await asyncio.sleep(0)
