@@ -7,6 +7,7 @@ The text comes from the server, so its syntax isn't checked.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TypeAlias
 
@@ -20,12 +21,10 @@ _ESCAPED_OR_DOUBLED = re.compile(r'\\(.)|"(")', re.DOTALL)
 
 
 def parse_array(text: str, delimiter: str = ",") -> list[Element]:
-    """Return the elements; of several dimensions, lists of lists.
+    """Return the elements; of several dimensions, lists of lists. Lower bounds are ignored.
 
-    Args:
-        text: Such as ``{1,NULL,"a b"}``; lower bounds (``[0:1]={a,b}``) are ignored.
-        delimiter: ``pg_type.typdelim``: a comma except for ``box`` (``;``) and types of
-            extensions, such as PostGIS' (``:``).
+    ``delimiter`` is ``pg_type.typdelim``: a comma except for ``box`` (``;``) and types of
+    extensions, such as PostGIS' (``:``).
     """
     if text.startswith("["):
         text = text[text.index("=") + 1 :]
@@ -59,6 +58,15 @@ def _parse_nested(text: str, token: re.Pattern[str]) -> list[Element]:
     whole = top[0]
     assert isinstance(whole, list)
     return whole
+
+
+def flatten_array(items: Iterable[Element]) -> Iterator[str | None]:
+    """Yield the elements in order, those of further dimensions in place of their lists."""
+    for item in items:
+        if isinstance(item, list):
+            yield from flatten_array(item)
+        else:
+            yield item
 
 
 def parse_composite(text: str) -> list[str | None]:

@@ -95,11 +95,7 @@ def build_runner(app: web.Application) -> web.AppRunner:
 
 
 class ResponseMiddleware:
-    """Responds to preflights, encodes errors and adds headers, for all routes.
-
-    Args:
-        server: Has the allowed origins and the language of messages.
-    """
+    """Responds to preflights, encodes errors and adds headers, for all routes."""
 
     def __init__(self, server: ServerConfig) -> None:
         self._allowed_origins = AllowedOrigins(server.cors_origins)
@@ -142,10 +138,7 @@ class ResponseMiddleware:
             content_type="application/json",
         )
         is_unread = error_response is TOO_MANY_REQUESTS and not request.content.at_eof()
-        if is_unread or error_response in (
-            BODY_TOO_LARGE,
-            REQUEST_TIMEOUT,
-        ):
+        if is_unread or error_response in (BODY_TOO_LARGE, REQUEST_TIMEOUT):
             response.force_close()
         return response
 

@@ -45,7 +45,6 @@ class UserCollection:
     collection: Collection
     login: CollectionLoginConfig = _NO_LOGIN
     rule_columns: tuple[str, ...] = ()
-    """Further columns that rules read."""
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -90,13 +89,7 @@ class _AccountBatch:
 class AccountLoader:
     """Reads users' rows.
 
-    A load waits for a query sent *after* it was called, never for a running one: that may have
-    read the row before a change which the caller relies on seeing. So all loads during a query
-    share the next one.
-
-    Args:
-        pool: Connections that may read the users tables.
-        on_schema_mismatch: Called when PostgreSQL refuses a query as if the schema had changed.
+    ``on_schema_mismatch`` is called when PostgreSQL refuses a query as if the schema had changed.
     """
 
     def __init__(
@@ -117,6 +110,9 @@ class AccountLoader:
         key = canonical_id(record_id, users.collection.key.type)
         if key is None:
             return None
+        # Joins a query that has yet to be sent, never a running one: that may have read the row
+        # before a change which the caller relies on seeing. All loads during a query share the next
+        # one.
         batch = self._join_batch(users, key)
         assert batch.task is not None
         # Shielded: a cancelled caller must not cancel the query that others await.
@@ -137,16 +133,14 @@ class AccountLoader:
     ) -> Account | None:
         """Return the user with that value and its whole row; None unless exactly one has it.
 
-        Case matters, unless the column's type or its unique index ignores it.
-
-        Raises:
-            DatabaseUnreachableError: No connection, or no answer in time.
-            SetupError: The table can't be read as configured.
+        Case matters, unless the column's type or its unique index ignores it. Raises as ``load``.
         """
         table = users.collection.table
         columns = [column.name for column in table.columns]
         parameters = {"table": table.oid, "column": column.name}
         try:
+            # Without a unique index "lower" could find several users, and would read the whole
+            # table.
             folds = await self._select(users, _FOLDS_CASE_QUERY, parameters, ["is_unique"])
             statement = statement_by_value(users, columns, column, folds_case=bool(folds))
             rows = await self._select(users, statement, {"value": value}, columns)
@@ -181,6 +175,8 @@ class AccountLoader:
         return batch
 
     async def _run_batch(self, users_id: int, batch: _AccountBatch) -> Mapping[str, Account]:
+        # While the lock is waited for, the batch takes further ids; once it is held, the batch is
+        # closed.
         async with self._query_locks.setdefault(users_id, asyncio.Lock()):
             if self._open_batches.get(users_id) is batch:
                 del self._open_batches[users_id]
@@ -205,7 +201,8 @@ class AccountLoader:
     async def _select_by_id(
         self, users: UserCollection, ids: Iterable[str], columns: Sequence[str]
     ) -> dict[str, Account]:
-        statement = statement_by_id(users, columns)
+        table, key = users.collection.table, users.collection.key
+        statement = rows_by_key_statement(table, key, columns, _SNAPSHOT, _INSERT_LSN)
         names = [*columns, _SNAPSHOT_KEY, _INSERT_LSN_KEY]
         rows = await self._select(users, statement, {"ids": list(ids)}, names)
         accounts = [_account_with_read_point(users, row) for row in rows]
@@ -250,18 +247,9 @@ def _account_of_row(users: UserCollection, row: Row) -> Account:
 
 
 def _retrieve_exception(task: asyncio.Task[Mapping[str, Account]]) -> None:
-    """Keep asyncio from logging the exception if every waiting caller was cancelled."""
+    # Otherwise asyncio logs it if every waiting caller was cancelled.
     if not task.cancelled():
         task.exception()
-
-
-def statement_by_id(users: UserCollection, columns: Sequence[str]) -> sql.Composed:
-    """Return the query for users by id; its parameter ``ids`` is a list of canonical texts.
-
-    The columns are followed by snapshot and WAL insert LSN (``ReadPoint``).
-    """
-    collection = users.collection
-    return rows_by_key_statement(collection.table, collection.key, columns, _SNAPSHOT, _INSERT_LSN)
 
 
 _FOLDS_CASE_QUERY = sql.SQL("""
@@ -281,14 +269,11 @@ def statement_by_value(
     """Return the query for up to two users with a value; its parameter ``value`` is a text.
 
     String types are compared by their own equality, so citext ignores case; others as text.
-
-    Args:
-        users: The table.
-        columns: To be read.
-        column: To be compared.
-        folds_case: Compare ``lower`` of both, as the unique index does.
+    ``folds_case`` compares ``lower`` of both, as the unique index does.
     """
     own = column.type.base
+    # The operator is qualified with the type's schema, or with pg_catalog: no other "=" can be put
+    # before it.
     is_own = own.category == "S" and not folds_case
     schema, type_ = (own.schema, own.name) if is_own else ("pg_catalog", "text")
     shape = "pg_catalog.lower({})" if folds_case else "{}"
@@ -297,13 +282,9 @@ def statement_by_value(
     return sql.SQL(
         "SELECT {columns} FROM {table} WHERE {name} OPERATOR({schema}.=) {value} LIMIT 2"
     ).format(
-        columns=_column_list(columns),
+        columns=sql.SQL(", ").join(map(identifier, columns)),
         table=identifier(*users.collection.table.name),
         name=sql.SQL(shape).format(name),
         schema=identifier(schema),
         value=sql.SQL(shape).format(value),
     )
-
-
-def _column_list(columns: Sequence[str]) -> sql.Composed:
-    return sql.SQL(", ").join(map(identifier, columns))

@@ -66,14 +66,9 @@ class AuthenticatedCaller:
 class Authenticator:
     """Returns the caller of a request.
 
-    Args:
-        auth: Issuers and login.
-        collections: All collections. An issuer whose collection isn't among them has users
-            without rows, known by the claims of their tokens only.
-        accounts: Reads the rows of users.
-        logins: How users log in, by collection name.
-        rule_columns: Columns of users' rows that rules read, by collection name.
-        unix_clock: Unix seconds.
+    ``logins`` and ``rule_columns`` (columns of users' rows that rules read) are by collection name.
+    An issuer whose collection isn't among ``collections`` has users without rows, known by the
+    claims of their tokens only.
 
     Raises:
         ConfigError: A public key can't be used.
@@ -93,6 +88,7 @@ class Authenticator:
         self._unix_clock = unix_clock
         self._issuers: tuple[tuple[IssuerConfig, KeySource], ...] = ()
         self._issuers_replaced = asyncio.Event()
+        # Ids of collections that existed under any configuration so far.
         self._past_collection_ids: set[str] = set()
         self.checks_by_result: Counter[str] = Counter()
         """Counts of authentications by ``accepted`` or the error's code."""
@@ -120,6 +116,8 @@ class Authenticator:
         ``issuers`` are made by ``key_sources_of``; ``allow_guests``: whether guests may subscribe.
         """
         self._allow_guests = allow_guests
+        # A key set stays known over a reload, or all its tokens would be refused until it is
+        # fetched.
         fetched = {_jwks_identity(issuer): source for issuer, source in self._issuers}
         self._issuers = tuple(
             (issuer, fetched.get(_jwks_identity(issuer), source) if issuer.jwks_url else source)
@@ -156,6 +154,8 @@ class Authenticator:
             case AuthRecord(collection_id=collection_id) as record:
                 users = self._users_by_id.get(collection_id)
                 if users is None:
+                    # Without its collection a user is a guest (protocol, 8), unless the issuer's
+                    # users never had one.
                     return caller if self._has_no_row(record, issuer) else Caller()
                 if not self._is_still_trusted(caller, users, issuer):
                     return Caller()
@@ -198,12 +198,9 @@ class Authenticator:
     async def authenticate(self, authorization: str | None) -> Caller:
         """Return the caller; a guest without a valid token.
 
-        Args:
-            authorization: The header, None if there is none.
-
         Raises:
-            DatabaseUnreachableError: The token's user can't be read now. A guest instead would
-                log out a user whose token may be valid.
+            DatabaseUnreachableError: The token's user can't be read now. A guest instead would log
+                out a user whose token may be valid.
             SetupError: The users table can't be read as configured.
         """
         try:
@@ -238,11 +235,13 @@ class Authenticator:
         refusals: list[AuthError] = []
         for issuer, source in self._issuers:
             try:
+                # The signature first: claims that anybody may have made up get no answer.
                 key = await _find_signing_key(token, source)
                 check_issuer_and_audience(token.claims, issuer)
             except AuthError as refusal:
                 refusals.append(refusal)
                 continue
+            # Outside the ``try``: with this issuer's signature no other issuer need be asked.
             expires_at = check_times(token.claims, now=self._unix_clock(), leeway=issuer.leeway)
             caller = await self._caller_of_claims(token.claims, issuer, expires_at)
             trust_digest = _trust_digest(
@@ -250,9 +249,13 @@ class Authenticator:
             )
             caller = replace(caller, trust_digest=trust_digest)
             return AuthenticatedCaller(caller=caller, token=token, is_login_token=False)
-        if self._login.enabled and not _is_by_known_issuer(refusals):
+        # A token that an issuer signed, but that was refused, is not tried as one of ours.
+        specific = [error for error in refusals if error.error_code != "token_signature"]
+        if specific:
+            raise specific[0]
+        if self._login.enabled:
             return await self._authenticate_login_token(token)
-        raise _most_specific(refusals)
+        raise _unknown_signer_error()
 
     async def _caller_of_claims(
         self, claims: Claims, issuer: IssuerConfig, expires_at: float | None
@@ -277,6 +280,7 @@ class Authenticator:
         """Verify a token of our login: its key is partly in the user's row, which is read first."""
         claims = login_claims(token)
         users = self.find_user_collection(claims.collection_name_or_id)
+        # Where nobody can log in, no token is valid, though the rows may have a token key.
         if users is None or not users.login.password_hash:
             raise AuthError(
                 "the collection of the token's user has no login", code="account_unknown"
@@ -285,6 +289,8 @@ class Authenticator:
         account = _require_account(await self._accounts.load(users, claims.record_id))
         if account.token_key is None:
             raise AuthError("the token's user has no token key", code="token_signature")
+        # As in PocketBase (protocol, 9.3): when the user's part changes, the user's tokens become
+        # invalid.
         check_signature(token, VerificationKey("HS256", account.token_key + self._login.secret))
         caller = replace(
             caller_of_account(account, expires_at),
@@ -318,7 +324,7 @@ def _jwks_identity(issuer: IssuerConfig) -> tuple[object, ...]:
 
 
 def _trust_digests_of(issuer: IssuerConfig) -> list[bytes]:
-    """Return the trust digests of all valid tokens of the issuer: per secret, and of superusers."""
+    """Return the trust digests of all valid tokens of the issuer."""
     secrets = [secret for secret in (issuer.secret, issuer.previous_secret) if secret]
     return [
         _trust_digest(issuer, secret, is_superuser=is_superuser)
@@ -328,15 +334,11 @@ def _trust_digests_of(issuer: IssuerConfig) -> list[bytes]:
 
 
 def _trust_digest(issuer: IssuerConfig, key_material: object, *, is_superuser: bool) -> bytes:
-    """Return a digest of the configuration that makes a token valid (``Caller.trust_digest``).
-
-    Args:
-        issuer: Of the token.
-        key_material: The key that verified it. A public key is in the issuer's configuration
-            already, a secret may be the previous one.
-        is_superuser: Whether the claims that make a superuser are part of it.
-    """
+    """Return a digest of the configuration that makes a token valid (``Caller.trust_digest``)."""
+    # A public key is in the issuer's configuration already. The secret may be the previous one:
+    # when that is removed, its tokens become invalid and others stay valid.
     secret = key_material if isinstance(key_material, str) else ""
+    # Only for superusers: requiring other claims of them makes no user's token invalid.
     claims = issuer.superuser_when if is_superuser else None
     purpose = (issuer.issuer, issuer.audience, issuer.id_claim, claims)
     return _digest(secret, issuer.public_key, *_jwks_identity(issuer), *purpose)
@@ -348,6 +350,8 @@ def _login_trust_digest(login: LoginConfig, users: UserCollection) -> bytes:
 
 
 def _digest(*parts: object) -> bytes:
+    # As JSON: joined texts could be equal with other borders. A digest, so that no secret is kept
+    # with each connection.
     return sha256(msgspec.json.encode(parts)).digest()
 
 
@@ -355,19 +359,15 @@ async def _find_signing_key(token: Token, source: KeySource) -> VerificationKey:
     for key in await source.keys_for(token):
         try:
             check_signature(token, key)
+        # Several keys may have no ``kid``: after a change of keys only one of them fits.
         except AuthError:
             continue
         return key
-    raise AuthError("no issuer made this token", code="token_signature")
+    raise _unknown_signer_error()
 
 
-def _is_by_known_issuer(refusals: list[AuthError]) -> bool:
-    return any(refusal.error_code != "token_signature" for refusal in refusals)
-
-
-def _most_specific(refusals: list[AuthError]) -> AuthError:
-    specific = (r for r in refusals if r.error_code != "token_signature")
-    return next(specific, AuthError("no issuer made this token", code="token_signature"))
+def _unknown_signer_error() -> AuthError:
+    return AuthError("no issuer made this token", code="token_signature")
 
 
 def _require_account(account: Account | None) -> Account:
@@ -387,10 +387,7 @@ def caller_of_account(account: Account, expires_at: float | None) -> Caller:
 
 
 def _record_of_claims(claims: Claims, collection: str, record_id: str) -> AuthRecord:
-    """Return the record of a user without a row, from the claims (rules, section 17).
-
-    ``verified`` may be named ``email_verified``, as in OpenID Connect.
-    """
+    """Return the record of a user without a row, from the claims (rules, section 17)."""
     email = claims.get("email")
     return AuthRecord(
         collection_id=derive_collection_id("auth", collection),
@@ -398,6 +395,7 @@ def _record_of_claims(claims: Claims, collection: str, record_id: str) -> AuthRe
         id=record_id,
         email=email if isinstance(email, str) else "",
         email_visibility=claims.get("emailVisibility") is True,
+        # OpenID Connect's name is the second.
         verified=claims.get("verified", claims.get("email_verified")) is True,
     )
 

@@ -34,13 +34,11 @@ _CHANGES_PER_READ = 4000
 """Changes (not entries) indexed before yielding to the event loop. A single transaction that is
 larger than this is still read whole."""
 _TRIM_SECONDS = 5.0
-"""Between two runs of ``RowHistory.watch``."""
+"""Between two rounds of ``RowHistory.trim_periodically``."""
 
 WaitForLSN: TypeAlias = Callable[[LSN], Awaitable[bool]]
-"""Waits until the changelog has every transaction that commits up to an LSN. Returns True once it
-has them, False if it doesn't have them in time: ``ReplicationReader.wait_for_changelog`` waits one
-second at most."""
-
+"""``ReplicationReader.wait_for_changelog``: waits until the changelog has every transaction that
+commits up to an LSN; returns False if it doesn't have them within a second."""
 
 LookupColumn: TypeAlias = tuple[TableName, str]
 """A table, and the column by whose value its changes are looked up."""
@@ -50,7 +48,6 @@ class RowWrite(NamedTuple):
     """A change of a row, or an entry that may hide one (a truncation, missing changes)."""
 
     end_lsn: LSN
-    """Where its transaction ends."""
     xid: Xid | None
     """The 32-bit id of its top-level transaction; None for a gap, which may hide several.
 
@@ -64,11 +61,7 @@ class RowWrite(NamedTuple):
 class TableHistory:
     """An index of one table's changes in the changelog, by the value of one column.
 
-    Args:
-        changelog: What is indexed.
-        table: The table whose changes are indexed; those of others are skipped.
-        column: The column by whose value changes are looked up: the table's key, or in a junction
-            table the column that refers to the record.
+    The column is the table's key, or in a junction table the column that refers to the record.
     """
 
     def __init__(self, changelog: Changelog, table: TableName, column: str) -> None:
@@ -91,21 +84,19 @@ class TableHistory:
         sees and leaves the fields consistent and needs no lock."""
 
     def writes(self, value: str, after: LSN) -> list[RowWrite]:
-        """Return the writes that may concern a row, oldest first.
+        """Return the writes that may concern a row and are later than ``after``, oldest first.
 
         Call it after ``extend(after)`` returned True. What the changelog has discarded since then
         is discarded here as well, and stands in the answer as one unknown write: the caller may
         have awaited in between, and must not take a shortened list for a whole one.
-
-        Args:
-            value: What the row has in the column, before or after the write.
-            after: The end LSN of a transaction; its own writes and earlier ones are left out.
         """
         writes = _writes_after(self._writes.get(value, ()), after)
         of_any = _writes_after(self._unknown_row_writes, after)
         if after < self._indexed_after:
             of_any.insert(0, RowWrite(self._indexed_after, None, None))
-        return sorted([*writes, *of_any], key=_lsn_of) if of_any else writes
+        if not of_any:
+            return writes
+        return sorted([*writes, *of_any], key=lambda write: write.end_lsn)
 
     def has_writes(self, after: LSN) -> bool:
         """Whether a write may end after an LSN: ``writes`` isn't empty for every value.
@@ -121,12 +112,7 @@ class TableHistory:
         return max(last, of_any) > after
 
     async def extend(self, after: LSN) -> bool:
-        """Index every entry that ends after an LSN, up to the changelog's end.
-
-        Returns:
-            False if some of these entries were already discarded by the changelog; ``writes``
-            would then be incomplete.
-        """
+        """Index all entries that end after an LSN, up to the end; False if some were discarded."""
         async with self._extend_lock:
             try:
                 self.trim()
@@ -151,10 +137,8 @@ class TableHistory:
             await asyncio.sleep(0)
 
     async def _extend_back(self, after: LSN) -> None:
-        """Index what ends after ``after``, up to the indexed range.
-
-        Nothing is stored before all of it was read: ``ChangelogError`` leaves the index as it was.
-        """
+        """Index what ends after ``after``, up to the indexed range."""
+        # Stored only when all of it was read: ``ChangelogError`` leaves the index as it was.
         earlier: list[tuple[RowWrite, Sequence[str]]] = []
         position = after
         while entries := self._read(position, Cursor(self._indexed_after, END_ORDINAL)):
@@ -173,10 +157,7 @@ class TableHistory:
         return self._changelog.read(Cursor(after, END_ORDINAL), upto, _CHANGES_PER_READ)
 
     def _writes_in(self, entries: Sequence[Entry]) -> Iterator[tuple[RowWrite, Sequence[str]]]:
-        """Yield the table's writes, each with the values of the column that it concerns.
-
-        Without values, the write may concern any row.
-        """
+        """Yield the table's writes with the values of the column; without, any row may be meant."""
         for entry in entries:
             match entry:
                 case Transaction(xid=xid, end_lsn=lsn, changes=changes):
@@ -208,10 +189,6 @@ class TableHistory:
                 max(self._indexed_after, floor),
                 max(self._indexed_upto, floor),
             )
-
-
-def _lsn_of(write: RowWrite) -> LSN:
-    return write.end_lsn
 
 
 def _writes_after(writes: Sequence[RowWrite], after: LSN) -> list[RowWrite]:
@@ -249,10 +226,7 @@ one is evaluated in many slices, and connections that catch up read different on
 class RowHistory:
     """One ``TableHistory`` for each table and column that was asked about.
 
-    Args:
-        changelog: What they index.
-        wait_for_lsn: Waits for the changelog to contain an LSN. Without it the method of that name
-            answers at once, by what the changelog contains now.
+    ``wait_for_lsn`` waits for the changelog to contain an LSN. Without it nothing is waited for.
     """
 
     def __init__(self, changelog: Changelog, wait_for_lsn: WaitForLSN | None = None) -> None:
@@ -274,16 +248,11 @@ class RowHistory:
         self._tables.clear()
 
     async def table_history(self, table: TableName, column: str, after: LSN) -> TableHistory | None:
-        """Return a table's changes since a transaction, up to the changelog's head.
+        """Return a table's changes since the transaction that ends at ``after``, up to the head.
 
-        Args:
-            table: The table.
-            column: The column by whose value changes are looked up.
-            after: The end LSN of the transaction. Earlier changes may be absent.
-
-        Returns:
-            None if the changelog has discarded some of these changes, or the stream didn't carry
-            the table yet. Then nothing read live can be proved to be as old as the transaction.
+        Earlier changes may be absent. None if the changelog has discarded some of these, or the
+        stream didn't carry the table yet: nothing read live can be proved to be as old as the
+        transaction.
         """
         since = self._streamed_since.get(table) if self._streamed_since else LSN(0)
         if since is None or after < since:
@@ -298,11 +267,6 @@ class RowHistory:
         """Whether a row may have been written in commits that end after an LSN.
 
         Call it after ``table_history`` returned one for the column and that LSN.
-
-        Args:
-            lookup_column: The table and column.
-            value: The row's value in the column.
-            after: The LSN.
         """
         history = self._tables.get(lookup_column)
         return history is None or bool(history.writes(value, after))
@@ -310,10 +274,9 @@ class RowHistory:
     async def wait_for_lsn(self, lsn: LSN) -> bool:
         """Return whether the changelog has every transaction that commits up to an LSN.
 
-        Callers pass where the WAL ended when they read the live rows: after True,
-        ``table_history`` returns every change that those rows can show. Waits as ``WaitForLSN``
-        does; False means that changes may still be to come, and callers then treat what they read
-        as unproved.
+        Callers pass where the WAL ended when they read the live rows: after True, the histories
+        have every change that those rows can show. After False changes may still be to come, and
+        what was read is unproved.
         """
         if self._changelog.end_cursor.lsn >= lsn:
             return True

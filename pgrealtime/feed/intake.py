@@ -52,16 +52,10 @@ class Follower(Protocol):
 
 
 class Intake:
-    """The writing end of the changelog.
+    """The writing end of the changelog, which nothing else writes.
 
-    Args:
-        changelog: Written by this object alone.
-        follower: Woken for each entry.
-        max_size: Bytes that may wait in the changelog for the follower. Beyond them ``append``
-            waits, and the stream is closed after its ``max_pause``: a gap.
-
-    Attributes:
-        changes_received: Changes appended so far.
+    ``max_size`` bytes may wait in the changelog for the follower. Beyond them ``append`` waits, and
+    the stream is closed after its ``max_pause``: a gap.
     """
 
     def __init__(self, changelog: MemoryChangelog, follower: Follower, *, max_size: int) -> None:
@@ -87,11 +81,12 @@ class Intake:
         A transaction larger than ``max_size`` is appended when nothing else waits.
         """
         size = entry.size_bytes if isinstance(entry, Transaction) else 0
-        while (waiting := self._undelivered_bytes()) and waiting + size > self._max_size:
+        bytes_after, follower = self._changelog.bytes_after, self.follower
+        while (waiting := bytes_after(follower.head)) and waiting + size > self._max_size:
             # Cleared before the follower is woken: its progress in between would be missed.
-            self.follower.progressed.clear()
-            self.follower.wake()
-            await self.follower.progressed.wait()
+            follower.progressed.clear()
+            follower.wake()
+            await follower.progressed.wait()
         self._append(entry, time.monotonic())
         if isinstance(entry, Transaction):
             self.changes_received += len(entry.changes)
@@ -128,11 +123,9 @@ class Intake:
         self._changelog.expire(now, self.follower.head)
 
     def _append(self, entry: Entry, now: float) -> None:
+        # What the follower has yet to deliver is not trimmed.
         self._changelog.append(entry, now, self.follower.head)
         self._appended_at = now
-
-    def _undelivered_bytes(self) -> int:
-        return self._changelog.bytes_after(self.follower.head)
 
 
 def _log_gap(reason: str, tables: Iterable[TableName]) -> None:

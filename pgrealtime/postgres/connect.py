@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 from pgrealtime.config.model import DatabaseConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.url import parse_database_url
+from pgrealtime.postgres.url import DEAD_NETWORK_SETTINGS, parse_database_url
 
 log = structlog.get_logger(__name__)
 
@@ -27,22 +27,13 @@ URL_SETTING = "database.url (DATABASE_URL), or the PG* variables if it is empty"
 
 # Of both: under a server encoding of SQL_ASCII psycopg returns bytes instead of str otherwise.
 _SETTINGS = {"application_name": "pgrealtime", "client_encoding": "utf8"}
-_POOL_SETTINGS = {
-    **_SETTINGS,
-    "connect_timeout": str(_CONNECT_SECONDS),
-    # How long the kernel trusts a dead network; Linux alone would take a quarter of an hour.
-    "tcp_user_timeout": "30000",
-    "keepalives_idle": "30",
-}
 
 
 @asynccontextmanager
 async def connect_once(url: str, *, key: str = URL_SETTING) -> AsyncIterator[AsyncConnection[Any]]:
     """Open one connection in autocommit mode, and close it at the end of the block.
 
-    Args:
-        url: Of the database; empty takes libpq's PG* variables.
-        key: The setting that holds the URL, for the error's hint.
+    An empty URL takes libpq's PG* variables. ``key`` names the setting in the error's hint.
 
     Raises:
         DatabaseUnreachableError: The server doesn't answer, or refuses the login.
@@ -67,8 +58,8 @@ async def open_query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
         DatabaseUnreachableError: The server didn't answer within that time.
         SetupError: Code ``database_url_invalid``.
     """
-    settings = parse_database_url(database.query_url or database.url) | _POOL_SETTINGS
-    conninfo = make_conninfo("", **settings)
+    settings = parse_database_url(database.query_url or database.url)
+    conninfo = make_conninfo("", **settings | _SETTINGS | DEAD_NETWORK_SETTINGS)
     await _wait_for_server(conninfo, database)
     async with QueryPool(
         conninfo, statement_timeout=database.statement_timeout, max_size=database.pool_size

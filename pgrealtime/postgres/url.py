@@ -9,6 +9,15 @@ from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
 
 from pgrealtime.errors import SetupError
 
+DEAD_NETWORK_SETTINGS = {
+    "connect_timeout": "10",
+    # What stays unacknowledged for so long shows that the network is dead; Linux alone would trust
+    # it for a quarter of an hour.
+    "tcp_user_timeout": "30000",
+    "keepalives_idle": "30",
+}
+"""Settings of libpq that end a connection which is dead without an error."""
+
 
 def parse_database_url(url: str) -> dict[str, Any]:
     """Return libpq's settings, as the URL gives them.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import TypeAlias
 
@@ -32,7 +32,7 @@ from pgrealtime.collections.field_kinds import field_kind_of
 from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.records.geometry import point_coordinates, to_geojson
 from pgrealtime.records.numbers import format_double, format_exponent_form
-from pgrealtime.text_forms import Element, parse_array, parse_composite
+from pgrealtime.text_forms import Element, flatten_array, parse_array, parse_composite
 
 Json: TypeAlias = "str | int | bool | Raw | list[Json] | dict[str, Json] | None"
 """What msgspec encodes. Raw is JSON already: numbers with their digits, json values."""
@@ -141,7 +141,7 @@ def _convert_items(items: list[Element], convert: Converter) -> list[Json]:
 
 
 def _convert_ids(text: str) -> Json:
-    return distinct_ids(_flatten(parse_array(text)))
+    return distinct_ids(flatten_array(parse_array(text)))
 
 
 def _convert_options(text: str) -> Json:
@@ -149,15 +149,7 @@ def _convert_options(text: str) -> Json:
     items = parse_array(text)
     if any(isinstance(item, list) for item in items):
         return _convert_items(items, None)
-    return list(dict.fromkeys(_flatten(items)))
-
-
-def _flatten(items: list[Element]) -> Iterator[str | None]:
-    for item in items:
-        if isinstance(item, list):
-            yield from _flatten(item)
-        else:
-            yield item
+    return list(dict.fromkeys(flatten_array(items)))
 
 
 def _composite_converter(type_: Type) -> Converter:
@@ -205,12 +197,10 @@ def _float4(text: str) -> Json:
 
 
 def _float8(text: str) -> Json:
-    """Print ECMAScript's digits, which are those of Python's repr.
-
-    PostgreSQL's differ where a shorter number is exactly between two doubles and parses to this
-    one: 40095404089409024 against 40095404089409020. That needs 53 bits before the point, so it
-    occurs with numbers in exponent form only.
-    """
+    """Print ECMAScript's digits, which are those of Python's repr."""
+    # PostgreSQL's differ where a shorter number is exactly between two doubles and parses to this
+    # one: 40095404089409024 against 40095404089409020. That needs 53 bits before the point, so it
+    # occurs with numbers in exponent form only.
     if "e" in text:
         text = repr(float(text)).removesuffix(".0")
     return _float4(text)
@@ -291,7 +281,6 @@ def _geometry(text: str) -> Json:
 
 
 def _geo_point_converter(type_: Type) -> Converter:
-    """Return the converter for the column type that stores a geoPoint."""
     if type_.extension:
         return _geo_point_of_geometry
     return _geo_point_of_point if type_.name == "point" else _geo_point_of_json

@@ -55,9 +55,7 @@ class PendingEvaluation(Protocol):
 class UnansweredQuestions:
     """Counts what was denied for want of an answer, and logs each reason once.
 
-    Args:
-        on_schema_mismatch: Called when PostgreSQL refuses a query as if the schema were another.
-        is_logged: Whether reasons are logged.
+    ``on_schema_mismatch`` is called when PostgreSQL refuses a query as if the schema were another.
 
     Attributes:
         counts: By collection and kind: ``timeout`` and ``error`` count statements; ``suspended``,
@@ -129,12 +127,7 @@ class BudgetedTransaction(ReadTransaction):
 
 
 class QuestionRounds:
-    """Puts questions to PostgreSQL; splits what fails, denies what can't be answered.
-
-    Args:
-        unanswered: Counts and logs what is denied.
-        on_statement_seconds: Called with the seconds that each statement took.
-    """
+    """Puts questions to PostgreSQL; splits what fails, denies what can't be answered."""
 
     def __init__(
         self,
@@ -153,10 +146,7 @@ class QuestionRounds:
     ) -> None:
         """Answer an evaluation's questions until there are none left, or the budget is spent.
 
-        Args:
-            transaction: Has begun.
-            evaluation: What asks.
-            questions: The first round, if the evaluation was asked for it already.
+        ``questions`` is the first round, if the evaluation was asked for it already.
 
         Raises:
             psycopg.Error: The connection broke.
@@ -165,7 +155,9 @@ class QuestionRounds:
             questions = evaluation.questions()
         while questions and not transaction.budget.is_spent():
             # Those that were slow before come last: they use up the timeouts that are tolerated.
-            for question in sorted(questions, key=self._has_timed_out):
+            for question in sorted(
+                questions, key=lambda one: self._breakers.has_timed_out(one.subject)
+            ):
                 question.is_postponed = not await self._ask_or_split(transaction, question)
             evaluation.resume()
             questions = evaluation.questions()
@@ -180,15 +172,8 @@ class QuestionRounds:
             self._unanswered.counts[name, "unreachable"] += 1
         return frozenset(names)
 
-    def _has_timed_out(self, question: Question) -> bool:
-        return self._breakers.has_timed_out(question.subject)
-
     async def _ask_or_split(self, transaction: BudgetedTransaction, question: Question) -> bool:
-        """Ask a question and, if that fails, its parts, so that only what fails alone is denied.
-
-        Returns:
-            Whether it was answered or denied; else the budget is spent.
-        """
+        """Ask a question and, if that fails, its parts; return False if the budget was spent."""
         if transaction.budget.is_spent():
             return False
         if self._breakers.is_open(question.subject):
@@ -203,11 +188,7 @@ class QuestionRounds:
         return all(are_done)
 
     async def _ask(self, transaction: BudgetedTransaction, question: Question) -> bool:
-        """Ask with one statement, if it can be made; return whether nothing is left to ask.
-
-        A value that can't be sent at all, such as a text that can't be encoded, counts as one that
-        PostgreSQL refuses: the parts are asked, and only the part that has it is denied.
-        """
+        """Ask with one statement, if it can be made; return whether nothing is left to ask."""
         name = question.collection_name
         try:
             sql_query = question.sql_query()
@@ -215,7 +196,8 @@ class QuestionRounds:
                 return await self._run(transaction, question, sql_query)
         except (psycopg.Error, TimeoutError, OSError):
             raise
-        except Exception as error:  # noqa: BLE001 (see above)
+        except Exception as error:  # noqa: BLE001 (such as a text that can't be encoded)
+            # As if PostgreSQL refused it: the parts are asked, and the one that has it is denied.
             self._unanswered.counts[name, "error"] += 1
             self._unanswered.log_once(name, type(error).__name__)
             await transaction.recover()

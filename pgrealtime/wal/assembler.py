@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import takewhile
-from typing import TypeGuard
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import (
@@ -31,10 +30,9 @@ _RecordKey = tuple[TableName, tuple[str | None, ...]]
 class TransactionAssembler:
     """Collects the changes between a begin and its commit, in bounded memory.
 
-    Args:
-        max_bytes: Of a larger transaction only the table names are kept.
-        record_keys: By partitioned table. A delete in one partition and an insert into another
-            with the same key are an UPDATE that moved the row, and become an ``Update``.
+    Of a transaction larger than ``max_bytes`` only the table names are kept. A delete in one
+    partition and an insert into another with the same record key are an UPDATE that moved the row,
+    and become an ``Update``.
     """
 
     def __init__(self, *, max_bytes: int, record_keys: RecordKeys) -> None:
@@ -59,10 +57,6 @@ class TransactionAssembler:
         self, message: Message, payload_bytes: int
     ) -> Transaction | OversizedTransaction | None:
         """Add the next message; return the transaction it completes, None if that has no changes.
-
-        Args:
-            message: Of the decoder.
-            payload_bytes: Size of its payload.
 
         Raises:
             UnexpectedMessageError: The message can't follow the one before.
@@ -108,7 +102,8 @@ class TransactionAssembler:
 
     def _add_truncates(self, tables: tuple[TableName, ...]) -> None:
         """Add each table once per run of truncates: of a partitioned one each leaf is sent."""
-        run = {c.table for c in takewhile(_is_truncate, reversed(self._changes))}
+        last = takewhile(lambda change: isinstance(change, Truncate), reversed(self._changes))
+        run = {truncate.table for truncate in last}
         for table in tables:
             if table not in run:
                 run.add(table)
@@ -139,13 +134,8 @@ class TransactionAssembler:
     def _finish(self, xid: Xid, commit: Commit) -> Transaction | OversizedTransaction | None:
         changes, tables, size = self._changes, self._oversized_tables, self._size_bytes
         shapes = tuple(self._shapes)
-        self._xid, self._changes, self._oversized_tables, self._partition_deletes = (
-            None,
-            [],
-            None,
-            {},
-        )
-        self._last_shape, self._shapes = None, {}
+        self._xid, self._changes, self._partition_deletes = None, [], {}
+        self._oversized_tables, self._last_shape, self._shapes = None, None, {}
         if tables is not None:
             return OversizedTransaction(
                 xid, commit.end_lsn, commit.commit_time_us, frozenset(tables)
@@ -153,10 +143,6 @@ class TransactionAssembler:
         if not changes:
             return None
         return Transaction(xid, commit.end_lsn, commit.commit_time_us, tuple(changes), size, shapes)
-
-
-def _is_truncate(change: Change) -> TypeGuard[Truncate]:
-    return isinstance(change, Truncate)
 
 
 def default_record_keys(tables: Collection[Table]) -> RecordKeys:

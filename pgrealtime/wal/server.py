@@ -26,21 +26,13 @@ from pgrealtime.errors import (
 )
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.observe.redact import message_without_values
-from pgrealtime.postgres.url import parse_database_url
+from pgrealtime.postgres.url import DEAD_NETWORK_SETTINGS, parse_database_url
 
 _PINNED_SETTINGS = SQL(
     "SET search_path = pg_catalog; SET DateStyle = ISO; SET TimeZone = UTC;"
     " SET IntervalStyle = postgres; SET extra_float_digits = 1; SET bytea_output = hex;"
     " SET client_encoding = UTF8"
 )
-_CONNECT_DEFAULTS = {
-    "fallback_application_name": "pgrealtime",
-    "connect_timeout": "10",
-    # Unacknowledged status updates show that the network is dead; the kernel's default is a
-    # quarter of an hour.
-    "tcp_user_timeout": "30000",
-    "keepalives_idle": "30",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +104,7 @@ def translate_driver_errors() -> Iterator[None]:
 
 
 async def open_ordinary_connection(url: str) -> AsyncConnection[Any]:
-    """Open an ordinary connection in autocommit, for queries besides the stream.
-
-    Raises:
-        psycopg.Error: Untranslated.
-    """
+    """Open an ordinary connection in autocommit, whose driver's errors are not translated."""
     connection: AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
         _conninfo(url), autocommit=True
     )
@@ -124,15 +112,13 @@ async def open_ordinary_connection(url: str) -> AsyncConnection[Any]:
 
 
 def _conninfo(url: str, **more: str) -> str:
-    settings: dict[str, Any] = {**_CONNECT_DEFAULTS, **parse_database_url(url), **more}
-    return make_conninfo("", **settings)
+    defaults = {"fallback_application_name": "pgrealtime", **DEAD_NETWORK_SETTINGS}
+    return make_conninfo("", **{**defaults, **parse_database_url(url), **more})
 
 
 async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealtimeError:
-    """Return why a replication connection was refused, from queries on an ordinary one.
-
-    The refusal itself has no SQLSTATE, and its text is in the server's language.
-    """
+    """Return why a replication connection was refused, from queries on an ordinary one."""
+    # The refusal itself has no SQLSTATE, and its text is in the server's language.
     try:
         async with await open_ordinary_connection(url) as connection:
             cursor = await connection.execute(

@@ -16,7 +16,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pgrealtime.auth.account import AccountLoader, UserCollection, statement_by_id
+from pgrealtime.auth.account import AccountLoader, UserCollection
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
@@ -27,6 +27,7 @@ from pgrealtime.config.model import AuthConfig, IssuerConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.lsn import Xid, parse_lsn
 from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
+from pgrealtime.postgres.rows import rows_by_key_statement
 
 SECRET = "a-secret-of-thirty-two-characters"
 ISSUER = IssuerConfig(name="app", secret=SECRET)
@@ -204,7 +205,11 @@ async def test_a_lookup_reads_the_index(database_url: str, pool: QueryPool, key_
     one = str(UUID(int=1)) if key_type == "uuid" else "17"
     async with pool.connection() as connection:
         cursor = await connection.execute(
-            sql.SQL("EXPLAIN ") + statement_by_id(users, users.column_names), {"ids": [one]}
+            sql.SQL("EXPLAIN ")
+            + rows_by_key_statement(
+                users.collection.table, users.collection.key, users.column_names
+            ),
+            {"ids": [one]},
         )
         plan = "\n".join(line for (line,) in await cursor.fetchall())
 

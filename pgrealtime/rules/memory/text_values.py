@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 
@@ -25,7 +25,7 @@ from pgrealtime.rules.memory.compare import (
     SqliteValue,
     UndecidedError,
 )
-from pgrealtime.text_forms import Element, parse_array
+from pgrealtime.text_forms import Element, flatten_array, parse_array
 
 
 def parse_bool(text: str) -> int:
@@ -143,22 +143,14 @@ conditions that read it."""
 def array_items(text: str, delimiter: str = ",") -> tuple[str | None, ...]:
     """Return the items of an array in text form, those of all dimensions in order."""
     if len(text) < _MIN_CACHED_LENGTH:
-        return tuple(_flatten(parse_array(text, delimiter)))
+        return tuple(flatten_array(parse_array(text, delimiter)))
     WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
     return _cached_array_items(text, delimiter)
 
 
 @lru_cache(maxsize=16)
 def _cached_array_items(text: str, delimiter: str) -> tuple[str | None, ...]:
-    return tuple(_flatten(parse_array(text, delimiter)))
-
-
-def _flatten(items: Sequence[Element]) -> Iterator[str | None]:
-    for item in items:
-        if isinstance(item, list):
-            yield from _flatten(item)
-        else:
-            yield item
+    return tuple(flatten_array(parse_array(text, delimiter)))
 
 
 def array_json_converter(item_json: Callable[[str], str]) -> Callable[[str], str]:
