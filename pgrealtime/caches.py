@@ -20,9 +20,8 @@ V = TypeVar("V")
 class WeightedCache(Generic[K, V]):
     """Values by key; beyond the maximum weight the least recently used are evicted.
 
-    Args:
-        max_weight: Of all entries, in the unit of the weights that ``make`` returns. A heavier
-            single entry is kept until the next is added.
+    ``max_weight`` has the unit of the weights that ``make`` returns. A heavier single entry is kept
+    until the next is added.
     """
 
     def __init__(self, max_weight: int) -> None:
@@ -50,8 +49,7 @@ class WeightedCache(Generic[K, V]):
 def cached_per_object(make: Callable[[K], V]) -> Callable[[K], V]:
     """Return the function with its results cached, each as long as its argument is alive.
 
-    Args:
-        make: Its arguments are compared by identity, and no result refers to its argument.
+    Arguments are compared by identity, and no result may refer to its argument.
     """
     results: WeakKeyDictionary[K, V] = WeakKeyDictionary()
 

@@ -117,7 +117,6 @@ class Transaction(Struct, frozen=True, gc=False):
     size_bytes: int
     """Approximate bytes of memory; the changelog's bound counts them."""
     row_shapes: tuple[RowShape, ...] = ()
-    """The distinct shapes of its rows."""
 
 
 class OversizedTransaction(Struct, frozen=True, gc=False):
@@ -130,4 +129,3 @@ class OversizedTransaction(Struct, frozen=True, gc=False):
 
 
 Action: TypeAlias = Literal["create", "update", "delete"]
-"""What happened to a record, as clients receive it."""

@@ -14,11 +14,9 @@ from typing import ClassVar
 class PgRealtimeError(Exception):
     """An error with a stable code, a short message and, where known, a remedy.
 
-    Args:
-        message: Lower case, factual, no full stop; names in double quotes.
-        detail: The observed facts, in whole sentences.
-        hint: The remedy, in whole sentences; SQL and commands ready to paste.
-        code: Overrides the class's code where one class has several errors.
+    The message is lower case, without full stop, names in double quotes. Detail (what was observed)
+    and hint (the remedy, SQL ready to paste) are whole sentences. ``code`` overrides the class's
+    code where one class has several errors.
     """
 
     code: ClassVar[str] = "internal"
@@ -135,13 +133,7 @@ class UnexpectedMessageError(WalError):
 
 
 class RuleError(PgRealtimeError):
-    """A rule or filter can't be used.
-
-    Args:
-        message: As in PgRealtimeError.
-        start: Offset in its text of the first character concerned, in characters.
-        end: Offset after the last one.
-    """
+    """A rule or filter can't be used; ``start`` and ``end`` are offsets in its characters."""
 
     code = "rule_invalid"
 
@@ -186,11 +178,7 @@ class SubscriptionError(PgRealtimeError):
 class SubscriptionLimitError(SubscriptionError):
     """A topic of a subscribe call is valid by itself but exceeds a limit.
 
-    Args:
-        message: Names the limit, for the log.
-        topic: As submitted.
-        limit_name: Key of the text that ``api.error_responses`` has for the limit.
-        maximum: The limit.
+    ``limit_name`` is the key of the text that ``api.error_responses`` has for the limit.
     """
 
     code = "subscription_limit"
@@ -209,13 +197,7 @@ class ChangelogError(PgRealtimeError):
 
 
 def underline_span(text: str, start: int, end: int) -> str:
-    """Return the line of the text that a span begins in, and carets under the span.
-
-    Args:
-        text: A rule, maybe of several lines.
-        start: Offset in characters.
-        end: Offset after the last one; at least one caret is drawn.
-    """
+    """Return the line of the text that a span begins in, and at least one caret under the span."""
     begin = text.rfind("\n", 0, start) + 1
     line = text[begin:].partition("\n")[0].replace("\t", " ")
     before, marked = line[: start - begin], line[start - begin : end - begin]

@@ -70,16 +70,16 @@ class FairQueue:
     async def wait(self, key: str, release: Callable[[], None]) -> None:
         """Wait until ``wake_next`` wakes this task.
 
-        Args:
-            key: Whose queue to wait in.
-            release: Gives up what the wake-up granted. Called if this task is cancelled after it
-                was woken and before it ran; without it the grant would be lost.
+        ``release`` gives up what the wake-up granted. It is called if this task is cancelled after
+        it was woken and before it ran; without it the grant would be lost.
         """
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(key, deque()).append(waiter)
         try:
             await waiter
         except asyncio.CancelledError:
+            # Still queued: nothing was granted. A waiter that is done was woken, and cancelled
+            # before it ran.
             if waiter.cancelled():
                 self._remove(key, waiter)
             elif waiter.exception() is None:
@@ -93,6 +93,8 @@ class FairQueue:
             waiter = waiters.popleft()
             if waiters:
                 self._waiters[key] = waiters
+            # A task that was cancelled while it waited has not run yet, so its waiter may still be
+            # queued.
             if not waiter.done():
                 waiter.set_result(None)
                 return True
@@ -103,6 +105,7 @@ class FairQueue:
         last = self._waiters[key][-1]
         self._remove(key, last)
         if not last.done():
+            # The last, which has waited least.
             last.set_exception(error)
 
     def _remove(self, key: str, waiter: asyncio.Future[None]) -> None:
@@ -123,6 +126,7 @@ class FairLock:
     @asynccontextmanager
     async def acquire(self, key: str) -> AsyncIterator[None]:
         """Hold the lock."""
+        # No await between the check and the assignment below: tasks of one loop can't both pass.
         if self._is_locked:
             # The lock stays locked while it is passed on: no task that comes between can take it.
             await self._waiting.wait(key, self._release)
@@ -136,13 +140,13 @@ class FairLock:
     async def acquire_for_loop_work(self, key: str) -> AsyncIterator[YieldTimer]:
         """Hold the lock for work on the event loop; afterwards leave the loop as much time.
 
-        Yields:
-            Is due when the lock should be released and acquired again.
+        When the yielded timer is due, the lock should be released and acquired again.
         """
         async with self.acquire(key):
             began = perf_counter()
             yield YieldTimer()
             seconds = perf_counter() - began
+            # After the release: others get the lock meanwhile, and the key that worked comes last.
             await asyncio.sleep(
                 min(seconds, _MAX_PAUSE_SECONDS) if seconds > YIELD_AFTER_SECONDS else 0
             )

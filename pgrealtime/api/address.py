@@ -29,16 +29,13 @@ def address_behind_proxies(
 ) -> str:
     """Return the address of the client behind trusted proxies.
 
-    Args:
-        peer: Of the TCP connection; empty for a Unix socket.
-        forwarded_for: Values of the ``X-Forwarded-For`` headers, in order.
-        trusted_proxies: Their networks.
-
-    Each proxy appends the address of its own peer. Anything before that is the client's own text
-    and may be forged, so the list is read from its end, while the author of an entry is trusted.
+    ``peer`` is the TCP connection's, empty for a Unix socket; ``forwarded_for`` the values of the
+    ``X-Forwarded-For`` headers, in order.
     """
     address = _parse_address(peer)
     entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
+    # Each proxy appends the address of its own peer. Anything before that is the client's own text
+    # and may be forged, so the list is read from its end, while the author of an entry is trusted.
     while (
         entries and address is not None and any(address in network for network in trusted_proxies)
     ):

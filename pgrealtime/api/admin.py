@@ -20,10 +20,8 @@ def build_admin_app(
 ) -> web.Application:
     """Return the application.
 
-    Args:
-        config: With the token that ``/metrics`` requires, if any. Probes never require it.
-        not_ready_reasons: Returns why no traffic should be sent here; empty if ready.
-        fetch_metrics: Returns Prometheus' text format.
+    ``/metrics`` requires the configured token, if any; probes never do. ``not_ready_reasons``
+    returns why no traffic should be sent here, ``fetch_metrics`` Prometheus' text format.
     """
 
     async def live(_request: web.Request) -> web.Response:

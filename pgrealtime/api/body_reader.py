@@ -39,21 +39,12 @@ _MAX_LARGE_BYTES: Final = 128 * 1024 * 1024
 """Bytes of all large bodies at a time. Small bodies have limits of their own: subscribe calls are
 served while this limit is reached."""
 _MAX_SMALL_BYTES_PER_NETWORK: Final = 16 * 1024 * 1024
-"""Bytes of small bodies from one network at a time."""
 
 _BODY_TIMEOUT_SECONDS: Final = 60.0
-"""How long a client may take to send its body."""
 
 
 class BodyReader:
-    """Reads and parses bodies; one per application, because its limits are of all routes.
-
-    Args:
-        max_large_bytes_per_network: Bytes of one network's large bodies at a time.
-        max_large_bytes: Bytes of all large bodies at a time.
-        max_small_bytes_per_network: Bytes of one network's small bodies at a time.
-        timeout_seconds: That a client may take to send its body.
-    """
+    """Reads and parses bodies; one per application, because its limits are of all routes."""
 
     def __init__(
         self,
@@ -87,11 +78,7 @@ class BodyReader:
     ) -> _Content | None:
         """Read the body and return what ``parse`` returns for it; None if there is no body.
 
-        Args:
-            request: Not read yet.
-            address: Of the client; limits count by its network.
-            parse: Called with content type, body and query string; for a large body in a thread.
-            max_bytes: Maximum size of the body.
+        ``parse`` is called with content type, body and query string, for a large body in a thread.
 
         Raises:
             RequestRefusedError: The body is too large, broken or too slow, or a limit is reached.
@@ -102,6 +89,8 @@ class BodyReader:
         query = request.rel_url.raw_query_string.encode()
         body = _BodyBuffer(client_network(address))
         try:
+            # In all, not between two chunks: a client that sends a byte a minute would hold its
+            # quota for days.
             async with asyncio.timeout(self._timeout_seconds):
                 await self._receive(request, body, max_bytes)
             if not body.large_bytes:
@@ -110,6 +99,7 @@ class BodyReader:
             # also if the client disconnects. From here the task frees them.
             work = partial(_parse_and_release, parse, content_type, body, query)
             parsing = asyncio.create_task(self._parse_in_thread(work, body))
+            # An empty one: ``finally`` must not free what the thread still reads.
             body = _BodyBuffer(body.network)
             return await asyncio.shield(parsing)
         except TimeoutError as error:
@@ -124,9 +114,13 @@ class BodyReader:
             body.append(chunk)
             if body.size_bytes > max_bytes:
                 raise RequestRefusedError(BODY_TOO_LARGE)
+            # Counted as bytes arrive: a client may declare no length, or much and send nothing,
+            # which would lock out its network. What was counted as small stays so until the end.
             if body.size_bytes > LARGE_BODY_BYTES:
                 self._large.add(body.network, body.size_bytes - body.large_bytes)
                 body.large_bytes = body.size_bytes
+                # Meanwhile nothing is read from the request: aiohttp pauses the socket, and the
+                # client waits.
                 async with self._chunk_lock.acquire(body.network):
                     await asyncio.sleep(0)
             else:
@@ -162,6 +156,7 @@ class _ByteQuota:
             RequestRefusedError: A limit is exceeded; the bytes are not counted.
         """
         total = self.total_bytes + size_bytes
+        # No await between check and count.
         if self._by_network[network] + size_bytes > self._max_per_network or (
             self._max_total is not None and total > self._max_total
         ):
@@ -174,20 +169,20 @@ class _ByteQuota:
         self.total_bytes -= size_bytes
         self._by_network[network] -= size_bytes
         if not self._by_network[network]:
+            # Or the counter would keep an entry for every network that ever sent a body.
             del self._by_network[network]
 
 
 class _BodyBuffer:
-    """The received part of a body, in chunks of 64 KiB or more that are never moved.
-
-    One growing block would be reallocated again and again, which fragments the process's memory.
-    """
+    """The received part of a body, in chunks of 64 KiB or more that are never moved."""
 
     def __init__(self, network: str) -> None:
         self.network = network
         self.size_bytes = 0
         self.large_bytes = self.small_bytes = 0
         """Counted in the network's quotas."""
+        # One growing block would be reallocated again and again, which fragments the process's
+        # memory.
         self._chunks: list[bytes] = []
         self._open_chunk = bytearray()
         """Collects small chunks: a client may send a body byte by byte."""
@@ -216,15 +211,13 @@ def _parse_and_release(
     body: _BodyBuffer,
     query: bytes,
 ) -> _Content:
-    """Parse a body in a thread, leaving no reference to its bytes.
-
-    A task that failed and the frames of its exception refer to each other: without clearing them
-    the body would stay in memory until the garbage collector runs, perhaps hundreds of bodies
-    later.
-    """
+    """Parse a body in a thread, leaving no reference to its bytes."""
     try:
         return parse(content_type, body.join_and_clear(), query)
     except Exception as error:
+        # The frames of the exception refer to the body, and a task that failed and its exception to
+        # each other: the body would stay in memory until the garbage collector runs, perhaps
+        # hundreds of bodies later.
         _clear_frames(error)
         raise
 
@@ -232,6 +225,7 @@ def _parse_and_release(
 def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        # Each exception of the chain has frames of its own.
         error = error.__cause__ or error.__context__
 
 

@@ -42,9 +42,7 @@ class AllowedOrigins:
     def preflight_headers(self, origin: str, request_headers: str) -> Headers:
         """Return the headers of the response to a preflight (OPTIONS) request.
 
-        Args:
-            origin: The header, empty without one.
-            request_headers: ``Access-Control-Request-Headers``, returned unchanged.
+        ``Access-Control-Request-Headers`` is returned unchanged; an empty origin is none.
         """
         headers = self.response_headers(origin)
         if len(headers) == 1:

@@ -18,12 +18,7 @@ _PROXY_HEADERS: Final = ("CF-Connecting-IP", "Fly-Client-IP", "X-Forwarded-For")
 
 
 class HealthRoute:
-    """The handler.
-
-    Args:
-        authenticator: To recognize superusers, who receive more.
-        server: Has the trusted proxies.
-    """
+    """The handler. Superusers receive more than others."""
 
     def __init__(self, authenticator: Authenticator, server: ServerConfig) -> None:
         self._authenticator = authenticator

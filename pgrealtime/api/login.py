@@ -66,14 +66,7 @@ _LOGIN_FAILED: Final = ErrorResponse(
 
 
 class LoginRoutes:
-    """The handlers.
-
-    Args:
-        login: Checks passwords and makes tokens.
-        authenticator: Finds users tables and callers.
-        server: Has the base path and the trusted proxies.
-        own_records: Evaluates the ``auth_rule`` and renders the record of the response.
-    """
+    """The handlers."""
 
     def __init__(
         self,
@@ -158,7 +151,6 @@ class LoginRoutes:
     async def _read_body(
         self, request: web.Request, parse: Callable[[str, bytes, bytes], _Content]
     ) -> _Content | None:
-        """Return the parsed body, None if there is none."""
         address = client_address(request, self._server.trusted_proxies)
         reader = request.app[BODY_READER_KEY]
         return await reader.read(request, address, parse, max_bytes=_MAX_BODY_BYTES)
@@ -188,14 +180,7 @@ class LoginRoutes:
     async def _respond_with_session(
         self, request: web.Request, session: LoginSession, caller: Caller, *, context: str
     ) -> web.Response:
-        """Respond with token and record, if the collection's ``auth_rule`` holds.
-
-        Args:
-            request: Log in or refresh.
-            session: Of the user.
-            caller: By the token of the request.
-            context: ``@request.context`` of the rule.
-        """
+        """Respond with token and record, if the collection's ``auth_rule`` holds in the context."""
         account = session.account
         collection, row = account.users.collection, account.row
         query, headers = query_values(request), _headers_for_rules(request)

@@ -47,14 +47,7 @@ It must not distinguish a collection that doesn't exist from one that the caller
 
 
 class RealtimeRoutes:
-    """The two handlers.
-
-    Args:
-        hub: Has the connections.
-        authenticator: Finds the caller of a request.
-        server: Has the trusted proxies.
-        config: Has the stall timeout.
-    """
+    """The two handlers."""
 
     def __init__(
         self,

@@ -23,10 +23,9 @@ _HTML_ESCAPES: Final = str.maketrans(
 
 
 def clean_path(path: str) -> str:
-    """Return the path without empty and dot segments; a final slash stays.
+    """Return the still escaped path without empty and dot segments; a final slash stays.
 
-    Args:
-        path: Still escaped: ``%2F`` and ``%2E`` are neither slash nor dot.
+    ``%2F`` and ``%2E`` are neither slash nor dot.
     """
     plain = posixpath.normpath("/" + path.lstrip("/"))
     return f"{plain}/" if path.endswith("/") and plain != "/" else plain

@@ -24,26 +24,22 @@ _MAX_PIPELINED_BYTES: Final = 64 * 1024
 
 
 class EventStreamResponse(EventSourceResponse):
-    """A response with PocketBase's head, whose body an ``SseTransport`` writes.
-
-    Args:
-        stall_timeout: Seconds without an acknowledgement after which the kernel closes the
-            connection (``TCP_USER_TIMEOUT``).
-    """
+    """A response with PocketBase's head, whose body an ``SseTransport`` writes."""
 
     def __init__(self, *, stall_timeout: float) -> None:
+        # ``send_timeout`` is TCP_USER_TIMEOUT: the kernel closes the connection when the client has
+        # acknowledged nothing for so long.
         # HEAD has the same handler (protocol, 2.10).
         super().__init__(send_timeout=stall_timeout, allow_all_methods=True)
         self.headers["Cache-Control"] = "no-store"
+        # The library's; PocketBase sends none (protocol, 2.1).
         del self.headers["Connection"]
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Send the head at once, without the library's pings.
-
-        The hub sends heartbeats from one timer for all connections; a ping task of each would
-        cost many times as much.
-        """
+        """Send the head at once, without the library's pings."""
         writer = await super().prepare(request)
+        # The hub sends heartbeats from one timer for all connections: a ping task of each would
+        # cost many times as much.
         self.stop_streaming()
         return writer
 
@@ -54,21 +50,12 @@ class SseTransport(asyncio.Protocol):
     States: open; ended (``close``: the end of the body may still be in the buffer); closed (the
     connection was returned or is lost, and ``on_closed`` was called).
 
-    One call of ``write`` is one HTTP chunk: some clients take each chunk for a message, and
-    PocketBase writes a message at a time.
-
-    Args:
-        transport: The socket's.
-        is_chunked: Whether the body has chunked transfer coding (HTTP/1.1).
-        has_body: False for HEAD.
-        stall_timeout: Seconds that the client has to receive the end of the body.
-        next_protocol: See below.
-
     Attributes:
         next_protocol: Makes the protocol that serves the connection afterwards; None closes it.
         on_closed: Called once, when the end of the body was sent or the connection is lost.
     """
 
+    # Slots, because there is one of these for each of many thousand connections.
     __slots__ = (
         "_abort_timer",
         "_has_body",
@@ -114,6 +101,8 @@ class SseTransport(asyncio.Protocol):
         """Write bytes without waiting; drop them after the end or a lost connection."""
         if self._is_ended or not self._has_body or not data or self._transport.is_closing():
             return
+        # One call is one HTTP chunk (RFC 9112, section 7.1: length in hex, CRLF, data, CRLF). Some
+        # clients take each chunk for a message, and PocketBase writes a message at a time.
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
 
     def buffered_bytes(self) -> int:
@@ -132,10 +121,12 @@ class SseTransport(asyncio.Protocol):
         if self._is_chunked and self._has_body and not self._transport.is_closing():
             # With a high-water mark of 0, resume_writing means that the buffer is empty.
             self._transport.set_write_buffer_limits(high=0)
+            # The last chunk and no trailers.
             self._transport.write(b"0\r\n\r\n")
         self._is_ended = True
         if self.buffered_bytes():
             loop = asyncio.get_running_loop()
+            # TCP_USER_TIMEOUT alone would not do: each byte that a client reads starts it anew.
             self._abort_timer = loop.call_later(self._stall_timeout, self._transport.abort)
         else:
             self._return_connection()
@@ -170,6 +161,8 @@ class SseTransport(asyncio.Protocol):
         self._notify_closed()
 
     def _notify_closed(self) -> None:
+        # Once only: an abort is followed by ``connection_lost``. And no reference to the hub's
+        # connection is kept.
         on_closed, self.on_closed = self.on_closed, _do_nothing
         on_closed()
 
@@ -186,6 +179,7 @@ class SseTransport(asyncio.Protocol):
         if self.next_protocol is None or self._transport.is_closing():
             self._transport.close()
             return
+        # The default: ``close`` may have set it to 0.
         self._transport.set_write_buffer_limits()
         protocol = self.next_protocol()
         self._transport.set_protocol(protocol)

@@ -73,12 +73,7 @@ class _SubscribeBodyBuilder:
             self.read_members(reader, normalize_name=str)
 
     def read_members(self, reader: JsonReader, *, normalize_name: Callable[[str], str]) -> None:
-        """Read an object's members; null in its place resets the call.
-
-        Args:
-            reader: Before the object.
-            normalize_name: Returns a member's name in the form in which names are compared.
-        """
+        """Read an object's members, whose names are compared normalized; null resets the call."""
         if reader.consume_null():
             self.client_id, self.topic_texts = "", []
             return

@@ -57,6 +57,7 @@ def key_source(issuer: IssuerConfig) -> KeySource:
         return JwksKeySource(issuer)
     if issuer.public_key:
         return ConfiguredKeySource([_require_accepted(parse_pem(issuer.public_key), issuer)])
+    # The previous one, so that a secret can be replaced while tokens signed with it are in use.
     secrets = (issuer.secret, issuer.previous_secret)
     return ConfiguredKeySource([VerificationKey("HS256", secret) for secret in secrets if secret])
 
@@ -76,13 +77,7 @@ class ConfiguredKeySource:
 
 
 class JwksKeySource:
-    """A JSON Web Key Set, fetched periodically. After a failed fetch the old keys stay valid.
-
-    Args:
-        issuer: With its ``jwks_url``.
-        refresh_seconds: Between fetches.
-        clock: Monotonic seconds.
-    """
+    """A JSON Web Key Set, fetched periodically. After a failed fetch the old keys stay valid."""
 
     def __init__(
         self,
@@ -101,6 +96,9 @@ class JwksKeySource:
     async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
         """Return the matching keys, after a fetch if none matches (one a minute at most)."""
         keys = self._matching_keys(token)
+        # A key that was rotated in is fetched when the first token names it. A token made up by an
+        # attacker causes a fetch a minute at most, and none with an algorithm the issuer never
+        # uses.
         if keys or token.algorithm not in self._issuer.accepted_algorithms:
             return keys
         if self._clock() >= self._next_unknown_kid_fetch_at:
@@ -122,11 +120,12 @@ class JwksKeySource:
             key
             for key in self._keys
             if key.algorithm == token.algorithm
+            # A missing ``kid`` excludes no key: it is optional (RFC 7515, section 4.1.4), and each
+            # signature is checked.
             and (key.id is None or token.key_id is None or key.id == token.key_id)
         ]
 
     def _start_or_join_fetch(self) -> asyncio.Task[bool]:
-        """Return the task of the running fetch, or start one."""
         if self._fetch_task is None:
             self._fetch_task = asyncio.create_task(self._fetch_keys(), name="auth.jwks")
             self._fetch_task.add_done_callback(self._on_fetched)
@@ -145,6 +144,7 @@ class JwksKeySource:
                 "jwks.failed", issuer=self._issuer.name, reason=reason, kept=len(self._keys)
             )
             return False
+        # Replaced as a whole: a withdrawn key is no longer accepted.
         self._keys = keys
         log.info("jwks.refreshed", issuer=self._issuer.name, keys=len(keys))
         return True
@@ -160,6 +160,7 @@ async def _download(url: str) -> bytes:
         text = b""
         async for chunk in response.content.iter_any():
             text += chunk
+            # Content-Length may be absent or wrong, so bytes are counted as they arrive.
             if len(text) > _MAX_JWKS_BYTES:
                 raise AuthError("the key set is larger than 1 MiB", code="key_invalid")
     return text
@@ -203,11 +204,14 @@ def _parse_jwk(entry: Any, issuer: IssuerConfig) -> VerificationKey | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("kty"), str):
         return None
     algorithm = _ALGORITHM_BY_KEY_TYPE.get(entry["kty"])
+    # A key for encryption must not verify signatures (RFC 7517, section 4.2).
     if algorithm is None or entry.get("use", "sig") != "sig":
         return None
     key_id = entry.get("kid")
     try:
         key = _require_accepted(_key_with_algorithm(jwt.PyJWK(entry, algorithm).key), issuer)
+    # A set may have keys for other purposes or of newer kinds: one that can't be used is left out
+    # (RFC 7517, section 5). Which errors PyJWT raises depends on what is broken.
     except (jwt.PyJWTError, AuthError, ValueError, TypeError, KeyError, AttributeError):
         return None
     if entry.get("alg", key.algorithm) != key.algorithm:
@@ -222,6 +226,7 @@ def _key_with_algorithm(public_key: object) -> VerificationKey:
             return VerificationKey("RS256", public_key)
         case RSAPublicKey():
             raise AuthError("an RSA key must have at least 2048 bits", code="key_invalid")
+        # ES256 is P-256 alone (RFC 7518, section 3.4).
         case EllipticCurvePublicKey(curve=SECP256R1()):
             return VerificationKey("ES256", public_key)
         case Ed25519PublicKey():

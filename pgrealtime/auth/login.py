@@ -53,14 +53,7 @@ class LoginSession:
 
 
 class LoginService:
-    """Checks passwords, makes and renews tokens.
-
-    Args:
-        config: ``auth.login``.
-        accounts: Reads the rows.
-        unix_clock: Unix seconds, for the expiry of tokens.
-        monotonic_clock: Monotonic seconds, for the rate limits.
-    """
+    """Checks passwords, makes and renews tokens."""
 
     def __init__(
         self,
@@ -88,16 +81,9 @@ class LoginService:
     ) -> LoginSession:
         """Log in by password; count and log the result.
 
-        Args:
-            users: With ``login.password_hash`` set.
-            attempt: Syntactically checked.
-            address: Of the client.
-
         Raises:
             AuthError: Code ``login_failed``, or ``login_refused``: too many attempts, or too many
-                passwords being checked.
-            DatabaseUnreachableError: The users table can't be read now.
-            SetupError: The users table can't be read as configured.
+                passwords being checked. Others as ``AccountLoader.load``.
         """
         try:
             session = await self._log_in(users, attempt, address)
@@ -109,11 +95,9 @@ class LoginService:
         return session
 
     def _log_refusal(self, users: UserCollection, error: AuthError, address: str) -> None:
-        """Log a refusal, without the identity: users type passwords into the wrong field.
-
-        Of attempts beyond the limit one per network and minute is logged: they cost little apart
-        from the log entry, which takes a millisecond.
-        """
+        """Log a refusal; of attempts beyond the limit one per network and minute."""
+        # Without the identity: users type passwords into the wrong field. Such attempts cost little
+        # apart from the log entry, which takes a millisecond.
         is_beyond = error.error_code == "login_refused"
         network = client_network(address)
         if is_beyond and not self._refusal_log_limiter.try_acquire(
@@ -131,6 +115,7 @@ class LoginService:
         self, users: UserCollection, attempt: LoginAttempt, address: str
     ) -> LoginSession:
         network = client_network(address)
+        # By network too: otherwise anybody could lock out a user by guessing in vain.
         by_identity = (network, attempt.identity.casefold())
         if not self._attempt_limiter.try_acquire(by_identity, self._monotonic_clock()):
             raise AuthError("too many attempts", code="login_refused")
@@ -152,6 +137,7 @@ class LoginService:
             if verdict is None and stored is not None:
                 self._log_unreadable_hash(users, stored)
             raise AuthError("unknown user or wrong password", code="login_failed")
+        # Of this identity and account alone: a known password must not help to guess another's.
         self._attempt_limiter.reset(by_identity)
         self._attempt_limiter.reset(by_account)
         if stored is not None and not has_cost_of(stored, dummy_hash):
@@ -164,8 +150,10 @@ class LoginService:
         hash_column = _hash_column_of(users)
         if hash_column not in self._dummy_hashes:
             hashes = await self._accounts.sample_password_hashes(users)
+            # Not cached: the table may be empty or unreadable at the moment.
             if not hashes:
                 return dummy_hash_for(())
+            # Not assigned: another attempt may have set it meanwhile, and both must check the same.
             self._dummy_hashes.setdefault(hash_column, dummy_hash_for(hashes))
         return self._dummy_hashes[hash_column]
 
@@ -173,6 +161,7 @@ class LoginService:
         """Log once per collection and scheme that its hashes can't be checked."""
         if stored.startswith(_UNUSABLE_PASSWORD_PREFIX):
             return
+        # Not the hash, which may be a password in the clear.
         kind = users.collection.name, scheme_name_of(stored)
         if kind not in self._logged_unreadable and len(self._logged_unreadable) < _MAX_LOGGED_KINDS:
             self._logged_unreadable.add(kind)
@@ -183,16 +172,11 @@ class LoginService:
     ) -> LoginSession:
         """Return the session of a valid token: a new token if it is ours and refreshable.
 
-        Args:
-            users: The token's collection.
-            record_id: Of the token's user.
-            authenticated: With the token; any other token is returned unchanged.
-
         Raises:
-            AuthError: Code ``account_unknown``: the user has been deleted.
-            DatabaseUnreachableError: The users table can't be read now.
-            SetupError: The users table can't be read as configured.
+            AuthError: Code ``account_unknown``: the user has been deleted. Others as
+                ``AccountLoader.load``.
         """
+        # Read again: the user may have been deleted since the token was checked.
         account = await self._accounts.load_whole_row(users, record_id)
         if account is None:
             raise AuthError("the token's user is unknown", code="account_unknown")
@@ -218,10 +202,8 @@ class LoginService:
         self._password_verifier.close()
 
     async def _find_account(self, users: UserCollection, attempt: LoginAttempt) -> Account | None:
-        """Return the account with that identity in the first field that has one.
-
-        All fields are queried even so: the number of queries would show in the time.
-        """
+        """Return the account with that identity in the first field that has one."""
+        # All fields are queried, also after a match: the number of queries would show in the time.
         found_account: Account | None = None
         for name in _identity_fields_to_try(users.login, attempt):
             identity_field = users.collection.fields_by_name.get(name)

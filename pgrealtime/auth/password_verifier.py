@@ -32,7 +32,6 @@ _MAX_WAIT_SECONDS = 10.0
 """Expected wait of the last one, from the mean time of recent checks: a hash may take seconds."""
 
 _IDLE_PRIORITY_SECONDS = 1.0
-"""How long a check runs with idle priority."""
 
 
 class PasswordVerifier:
@@ -44,25 +43,18 @@ class PasswordVerifier:
         """The kernel's ids of threads that are hashing."""
         self._free_threads = _THREAD_COUNT
         self._waiting = FairQueue()
-        """Tasks that wait for a thread, by network."""
         self._mean_seconds = 0.0
-        """Moving mean of the seconds that a check takes."""
 
     async def verify(
         self, password: str, stored: str | None, dummy_hash: StoredHash, *, network: str
     ) -> bool | None:
         """Return whether the password matches the stored hash; None if that can't be checked.
 
-        Args:
-            password: As submitted.
-            stored: The hash; None if there is none.
-            dummy_hash: Checked instead of a hash that is missing or can't be checked: the time of
-                the response must not tell whether an account exists.
-            network: Of the client.
-
         Raises:
             AuthError: Code ``login_refused``: too many checks wait.
         """
+        # Without an account, or with a hash that can't be checked, the dummy is checked all the
+        # same: the time of the response must not tell whether an account exists.
         known = None if stored is None else parse_hash(stored)
         verdict = None if known is None else await self._verify_when_free(password, known, network)
         if verdict is None:
@@ -76,6 +68,7 @@ class PasswordVerifier:
             self._free_threads -= 1
         else:
             self._make_room(network)
+            # A thread is passed on without counting as free: no task in between can take it.
             await self._waiting.wait(network, self._release_thread)
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._threads, self._verify_in_thread, password, stored)
@@ -86,14 +79,7 @@ class PasswordVerifier:
         return await asyncio.shield(work)
 
     def _make_room(self, network: str) -> None:
-        """Make room for one more waiting check where too many wait.
-
-        The last check of the network with most of them is refused, or this one unless that
-        network has at least two more: a flood from one network locks out no other.
-
-        Raises:
-            AuthError: This check is refused.
-        """
+        """Make room for one more waiting check, or raise ``login_refused``, where too many wait."""
         waiting = len(self._waiting)
         is_long = (waiting + 1) * self._mean_seconds > _MAX_WAIT_SECONDS * _THREAD_COUNT
         if waiting < _MAX_WAITING and not is_long:
@@ -102,6 +88,8 @@ class PasswordVerifier:
         longest = self._waiting.longest_key()
         if longest is None:
             longest = network
+        # So that a flood from one network locks out no other: the last check of the network with
+        # most of them makes room, unless this network would then have as many.
         if self._waiting.count_waiting(longest) < self._waiting.count_waiting(network) + 2:
             raise error
         self._waiting.fail_last(longest, error)
@@ -119,9 +107,12 @@ class PasswordVerifier:
             return verify_password(password, stored)
         finally:
             self._busy_thread_ids.discard(thread)
+            # Several threads may lose one another's update; an estimate stands that.
             self._mean_seconds += (time.monotonic() - began - self._mean_seconds) / 4
 
     def _raise_priority(self) -> None:
+        # All that are busy, since it isn't known which one has this check. A copy: threads add and
+        # remove their ids meanwhile. One that has just ended is idle again with its next check.
         for thread in tuple(self._busy_thread_ids):
             _set_priority(thread, is_idle=False)
 

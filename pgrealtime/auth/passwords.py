@@ -31,6 +31,8 @@ class Scheme(Enum):
     Django prefixes the name of its hasher (django/contrib/auth/hashers.py, up to 5.2).
     """
 
+    # $2a$, $2b$ and $2y$ (PHP's name) are one algorithm. $2x$ marks hashes of a faulty one and is
+    # refused.
     BCRYPT = re.compile(rf"(?P<head>(?:bcrypt\$)?{_BCRYPT}){_BCRYPT_DIGEST}")
     BCRYPT_SHA256 = re.compile(rf"(?P<head>bcrypt_sha256\${_BCRYPT}){_BCRYPT_DIGEST}")
     """Django's: bcrypt of the hexadecimal SHA-256, which has no limit of 72 bytes."""
@@ -92,6 +94,7 @@ def _is_within_cost_limits(scheme: Scheme, match: re.Match[str]) -> bool:
         case Scheme.BCRYPT | Scheme.BCRYPT_SHA256:
             return int(match["cost"]) <= _MAX_BCRYPT_COST
         case Scheme.ARGON2:
+            # m is in KiB (RFC 9106, section 3.1).
             memory, lanes = int(match["memory"]) * 1024, int(match["lanes"])
             is_small = memory <= _MAX_MEMORY_BYTES and lanes <= _MAX_ARGON2_LANES
             return is_small and memory * int(match["time"]) <= _MAX_ARGON2_BYTES
@@ -107,6 +110,7 @@ def _is_within_cost_limits(scheme: Scheme, match: re.Match[str]) -> bool:
 
 def _scrypt_memory_bytes(n: int, r: int, p: int) -> int:
     """Return the memory of scrypt as OpenSSL computes it for ``maxmem``."""
+    # 128 r bytes a block: n for the table, p for the input, two to work in.
     return 128 * r * (n + p + 2)
 
 
@@ -139,11 +143,14 @@ def verify_password(password: str, stored: StoredHash) -> bool | None:
         match stored.scheme:
             case Scheme.BCRYPT:
                 text = stored.text.removeprefix("bcrypt$")
+                # In bytes, so perhaps within a character, as the libraries that made the hashes
+                # cut.
                 return bcrypt.checkpw(secret[:_BCRYPT_PASSWORD_BYTES], text.encode())
             case Scheme.BCRYPT_SHA256:
                 text = stored.text.removeprefix("bcrypt_sha256$")
                 return bcrypt.checkpw(hashlib.sha256(secret).hexdigest().encode(), text.encode())
             case Scheme.ARGON2:
+                # The parameters are those of the hash; the hasher's own matter for new hashes only.
                 return argon2.PasswordHasher().verify(stored.text.removeprefix("argon2"), secret)
             case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
                 return _verify_pbkdf2(secret, stored.text)
@@ -151,6 +158,7 @@ def verify_password(password: str, stored: StoredHash) -> bool | None:
                 return _verify_scrypt(secret, stored.text)
     except argon2.exceptions.VerifyMismatchError:
         return False
+    # A hash of the right form may still be refused, such as argon2 with less than 8 KiB a lane.
     except (ValueError, MemoryError, argon2.exceptions.Argon2Error):
         return None
 
@@ -159,6 +167,7 @@ def _verify_pbkdf2(secret: bytes, text: str) -> bool:
     name, rounds, salt, digest = text.split("$")
     algorithm = name.removeprefix("pbkdf2_")
     made = hashlib.pbkdf2_hmac(algorithm, secret, salt.encode(), int(rounds))
+    # Django prints the digest in standard base64, and takes the salt as text.
     return hmac.compare_digest(base64.b64encode(made).decode(), digest)
 
 
@@ -175,6 +184,8 @@ def dummy_hash_like(stored: StoredHash) -> StoredHash:
     """Return a hash of the same scheme and cost that matches no known password."""
     match = stored.scheme.value.fullmatch(stored.text)
     assert match is not None  # parse_hash made it
+    # The digest becomes zero bits, which no password that anybody knows has. Salt and costs stay,
+    # so that a check takes exactly as long.
     padding = "=" * match["digest"].count("=")
     is_bcrypt = stored.scheme in {Scheme.BCRYPT, Scheme.BCRYPT_SHA256}
     blank = "." if is_bcrypt else "A"

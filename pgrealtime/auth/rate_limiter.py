@@ -14,11 +14,7 @@ needs as many networks or identities to reset the key of another account."""
 
 
 class RateLimiter:
-    """A token bucket for each key.
-
-    Args:
-        per_minute: Attempts that a full bucket holds, and that are refilled per minute.
-    """
+    """A token bucket for each key: ``per_minute`` attempts when full, and refilled in a minute."""
 
     def __init__(self, per_minute: int) -> None:
         self._per_minute = per_minute
@@ -26,18 +22,13 @@ class RateLimiter:
         """Attempts used, and the monotonic second for which that was computed."""
 
     def try_acquire(self, key: RateKey, now: float) -> bool:
-        """Use one attempt of the key; False if none is left.
-
-        Called before the attempt's result is known, so that parallel attempts count too.
-
-        Args:
-            key: Whose bucket.
-            now: Monotonic seconds.
-        """
+        """Use one attempt of the key; False if none is left. ``now`` is monotonic seconds."""
+        # Counted before the result is known, so that parallel attempts count too.
         used, since = self._used.get(key, (0.0, now))
         used = max(0.0, used - (now - since) * self._per_minute / 60.0)
         is_admitted = used + 1.0 <= self._per_minute
         self._used[key] = (used + 1.0 if is_admitted else used, now)
+        # After a refusal too: hammering keeps the key from being forgotten.
         self._used.move_to_end(key)
         if len(self._used) > _MAX_KEYS:
             self._used.popitem(last=False)

@@ -55,18 +55,15 @@ def update_caller(
 ) -> Caller:
     """Return the caller after its row was updated; a guest if its token key changed.
 
-    Args:
-        caller: Its principal is the record of this row.
-        collection: Of the record.
-        login: Has the columns of hash and token key.
-        row: The new image. A column that it lacks is unchanged, except a generated one, which
-            the WAL never has: if the caller needs one, it becomes stale (``Caller.is_stale``).
+    A column that the new image lacks is unchanged, except a generated one, which the WAL never
+    has: if the caller needs one, it becomes stale (``Caller.is_stale``).
     """
     assert isinstance(caller.principal, AuthRecord)
     if any(name not in row for name in _required_generated_columns(caller, collection, login)):
         return Caller(is_stale=True)
     is_key_known = all(name in row for name in login.secret_columns)
     if caller.token_key_digest is not None and is_key_known:
+        # Changing password or token key ends the sessions, as in PocketBase.
         key = token_key_of(login, row)
         if key is None or digest_token_key(key) != caller.token_key_digest:
             return Caller()

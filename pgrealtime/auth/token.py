@@ -29,6 +29,7 @@ a float."""
 class _AnyLengthHmac(HMACAlgorithm):
     """HS256 without PyJWT's warning for each token; ``config`` checks the secret's length."""
 
+    # 256 bits are required (RFC 7518, section 3.2).
     def check_key_length(self, key: bytes) -> None:  # noqa: ARG002 (PyJWT's signature)
         return None
 
@@ -45,11 +46,7 @@ _JWS = _make_jws()
 
 @dataclass(frozen=True, slots=True)
 class VerificationKey:
-    """A key and its only algorithm.
-
-    The algorithm is never taken from the token: otherwise an attacker could sign with HS256 and
-    the public key as secret. (RFC 8725, section 3.1.)
-    """
+    """A key and its only algorithm."""
 
     algorithm: Algorithm
     material: str | AllowedPublicKeys = field(repr=False)
@@ -70,20 +67,19 @@ class Token:
 def parse_token(authorization: str | None) -> Token:
     """Parse an ``Authorization`` header.
 
-    Args:
-        authorization: The token, with or without ``Bearer`` in any case and exactly one space
-            before it (protocol, 3.5). None without header.
-
     Raises:
         AuthError: Code ``token_missing`` or ``token_malformed``.
     """
     if not authorization:
         raise AuthError("there is no token", code="token_missing")
+    # "Bearer" is optional, in any case, with exactly one space after it (protocol, 3.5).
     has_scheme = authorization[: len(_BEARER_PREFIX)].lower() == _BEARER_PREFIX
     text = authorization[len(_BEARER_PREFIX) :] if has_scheme else authorization
     try:
+        # Only to choose the key: nothing in here is trusted before ``check_signature``.
         parts = _JWS.decode_complete(text, options={"verify_signature": False})
         claims = msgspec.json.decode(parts["payload"])
+    # RecursionError: any client may send claims nested thousands of levels deep.
     except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
         raise AuthError("the token is not a JSON Web Token", code="token_malformed") from error
     algorithm = parts["header"].get("alg")
@@ -103,6 +99,8 @@ def check_signature(token: Token, key: VerificationKey) -> None:
         AuthError: Code ``token_signature``.
     """
     try:
+        # By the key's algorithm, never the token's ``alg``: otherwise an attacker could sign with
+        # HS256 and the public key as secret (RFC 8725, section 3.1).
         _JWS.decode_complete(token.text, key.material, algorithms=[key.algorithm])
     except (jwt.PyJWTError, ValueError) as error:
         raise AuthError(
@@ -113,15 +111,13 @@ def check_signature(token: Token, key: VerificationKey) -> None:
 def check_times(claims: Claims, *, now: float, leeway: float = 0.0) -> float | None:
     """Check that the token is valid now; return the Unix second at which it expires, or None.
 
-    Args:
-        claims: Each of ``exp``, ``nbf`` and ``iat`` is optional and must be a number.
-        now: Unix seconds. An ``exp`` equal to it is past (protocol, 9.3).
-        leeway: Seconds by which clocks may differ; the returned time includes it.
+    Times are Unix seconds. The returned one includes ``leeway``, by which clocks may differ.
 
     Raises:
         AuthError: Code ``token_expired``, ``token_early`` or ``token_malformed``.
     """
     expires, starts, issued = (_time_claim(claims, name) for name in ("exp", "nbf", "iat"))
+    # An ``exp`` of this very second is past (protocol, 9.3).
     if expires is not None and not now < expires + leeway:
         raise AuthError("the token has expired", code="token_expired")
     if any(time is not None and time > now + leeway for time in (starts, issued)):
@@ -133,6 +129,7 @@ def _time_claim(claims: Claims, name: str) -> float | None:
     if name not in claims:
         return None
     value = claims[name]
+    # In Python True is the integer 1.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AuthError(f'"{name}" of the token is not a number', code="token_malformed")
     return float(max(-_MAX_UNIX_SECONDS, min(value, _MAX_UNIX_SECONDS)))
@@ -141,13 +138,13 @@ def _time_claim(claims: Claims, name: str) -> float | None:
 def check_issuer_and_audience(claims: Claims, issuer: IssuerConfig) -> None:
     """Check ``iss`` and ``aud`` against the configuration.
 
-    Without a configured audience ``aud`` is ignored: hosted issuers put one into every token.
-
     Raises:
         AuthError: Code ``token_issuer`` or ``token_audience``.
     """
     if issuer.issuer and claims.get("iss") != issuer.issuer:
         raise AuthError("the token is of another issuer", code="token_issuer")
+    # One audience or a list (RFC 7519, section 4.1.3). Without a configured one it is ignored:
+    # hosted issuers put one into every token.
     audience = claims.get("aud")
     audiences = audience if isinstance(audience, list) else [audience]
     if issuer.audience and issuer.audience not in audiences:
@@ -157,6 +154,7 @@ def check_issuer_and_audience(claims: Claims, issuer: IssuerConfig) -> None:
 def is_superuser(claims: Claims, issuer: IssuerConfig) -> bool:
     """Whether all claims that make a superuser are present and equal, type included."""
     wanted = issuer.superuser_when
+    # ``all`` of no claims is true: everybody would be a superuser. Types count since 1 == True.
     return bool(wanted) and all(
         type(claims.get(name)) is type(value) and claims[name] == value
         for name, value in wanted.items()
@@ -166,6 +164,7 @@ def is_superuser(claims: Claims, issuer: IssuerConfig) -> bool:
 def id_from_claim(claims: Claims, claim: str) -> str | None:
     """Return the id in the claim as text, also of an integer; None if there is none."""
     match claims.get(claim):
+        # Also an int in Python.
         case bool():
             return None
         case int(number):
@@ -188,13 +187,13 @@ class LoginClaims:
 def login_claims(token: Token) -> LoginClaims:
     """Return the user of a token that PocketBase would accept as auth token (protocol, 9.3).
 
-    A token with padding, which PyJWT accepts, is refused (RFC 7515, section 2).
-
     Raises:
         AuthError: Code ``token_signature``: it has another type or algorithm.
     """
     claims = token.claims
     match claims.get("type"), claims.get("collectionId"), claims.get("id"):
+        # PocketBase has other types, such as "verification" and "file", which are no logins.
+        # Padding, which PyJWT accepts, isn't allowed (RFC 7515, section 2).
         case "auth", str(collection), str(record_id) if (
             token.algorithm == "HS256" and "=" not in token.text
         ):
@@ -208,11 +207,7 @@ def make_login_token(
 ) -> str:
     """Return a signed login token, byte for byte as PocketBase makes it.
 
-    Args:
-        collection_id: Of the auth collection.
-        record_id: Of the user.
-        signing_key: The user's token key and the login secret, concatenated.
-        expires_at: Unix seconds.
+    ``signing_key`` is the user's token key and the login secret, concatenated.
     """
     claims = {
         "collectionId": collection_id,

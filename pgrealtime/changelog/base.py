@@ -19,7 +19,6 @@ class Gap(Struct, frozen=True):
     reason: str
     """Sent to clients: ``slot_lost``, ``too_large``, ``decoder`` or ``schema``."""
     tables: frozenset[TableName] | None = None
-    """The tables concerned; None for all."""
 
 
 class Watermark(Struct, frozen=True):

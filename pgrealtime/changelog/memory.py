@@ -30,10 +30,8 @@ _TRIMMED = _StoredEntry(LSN(0), Gap(LSN(0), ""), 0, 0.0)
 class MemoryChangelog:
     """Implements ``changelog.base.Changelog``.
 
-    Args:
-        start: Where the stream begins: floor and end of the empty changelog.
-        max_bytes: Of all entries but the newest, approximately.
-        max_age_seconds: Applied by ``expire``.
+    ``start`` is floor and end of the empty changelog. ``max_bytes`` bounds all entries but the
+    newest, approximately; ``expire`` applies ``max_age_seconds``.
     """
 
     def __init__(self, start: LSN, *, max_bytes: int, max_age_seconds: float) -> None:
@@ -66,10 +64,7 @@ class MemoryChangelog:
     def append(self, entry: Entry, now: float = 0.0, upto: Cursor = _MAX_CURSOR) -> None:
         """Append the entry; trim the oldest ones above ``max_bytes``.
 
-        Args:
-            entry: The next one.
-            now: Monotonic seconds.
-            upto: Entries that end later aren't trimmed: the hub has yet to read them.
+        Entries that end after ``upto`` aren't trimmed: the hub has yet to read them.
         """
         if entry.end_lsn <= self._head.lsn and self._entries:
             raise ChangelogError(
@@ -97,7 +92,6 @@ class MemoryChangelog:
             self._trim()
 
     def _oldest_ends_by(self, upto: Cursor) -> bool:
-        """Whether the oldest entry ends before the cursor."""
         return Cursor(self._entries[self._first_index].end_lsn, END_ORDINAL) <= upto
 
     def _trim(self) -> None:

@@ -86,10 +86,6 @@ _VisibleNodes: TypeAlias = dict[tuple[ExpandViewer, ExpandBranch, RecordVersion]
 class LoadBatch:
     """What was loaded for one batch.
 
-    Args:
-        session: The snapshot to read in.
-        junction_hops: The collections' relations through junction tables.
-
     Attributes:
         unknown_states: By ``RecordNode.state_key``, the viewers that were to be shown records whose
             state isn't known.
@@ -102,7 +98,6 @@ class LoadBatch:
         self._ids_by_relation: dict[RelationKey, dict[str, Ids | None]] = defaultdict(dict)
         """By relation and source record, present ids; None if they couldn't be loaded."""
         self._rows: dict[str, dict[str, Row]] = defaultdict(dict)
-        """By collection and id, present rows."""
         self._rows_before: dict[tuple[int, str], dict[str, Row | None]] = {}
         """By before state and collection, the rows that were changed since."""
         self.unknown_states: set[tuple[int, ExpandViewer]] = set()

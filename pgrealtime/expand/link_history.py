@@ -26,12 +26,7 @@ _UNKNOWN_VALUE = "\0"
 
 
 class LinkHistory:
-    """Which link changes must be undone for events' records.
-
-    Args:
-        row_history: Returns what later transactions did to junction tables.
-        junction_hops: The collections' relations through junction tables.
-    """
+    """Which link changes must be undone for events' records."""
 
     def __init__(self, row_history: RowHistory, junction_hops: JunctionHops) -> None:
         self._row_history = row_history
@@ -123,10 +118,8 @@ class TransactionLinkChanges:
         follow, in the event's transaction, the next change of the event's own row. Those before it
         belong to the event's version: applications write a record first and its links after.
 
-        Returns:
-            () if there are none, also if the row isn't changed again in this transaction. None if
-            that can't be decided, as the row of a change isn't known (a truncation, an old image
-            without the key or the column); the caller then doesn't show the links as the event's.
+        None if that can't be decided, as the row of a change isn't known (a truncation, an old
+        image without the key or the column); the links are then not shown as the event's.
         """
         if len(record.transaction_changes) <= record.cursor.ordinal:
             return ()  # the event's change is the last one (ordinals count from 1)

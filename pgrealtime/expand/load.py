@@ -40,7 +40,8 @@ _MAX_CHANGES_UNDONE = 1000
 _MAX_BATCH_BYTES = 64 * 2**20
 """JSON of all ``expand`` members of a batch; beyond, only small ones are shown."""
 _MAX_RECORD_BYTES = 4 * 2**20
-"""JSON of the ``expand`` member of one record."""
+"""JSON of the ``expand`` member of one record. Few rows make many bytes: a path that leads back and
+forth shows a hundred posts of one author a million times in six hops."""
 _GUARANTEED_RECORD_BYTES = 64 * 2**10
 """JSON that each record may have even if the batch's bytes are used up, so that a client that
 expands much doesn't take it from those that expand little."""
@@ -75,14 +76,10 @@ class RelatedRecords:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _EventBatch:
-    """Which related records and ids to load for some events."""
-
     events: Sequence[ChangedRecord]
     requests: Sequence[ExpandRequest]
     junction_indexes: Sequence[int] = ()
-    """Events whose records show ids of junction tables."""
     partial_row_indexes: Sequence[int] = ()
-    """Events whose rows lack columns."""
     load_live_rows: LoadLiveRows | None = None
     check_viewers: CheckViewers | None = None
     max_seconds: float | None = None
@@ -107,12 +104,7 @@ _Roots: TypeAlias = list[tuple[RecordNode, ExpandViewer]]
 class RelatedRecordLoader:
     """Loads related records and ids in junction tables.
 
-    Args:
-        sessions: Opens the snapshots to read in.
-        collections: The collections in force.
-        render_record: Makes the JSON of a related record.
-        row_history: Returns what was done to junction tables later; without it links are shown as
-            they are now.
+    Without ``row_history`` links are shown as they are now.
     """
 
     def __init__(
@@ -188,13 +180,7 @@ class RelatedRecordLoader:
         """Return what is expanded for some viewers, or None if that takes too long or fails.
 
         The connections of those viewers then catch up by themselves, and no other waits for them.
-
-        Args:
-            max_seconds: For all of it.
-            events: The slice's.
-            requests: What is expanded, and for whom.
-            partial_row_indexes: Events whose rows lack columns.
-            check_viewers: As for ``load_for_events``.
+        The arguments are those of ``load_for_events``.
         """
         batch = _EventBatch(
             events=events,
@@ -213,10 +199,7 @@ class RelatedRecordLoader:
     ) -> tuple[JunctionIds, bytes | None]:
         """Return ids in junction tables and the JSON of ``expand``, for a row as the table has it.
 
-        Args:
-            collection: Whose row it is.
-            row: The whole row.
-            viewer: For whom it is expanded; None if it is not.
+        The row is whole. Without a viewer nothing is expanded.
         """
         root = RecordNode(collection, unpadded_id(collection, row[collection.key.name] or ""), row)
         if viewer is None and not self._junction_hops[collection.name]:
@@ -240,13 +223,6 @@ class RelatedRecordLoader:
         return bool(self._junction_hops[record.collection.name])
 
     async def _load(self, batch: _EventBatch) -> RelatedRecords:
-        """Load and write everything requested.
-
-        Raises:
-            psycopg.Error: The connection broke.
-            PoolTimeout: There was no connection.
-            TimeoutError: It took too long.
-        """
         related = RelatedRecords()
         records = batch.records
         xids: frozenset[Xid] = frozenset(record.xid for record in records.values())
@@ -323,11 +299,7 @@ class RelatedRecordLoader:
         related: RelatedRecords,
         deadline: float | None,
     ) -> None:
-        """Write the JSON of ``expand`` for each request.
-
-        Raises:
-            TimeoutError: The deadline has passed.
-        """
+        """Write the JSON of ``expand`` for each request, or raise ``TimeoutError``."""
         bytes_left, yield_timer = _MAX_BATCH_BYTES, YieldTimer()
         for request, (root, viewer) in zip(requests, roots, strict=True):
             began = time.perf_counter()
@@ -343,12 +315,10 @@ class RelatedRecordLoader:
                 await yield_timer.pause()
 
     def _before_state(self, record: ChangedRecord) -> BeforeState | None:
-        """Return the state that a deleted record is shown in: that in which it was deleted.
-
-        The changes of its transaction before the delete are kept, those from it on are undone: a
-        record that is deleted with its parent doesn't show the parent any more, while the parent
-        still shows it.
-        """
+        """Return the state that a deleted record is shown in: that in which it was deleted."""
+        # Its transaction's changes before the delete are kept, those from it on are undone: a
+        # record that is deleted with its parent doesn't show the parent any more, while the parent
+        # still shows it.
         if record.action != "delete":
             return None
         first = record.cursor.ordinal - 1
@@ -386,7 +356,6 @@ async def _load_junction_ids(
 
 
 def _lacks_relation_column(viewer: ExpandViewer, row: Row) -> bool:
-    """Whether the viewer expands a relation whose column the row lacks."""
     hops = (branch.hop for branch in viewer.plan.branches.values())
     columns = (hop.field.column for hop in hops if hop.is_in_row)
     return any(column is not None and column.name not in row for column in columns)

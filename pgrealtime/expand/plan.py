@@ -88,9 +88,7 @@ class ExpandPlan:
 
     paths: tuple[ExpandPath, ...]
     branches: Mapping[str, ExpandBranch]
-    """All paths, merged."""
     targets: tuple[Collection, ...]
-    """Each collection that it leads to, once."""
     depends_on_caller: bool = False
     """Whether a rule of a related collection names the caller. Such a rule need not bind a value of
     the caller's: a guest is denied at once."""
@@ -123,11 +121,8 @@ JunctionHops: TypeAlias = Mapping[str, Sequence[RelationHop]]
 class ExpandCompiler:
     """Compiles the option for subscribers; equal ones get the same viewer while it is in use.
 
-    Args:
-        collections: The collections in force.
-        compiler: Compiles rules.
-        hidden: Whether clients may expand a hidden relation.
-        max_plans: Option texts whose plans are cached.
+    ``hidden`` says whether clients may expand a hidden relation; ``max_plans`` bounds the option
+    texts whose plans are cached.
     """
 
     def __init__(
@@ -152,10 +147,7 @@ class ExpandCompiler:
     ) -> ExpandViewer | None:
         """Return what a subscriber sees of related records; None if it expands none.
 
-        Args:
-            collection: The topic's.
-            request: The subscriber's.
-            own_row: Columns of the subscriber's own row, as for ``RuleCompiler.bind_caller``.
+        ``own_row`` has columns of the subscriber's row, as for ``RuleCompiler.bind_caller``.
         """
         is_superuser = isinstance(request.principal, Superuser)
         follows_hidden = is_superuser or not self._is_strict
@@ -196,10 +188,10 @@ class ExpandCompiler:
     ) -> BoundPredicate | DenyAll | None:
         """Return a related collection's rule for the subscriber; None if it can't be used.
 
-        A ``DenyAll`` without a reason is a rule that is false for every record. The client's filter
-        doesn't count: it is about the topic's own records.
+        A ``DenyAll`` without a reason is a rule that is false for every record.
         """
         try:
+            # The client's filter is about the topic's own records.
             return self._compiler.bind_caller(target, rule, request, own_row, is_filtered=False)
         except RuleError:
             return None

@@ -34,7 +34,6 @@ class RelationQuery:
     """Holds the id of the source record, perhaps in an array."""
     result_column: Column
     source: Collection
-    """The collection of the source records."""
     is_collection_table: bool
     """Whether the table is a collection's and ``result_column`` its key; else it is a junction."""
     limit: int

@@ -28,17 +28,10 @@ class ExpandTooLargeError(Exception):
 def render_expand(
     root: RecordNode, viewer: ExpandViewer, render_record: RenderRecord, *, max_bytes: int
 ) -> bytes | None:
-    """Return the JSON of the member ``expand``; None for a record without one.
-
-    Args:
-        root: The record, with its children.
-        viewer: For whom it is written.
-        render_record: Makes the JSON of the related records.
-        max_bytes: The size limit. Few rows make many bytes: a path that leads back and forth shows
-            them again and again, a hundred posts of one author a million times in six hops.
+    """Return the JSON of the member ``expand`` for a viewer; None for a record without one.
 
     Raises:
-        ExpandTooLargeError: It has more bytes.
+        ExpandTooLargeError: It has more than ``max_bytes``.
         ValueError: A related row can't be encoded.
         LookupError: Likewise.
     """

@@ -20,8 +20,7 @@ def ids_before_overlay(
 ) -> set[str] | None:
     """Return the ids that a record led to before an overlay's changes of the table.
 
-    Returns:
-        None if they aren't known, because an old image lacks a column.
+    None if they aren't known, because an old image lacks a column.
     """
     if not overlay.has_columns((query.match_column.name, query.result_column.name)):
         return None
@@ -42,14 +41,8 @@ def ids_before_changes(
 ) -> set[str] | None:
     """Return the ids that a record led to before some changes of a junction table's rows.
 
-    Args:
-        query: Of a junction table, in which no pair comes twice.
-        changes: In order.
-        source_id: The record's id.
-        target_ids: The ids that it leads to after them.
-
-    Returns:
-        None if they aren't known, because a row image lacks a column.
+    ``target_ids`` are those after the changes; no pair comes twice in the table. None if they
+    aren't known, because a row image lacks a column.
     """
     ids = set(target_ids)
     match, result = query.match_column.name, query.result_column.name

@@ -15,10 +15,7 @@ from pgrealtime.wal.server import SystemIdentity
 def epoch_of(system: SystemIdentity, tables: Iterable[TableName], restore_count: int = 0) -> str:
     """Return the six hexadecimal digits that all positions of one history of the tables share.
 
-    Args:
-        system: System identifier, timeline and database.
-        tables: The streamed tables.
-        restore_count: How often the history changed while the system identity didn't.
+    ``restore_count`` is how often the history changed while the system identity didn't.
     """
     names = sorted(f"{table.schema}\0{table.name}" for table in tables)
     text = "\n".join([system.system_id, str(system.timeline), system.database_name, *names])
@@ -36,13 +33,7 @@ class _TransactionIdentity(NamedTuple):
 
 
 class RepeatCheck:
-    """Compares the transactions that a stream sends again with those already in the changelog.
-
-    A server that was restored from a copy of its files has the same system identifier and
-    timeline, and writes other commits at LSNs that the changelog already has. A durable slot sends
-    the last appended transaction again when it is reopened; a different one, or none, proves
-    another history.
-    """
+    """Compares the transactions that a stream sends again with those already in the changelog."""
 
     def __init__(self) -> None:
         self._last: _TransactionIdentity | None = None
@@ -84,6 +75,10 @@ class RepeatCheck:
             return
         if self._last is None or entry.end_lsn < self._last.end_lsn:
             return
+        # A server that was restored from a copy of its files has the same system identifier and
+        # timeline, and writes other commits at LSNs that the changelog already has. A durable slot
+        # sends the last appended transaction again when it is reopened; a different one, or none,
+        # proves such a restore.
         if _identity_of(entry) != self._last:
             self._fail()
         self._expected = None

@@ -56,19 +56,14 @@ class _Successor:
 
     stream: WalStream
     exit_stack: AsyncExitStack
-    """Closes it."""
     has_taken_over: asyncio.Event
 
 
 class ReplicationReader:
     """Keeps a replication stream open and the changelog filled from it.
 
-    Args:
-        open_stream: Opens a stream of the tables.
-        intake: Takes the transactions.
-        tables: The streamed tables; part of what a position means.
-        advance_slot: Moves the durable slot to the end of the server's WAL.
-        is_durable: Whether all streams read one durable slot, so that two can't be open at once.
+    ``advance_slot`` moves the durable slot to the end of the server's WAL. ``is_durable`` says that
+    all streams read one durable slot, so that two can't be open at once.
 
     Attributes:
         stream: The stream being read, or None.
@@ -104,7 +99,6 @@ class ReplicationReader:
         self._failed_after: LSN | None = None
         """What had been read when the durable slot's decoder failed last."""
         self._failure_count = 0
-        """Decoder failures in a row at that LSN."""
         self._timed_out_lsn = LSN(0)
         """The LSN for which ``wait_for_changelog`` last timed out."""
         self._switch_lock = asyncio.Lock()
@@ -163,11 +157,7 @@ class ReplicationReader:
         self._reopening = None
 
     def _join_to_changelog(self, stream: WalStream) -> str:
-        """Decide whether a stream continues the changelog, leaves a gap, or restarts it.
-
-        Returns:
-            The stream's epoch.
-        """
+        """Return the stream's epoch; continue the changelog, leave a gap in it or restart it."""
         epoch = self._epoch_of(stream)
         head_lsn = self._intake.end_lsn
         # Only a durable slot begins before the head: at what it was last confirmed. A restored
@@ -209,20 +199,14 @@ class ReplicationReader:
         )
 
     def _is_expected_while_reopening(self, error: PgRealtimeError) -> bool:
-        """Whether the error only says that the old stream was closed, or isn't yet on the server.
-
-        Only while a durable slot is reopened on purpose, and for ``_REOPEN_SECONDS``.
-        """
+        """Whether the error says only that the old stream was closed or holds the slot."""
         is_closing = isinstance(error, SlotBusyError) or error.error_code == "stream_closed"
+        # A slot that stays busy for longer is another reader's.
         is_in_time = time.monotonic() < self._reopen_deadline
         return self._reopening is not None and is_closing and is_in_time
 
     async def _handle_decoder_failure(self, error: PgRealtimeError) -> None:
-        """Advance a durable slot whose decoder fails at the same LSN again and again.
-
-        Every new stream would begin before that LSN and fail there, and the server would keep all
-        WAL since. What is skipped reaches the changelog as a gap.
-        """
+        """Advance a durable slot whose decoder fails at the same LSN again and again."""
         before, self._failed_after = self._failed_after, None
         if error.error_code != "decoder_failed":
             self._failure_count = 0
@@ -230,6 +214,8 @@ class ReplicationReader:
         # Not recognized by the message, which may contain another memory address each time.
         self._failed_after = self._read_upto
         self._failure_count = self._failure_count + 1 if self._failed_after == before else 1
+        # Every new stream would begin before that LSN and fail there, and the server would keep all
+        # WAL since. What is skipped reaches the changelog as a gap.
         if self._failure_count >= _MAX_DECODER_FAILURES:
             self._failure_count = 0
             log.error("replication.decoder_stuck", reason=error.message, detail=error.detail)
@@ -250,12 +236,11 @@ class ReplicationReader:
                 await self._open_successor(open_stream, tuple(tables))
 
     async def _reopen(self, open_stream: OpenStream, tables: tuple[TableName, ...]) -> None:
-        """Let ``run`` close the stream and open the new one on the same, durable slot.
-
-        Only one stream can read the slot. The new one begins with what the changelog holds.
-        """
+        """Let ``run`` close the stream and open the new one on the same, durable slot."""
         before = self._open_stream, self._tables
         self._open_stream, self._tables = open_stream, tables
+        # Only one stream can read the slot, so the old one ends first. The new one begins with what
+        # the changelog holds, and repeats are dropped (``_append_new``).
         self._reopening = asyncio.get_running_loop().create_future()
         self._reopen_deadline = time.monotonic() + _REOPEN_SECONDS
         if self.stream is not None:
@@ -268,11 +253,7 @@ class ReplicationReader:
             raise
 
     async def _open_successor(self, open_stream: OpenStream, tables: tuple[TableName, ...]) -> None:
-        """Open the new stream next to the current one, and let ``run`` continue with it.
-
-        The current stream is read at least up to where the new one begins; transactions that both
-        have are appended once. If it breaks before that, there is a gap like any other.
-        """
+        """Open the new stream next to the current one, and let ``run`` continue with it."""
         async with AsyncExitStack() as opened:
             stream = await opened.enter_async_context(open_stream())
             if self.stream is not None and self.stream.system != stream.system:
@@ -285,10 +266,13 @@ class ReplicationReader:
             if not self._is_reading:
                 return  # run() opens one of these itself
             has_taken_over = asyncio.Event()
+            # The current stream is read at least up to where this one begins; transactions that
+            # both have are appended once. If it breaks before that, there is a gap like any other.
             self._successor = _Successor(
                 stream=stream, exit_stack=opened.pop_all(), has_taken_over=has_taken_over
             )
             if self._read_timeout is not None:
+                # ``run`` may be waiting for a quiet stream's next batch: wake it.
                 self._read_timeout.reschedule(asyncio.get_running_loop().time())
             await has_taken_over.wait()
 
@@ -305,17 +289,13 @@ class ReplicationReader:
     # -- reading
 
     async def _read_with_successors(self, stream: WalStream, opened: AsyncExitStack) -> None:
-        """Read a stream and its successors until one breaks.
-
-        Args:
-            stream: The first.
-            opened: Closes the one being read.
-        """
+        """Read a stream and its successors until one breaks; ``opened`` closes the one in turn."""
         self._is_reading = True
         try:
             while True:
                 successor = await self._read_until_successor(stream)
                 stream, self._successor = successor.stream, None
+                # Closed only after ``has_taken_over``: ``switch`` need not wait for it.
                 earlier = opened.pop_all()
                 opened.push_async_exit(successor.exit_stack)
                 self._on_stream_continued(stream)
@@ -364,6 +344,7 @@ class ReplicationReader:
     async def _append_new(self, batch: Iterable[Transaction | OversizedTransaction]) -> None:
         """Append the transactions that the changelog doesn't have; verify the others."""
         for entry in batch:
+            # Commits come in the order of their end LSNs, so a repeat is what ends by the head.
             is_new = entry.end_lsn > self._intake.end_lsn
             self._repeats.verify(entry, is_new=is_new)
             if is_new:
@@ -427,9 +408,8 @@ class ReplicationReader:
 
 
 def _end_of_record(insert_lsn: LSN) -> LSN:
-    """Return where the last record before an insert position ends.
-
-    Between the two there may be a page header, which the stream passes only with the next record.
-    """
+    """Return where the last record before an insert position ends."""
+    # The insert LSN may lie behind the header of a page (24 bytes, 40 for a segment's first) that
+    # has no record yet. The stream passes that only with the next record.
     into_page = insert_lsn % _PAGE_BYTES
     return LSN(insert_lsn - into_page) if into_page <= _PAGE_HEADER_BYTES else insert_lsn

@@ -16,11 +16,7 @@ _RETRY_DELAY_SECONDS = 0.5
 
 
 class DatabaseOutage:
-    """Since when no query has been answered.
-
-    Args:
-        clock: Monotonic seconds.
-    """
+    """Since when no query has been answered."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -38,10 +34,10 @@ class DatabaseOutage:
     def retry_delays(self) -> Iterator[float | None]:
         """Yield the seconds to wait before another attempt; None after the last one.
 
-        Advance it before each attempt. A broken connection says nothing about the next one, so
-        the first attempts follow at once; then one every half second, until the outage has lasted
-        too long. From then on no query waits, until the database has answered one.
+        Advance it before each attempt. Once an outage has lasted too long no query waits, until
+        the database has answered one.
         """
+        # A broken connection says nothing about the next one, so the first attempts follow at once.
         yield from _FIRST_RETRY_DELAYS
         if self._since is None:
             self._since = self._clock()

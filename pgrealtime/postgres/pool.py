@@ -39,11 +39,7 @@ _GRACE_SECONDS = 1.0
 
 
 class QueryConnection(DatabaseConnection):
-    """A connection that is closed when an answer takes much longer than the server may take.
-
-    Attributes:
-        answer_seconds: What the server may take.
-    """
+    """A connection that is closed when an answer takes much longer than ``answer_seconds``."""
 
     answer_seconds = 60.0
 
@@ -54,6 +50,7 @@ class QueryConnection(DatabaseConnection):
             psycopg.OperationalError: No answer came.
         """
         wait_seconds = self.answer_seconds + _GRACE_SECONDS
+        # Shutting down makes the socket readable: the driver finds the connection lost.
         hang_up = asyncio.get_running_loop().call_later(wait_seconds, self._shut_down_socket)
         try:
             return await super().wait(gen, *args, **more)
@@ -107,15 +104,7 @@ _BACKEND_PID_QUERY = "SELECT pg_catalog.pg_backend_pid()"
 class QueryPool(AsyncConnectionPool[DatabaseConnection]):
     """A pool whose connections are alive, in read-only transactions that bring their settings.
 
-    After a restart of the server all pooled connections are dead at once, and each query that took
-    one would fail. The library's own ``check`` waits a second after each that it finds dead.
-
-    Args:
-        conninfo: libpq's, or a URL.
-        statement_timeout: Seconds that the server may take for a statement.
-        min_size: Connections that are kept open.
-        max_size: Connections at most.
-        timeout: Seconds to wait for a free one; the statement timeout if not given.
+    ``timeout`` is the wait for a free connection; by default the statement timeout.
     """
 
     def __init__(
@@ -150,8 +139,7 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         Each transaction checks the policies anew. If one of them hides rows, row security stays
         off: PostgreSQL then refuses to read a table with policies, and hides no rows from rules.
 
-        Args:
-            tables: Schema and name of every table that is queried; none turns it off for good.
+        ``tables`` are schemas and names of all that are queried; none turns it off for good.
         """
         names = [f"({Literal(s).as_string()}, {Literal(t).as_string()})" for s, t in tables]
         text = _ROW_SECURITY_SQL.format(tables=", ".join(names))
@@ -166,6 +154,8 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             psycopg.Error: PostgreSQL didn't answer.
             PoolTimeout: No connection became free in time.
         """
+        # First the safe form, then perhaps the short one: no transaction in between goes without a
+        # check.
         self.enable_row_security_for([table.name for table in tables])
         async with self.connection() as connection:
             if not await has_row_security(connection, tables):
@@ -174,11 +164,11 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
     def begin_sql(self, timeout_seconds: float = math.inf) -> str:
         """Return the statements that begin a transaction: one message, and so one round trip.
 
-        Args:
-            timeout_seconds: What a statement may take, if that is less than the configured time.
+        ``timeout_seconds`` shortens the configured statement timeout.
         """
         milliseconds = max(1, round(min(timeout_seconds, self.statement_timeout) * 1000))
         return (
+            # SET LOCAL ends with the transaction, so a pooler's next client doesn't inherit it.
             f"{_BEGIN_SQL}; SET LOCAL statement_timeout TO {milliseconds};"
             f" SET LOCAL lock_timeout TO {milliseconds}{self._row_security_sql}"
         )
@@ -215,6 +205,7 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         async with self.session() as connection:
             text = query.as_string() if isinstance(query, Composed) else query
             cursor = await connection.execute(f"{self.begin_sql()}; {text}; COMMIT".encode())
+            # The last result is that of COMMIT.
             await cursor.set_result(-2)
             row = await cursor.fetchone()
             assert row is not None
@@ -229,18 +220,20 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         while True:
             connection = await super().getconn(max(deadline - time.monotonic(), 0.0))
+            # After a restart of the server all pooled connections are dead at once, and each query
+            # that took one would fail. The library's own ``check`` waits a second after each that
+            # it finds dead.
             if await _is_alive(connection):
                 return connection
             await self.putconn(connection)  # the pool replaces it by another
 
 
 async def _is_alive(connection: DatabaseConnection) -> bool:
-    """Whether the connection is alive; without a round trip if nothing waits to be read.
-
-    A connection that the server closed is readable: an error message, or the end of the stream.
-    """
+    """Whether the connection is alive; without a round trip if nothing waits to be read."""
     if connection.closed:
         return False
+    # A connection that the server closed is readable: an error message, or the end of the stream.
+    # Not ``select``, which fails for descriptors from 1024 on.
     waiting = select.poll()
     waiting.register(connection.fileno(), select.POLLIN)
     if not waiting.poll(0):
@@ -253,12 +246,10 @@ async def _is_alive(connection: DatabaseConnection) -> bool:
 
 
 async def _disable_prepare_behind_pooler(connection: DatabaseConnection) -> None:
-    """Keep the driver from preparing statements behind a pooler in transaction mode.
-
-    There the next transaction may run in another session, which hasn't prepared them. A pooler
-    is recognized by the process id that it gives its client: it has to make one up, because cancel
-    requests come by it.
-    """
+    """Keep the driver from preparing statements behind a pooler in transaction mode."""
+    # Behind a pooler the next transaction may run in another session, which hasn't prepared the
+    # statement. A pooler is recognized by the process id that it gives its client: it has to make
+    # one up, because cancel requests come by it.
     cursor = await connection.execute(_BACKEND_PID_QUERY)
     if await cursor.fetchone() != (connection.info.backend_pid,):
         connection.prepare_threshold = None

@@ -49,13 +49,9 @@ def visibility_retry_delays() -> Iterator[float]:
 class ReadTransaction:
     """One read-only transaction on a connection; ``recover`` continues after an error.
 
-    Args:
-        pool: Gives the statements that begin a transaction.
-        connection: From ``QueryPool.session``, outside a transaction.
-        xids: Transactions that the snapshot must see.
-        keeps_snapshot: Whether ``recover`` continues in the same snapshot, by a savepoint, not in a
-            younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are
-            not read, and ``xids`` must be empty.
+    ``keeps_snapshot`` lets ``recover`` continue in the same snapshot, by a savepoint, not in a
+    younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are not read,
+    and ``xids``, which the snapshot must see, has to be empty.
 
     Attributes:
         snapshot: Which transactions are seen.
@@ -91,10 +87,6 @@ class ReadTransaction:
     async def begin(self) -> None:
         """Take a snapshot that sees the transactions.
 
-        A commit can be in the stream before any snapshot sees it: PostgreSQL writes the commit
-        record first and then removes the transaction from the list of those that run. Until it is
-        visible a new snapshot is taken every few milliseconds.
-
         Raises:
             TimeoutError: A transaction stays invisible.
             psycopg.Error: The transaction can't begin.
@@ -103,6 +95,8 @@ class ReadTransaction:
             begin = self._pool.begin_sql(self.statement_seconds)
             await self._connection.execute(f"{begin}; SAVEPOINT question".encode())
             return
+        # A commit can be in the stream before any snapshot sees it: PostgreSQL writes the commit
+        # record first and then removes the transaction from the list of those that run.
         for retry_delay in visibility_retry_delays():
             if await self.try_begin():
                 return
@@ -136,12 +130,10 @@ class ReadTransaction:
         return await cursor.fetchall()
 
     async def finish(self) -> None:
-        """Leave the transaction, whatever state it is in; one that failed is rolled back.
-
-        A SELECT may write WAL, as it prunes pages. After a COMMIT the server flushes that soon,
-        after a ROLLBACK only with the next commit of any session: until then the stream would not
-        reach the insert LSN that a later snapshot reads.
-        """
+        """Leave the transaction, whatever state it is in; one that failed is rolled back."""
+        # Not a ROLLBACK: a SELECT may write WAL, as it prunes pages. After a COMMIT the server
+        # flushes that soon, after a ROLLBACK only with the next commit of any session: until then
+        # the stream would not reach the insert LSN that a later snapshot reads.
         await self._connection.execute("COMMIT")
 
     async def recover(self) -> None:

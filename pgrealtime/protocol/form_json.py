@@ -18,10 +18,7 @@ _FORM_CONTENT_TYPES: Final = ("multipart/form-data", "application/x-www-form-url
 def open_body(content_type: str, body: bytes, query: bytes) -> JsonReader | list[FormPair] | None:
     """Return a reader of a JSON body, or the pairs of a form; None for another content type.
 
-    Args:
-        content_type: The header as sent; compared by prefix and case, as PocketBase does.
-        body: The whole body.
-        query: The query string of the URL, whose pairs belong to a form.
+    The pairs of the URL's query string belong to a form.
 
     Raises:
         FormError: The form can't be read.
@@ -48,11 +45,9 @@ def json_payloads(pairs: Iterable[FormPair]) -> Iterator[JsonReader]:
 
 
 def fold_name(name: str) -> str:
-    """Return a member's name in the form in which ``encoding/json/v2`` compares without case.
-
-    It ignores hyphens and underscores. Of the letters that fold to ASCII only the long s occurs in
-    the names that are bound here.
-    """
+    """Return a member's name in the form in which ``encoding/json/v2`` compares without case."""
+    # Hyphens and underscores are ignored. Of the letters that fold to ASCII only the long s occurs
+    # in the names that are bound here.
     return name.replace("-", "").replace("_", "").replace("\u017f", "s").lower()
 
 

@@ -19,8 +19,11 @@ from pgrealtime.protocol.query_string import QueryString, parse_query_string
 
 FormPair = tuple[bytes, bytes]
 
+# The token of RFC 2045, section 5.1, as in Go's mime.isTokenChar.
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`{|}~0-9A-Za-z]+")
 _QUOTED: Final = re.compile(r'"((?:[^"\\\r\n]|\\.)*)"')
+# A backslash before a token character is literal in Go: old browsers sent whole Windows paths
+# (mime.consumeValue).
 _QUOTED_PAIR: Final = re.compile(r'\\([()<>@,;:\\"/\[\]?=])')
 _BAD_QUOTING: Final = re.compile(rb"=\r(?!\n)")
 _PARAMETER: Final = re.compile(r"\s*;\s*")
@@ -53,18 +56,14 @@ class MediaType:
 
 
 def parse_form(content_type: str, body: bytes, query: bytes) -> list[FormPair]:
-    """Return the pairs of form and URL in PocketBase's order.
-
-    Args:
-        content_type: The header; it begins with one of the two forms.
-        body: The whole body.
-        query: The query string of the URL, still escaped.
+    """Return the pairs of form and URL in PocketBase's order; the query string is still escaped.
 
     Raises:
         FormError: Body, content type or query string is invalid.
     """
     media_type = parse_media_type(content_type)
     url_pairs = _well_formed_pairs(parse_query_string(query))
+    # PocketBase chooses by prefix and case of the header as sent, Go then by the parsed type.
     if content_type.startswith("multipart/form-data"):
         boundary = media_type.parameters.get("boundary")
         if media_type.name != "multipart/form-data" or boundary is None:
@@ -74,6 +73,8 @@ def parse_form(content_type: str, body: bytes, query: bytes) -> list[FormPair]:
         return url_pairs
     if len(body) > _MAX_FORM_BYTES:
         raise FormError("form too large")
+    # ``http.Request.ParseForm`` puts an urlencoded body before the URL's pairs, a multipart one
+    # after them.
     return [*_well_formed_pairs(parse_query_string(body)), *url_pairs]
 
 
@@ -106,10 +107,8 @@ def parse_media_type(text: str) -> MediaType:
 
 
 def _next_parameter(text: str, offset: int) -> tuple[str, str, int]:
-    """Return name and value of the parameter after the semicolon, and the offset after them.
-
-    Matches at an offset instead of cutting the text: a part's header may be as long as a body.
-    """
+    """Return name and value of the parameter after the semicolon, and the offset after them."""
+    # Matched at an offset, without cutting the text: a part's header may be as long as a body.
     start = _PARAMETER.match(text, offset)
     key = _TOKEN.match(text, start.end()) if start else None
     if key is None:
@@ -138,8 +137,6 @@ def _resolve_extended_parameters(parameters: Mapping[str, str]) -> dict[str, str
 
 @dataclass(slots=True)
 class _MultipartBody:
-    """A multipart body being parsed."""
-
     body: bytes
     delimiter: bytes
     offset: int = 0
@@ -161,11 +158,13 @@ class _MultipartBody:
             return False
         if self.parts_read == 0 and rest == b"\n":
             self.newline = b"\n"
+        # All delimiters must end as the first does: with CRLF, or LF alone as some clients send.
         return rest == self.newline
 
     def is_closing_delimiter(self, line: bytes) -> bool:
         """Whether the form ends with this line."""
         last = self.delimiter + b"--"
+        # What follows is ignored, an epilogue (RFC 2046, section 5.1.1).
         return line.startswith(last) and line[len(last) :].lstrip(b" \t") in (b"", self.newline)
 
 
@@ -181,6 +180,7 @@ def parse_multipart(body: bytes, boundary: bytes) -> list[FormPair]:
     after_part = False
     while True:
         line = lines.next_line()
+        # Before the line's own checks: the last line may lack its line end.
         if lines.is_closing_delimiter(line):
             return lines.pairs
         if not line.endswith(b"\n") or len(line) > _MAX_LINE_BYTES:
@@ -189,6 +189,8 @@ def parse_multipart(body: bytes, boundary: bytes) -> list[FormPair]:
             if not _read_part(lines):
                 return lines.pairs
             after_part = False
+        # Before the first part anything may stand, a preamble. Between two parts one empty line is
+        # all: the line end that belongs to the delimiter, which ``_read_content`` leaves.
         elif after_part or (lines.parts_read and line != lines.newline):
             raise FormError("something between two parts")
         elif lines.parts_read:
@@ -196,22 +198,22 @@ def parse_multipart(body: bytes, boundary: bytes) -> list[FormPair]:
 
 
 def _read_part(multipart: _MultipartBody) -> bool:
-    """Read one part; add a pair unless it is a file or has no name.
-
-    Returns:
-        False if the body ends within the headers, for Go the end of the form.
-    """
+    """Read one part; return False if the body ends within its headers."""
     multipart.parts_read += 1
     if multipart.parts_read > _MAX_PARTS:
         raise FormError("too many parts")
     headers = _read_headers(multipart)
+    # For Go the end of the form.
     if headers is None:
         return False
+    # Read even if it is dropped: the next part follows it.
     value = _read_content(multipart)
     disposition = _parse_disposition(headers.get(b"content-disposition", b""))
     name = disposition.parameters.get("name", "")
+    # Go keeps files apart from values, and drops parts without a name.
     if disposition.name != "form-data" or not name or disposition.parameters.get("filename"):
         return True
+    # The only encoding that Go's multipart reader decodes.
     if headers.get(b"content-transfer-encoding", b"").lower() == b"quoted-printable":
         value = _decode_quoted_printable(value)
     multipart.pairs.append((name.encode(errors="surrogateescape"), value))
@@ -244,6 +246,7 @@ def _read_headers(multipart: _MultipartBody) -> dict[bytes, bytes] | None:
             return whole if line else None
         if not _HEADER_TEXT.fullmatch(text):
             raise FormError("control character in a header of a part")
+        # A folded line belongs to the header before (RFC 5322, section 2.2.3).
         if text[:1] in (b" ", b"\t") and name:
             headers[name].append(text.strip(b" \t"))
             continue
@@ -254,15 +257,19 @@ def _read_headers(multipart: _MultipartBody) -> dict[bytes, bytes] | None:
         if left < 0:
             raise FormError("too many headers")
         name = key.lower()
+        # Go's Header.Get returns the first of several.
         headers.setdefault(name, [value.strip(b" \t")])
 
 
 def _read_content(multipart: _MultipartBody) -> bytes:
     """Return the content up to the next delimiter, which is not consumed."""
+    # An empty part, whose delimiter some clients write without a line end before it (Go's
+    # peekBufferIsEmptyPart).
     if _is_delimiter_at(multipart.body, multipart.offset, multipart.delimiter):
         return b""
     mark = multipart.newline + multipart.delimiter
     start = multipart.offset
+    # ``find`` once over the body: linear, whatever looks like a delimiter in it.
     while (end := multipart.body.find(mark, multipart.offset)) >= 0:
         if _is_delimiter_at(multipart.body, end, mark):
             multipart.offset = end

@@ -17,6 +17,9 @@ HEARTBEAT = b":\n"
 
 def event_tail(topic: bytes, record: bytes, action: Action) -> bytes:
     """Return the tail of a record's message; ``topic`` exactly as submitted, ``record`` JSON."""
+    # No blank after the colons, as PocketBase writes it (HTML standard, "Server-sent events": one
+    # blank would be ignored). Neither part can have a line break: ``parse_topic`` refuses it, JSON
+    # escapes it.
     return b'\nevent:%b\ndata:{"record":%b,"action":"%b"}\n\n' % (topic, record, action.encode())
 
 
@@ -26,7 +29,8 @@ def connect_tail(client_id: str) -> bytes:
 
 
 def cursor_tail(event_id: bytes) -> bytes:
-    """Return the tail of PB_CURSOR: the id as data, for clients that don't get ids."""
+    """Return the tail of PB_CURSOR."""
+    # The id as data, for clients that can't read the ids of messages.
     return b'\nevent:PB_CURSOR\ndata:{"id":"%b"}\n\n' % event_id
 
 

@@ -17,12 +17,16 @@ from math import isinf
 from typing import Final
 
 _WHITESPACE: Final = re.compile(rb"[ \t\n\r]*")
+# RFC 8259, section 6: no leading zeros, and digits on both sides of the point. "*+" and "++" are
+# possessive: of the broken "12." not even the "1" may match.
 _NUMBER: Final = re.compile(
     rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++|(?!\.))(?:[eE][+-]?[0-9]++|(?![eE]))"
 )
+# Control characters must be escaped (RFC 8259, section 7).
 _PLAIN_STRING: Final = re.compile(rb'"([^"\\\x00-\x1f]*+)"')
 _STRING: Final = re.compile(rb'"((?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+)"')
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")
+# A character beyond U+FFFF is escaped as a pair: 10 bits in the high half, 10 in the low.
 _SURROGATE_PAIR: Final = re.compile("([\ud800-\udbff])([\udc00-\udfff])")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _SHORT_ESCAPES: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
@@ -44,11 +48,9 @@ class JsonRangeError(JsonError):
 
 
 class JsonReader:
-    """Reads the values of one text; each method consumes a whole value unless stated otherwise.
+    """Reads the values of one UTF-8 text, in which a byte order mark is an error.
 
-    Args:
-        text: UTF-8; a byte order mark is an error.
-        max_tokens: More of them are an error.
+    Each method consumes a whole value unless stated otherwise.
     """
 
     def __init__(self, text: bytes, *, max_tokens: int = MAX_TOKENS) -> None:
@@ -66,6 +68,7 @@ class JsonReader:
 
     def peek(self) -> bytes:
         """Return the first byte of the next value, empty at the end; consume none of it."""
+        # Only here, because Go reports a missing colon with the value: the name was read before.
         if self._is_colon_due:
             self._is_colon_due = False
             self._expect(b":")
@@ -105,6 +108,7 @@ class JsonReader:
         Raises:
             JsonError: Another value; JsonRangeError if it is too large.
         """
+        # Python rounds a too large number to infinity, where Go returns an error.
         value = float(self._read_number_text())
         if isinf(value):
             raise JsonRangeError("number out of range")
@@ -128,6 +132,8 @@ class JsonReader:
         seen: set[str] = set()
         while self._advance_to_next(b"}", first=not seen):
             name = self.read_string()
+            # Compared after unescaping: "a" and "\u0061" are the same name, which
+            # ``encoding/json/v2`` refuses.
             if name in seen:
                 raise JsonError("repeated name")
             seen.add(name)
@@ -150,6 +156,7 @@ class JsonReader:
 
     def skip(self) -> None:
         """Consume a value of any kind and depth, checking its syntax without building it."""
+        # A stack of its own, not recursion: Go accepts 10,000 levels, Python's limit is a thousand.
         open_: list[Iterator[object]] = []
         while True:
             match self.peek():
@@ -163,6 +170,7 @@ class JsonReader:
                     self._read_literal()
                 case _:
                     self._read_number_text()
+            # A generator consumes the closing bracket when it ends.
             while open_ and next(open_[-1], _EXHAUSTED) is _EXHAUSTED:
                 open_.pop()
             if not open_:
@@ -225,12 +233,14 @@ _EXHAUSTED: Final = object()
 
 def _decode_utf8(text: bytes) -> str:
     try:
+        # Strict: a surrogate or an overlong form in the bytes is an error, as in Go's ``json/v2``.
         return text.decode()
     except UnicodeDecodeError as error:
         raise JsonError("not UTF-8") from error
 
 
 def _unescape(text: str) -> str:
+    # Halves can only come from escapes, since strict UTF-8 has none.
     whole = _SURROGATE_PAIR.sub(_join_surrogates, _ESCAPE.sub(_unescape_one, text))
     if _SURROGATE.search(whole):
         raise JsonError("lone surrogate")

@@ -19,7 +19,6 @@ class QueryString:
 
     pairs: tuple[tuple[bytes, bytes], ...]
     is_well_formed: bool
-    """Whether all pairs were valid."""
 
     def first(self, name: bytes) -> bytes | None:
         """Return the first value of that name, None if there is none."""

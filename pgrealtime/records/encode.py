@@ -32,7 +32,6 @@ class View:
     """What subscribers see of a record. Those with equal views receive the same bytes."""
 
     sees_hidden: bool = False
-    """True for superusers."""
     sees_email: bool = False
     """True for superusers, the record itself, and callers for whom the manage rule holds."""
     fields: str | None = None
@@ -50,12 +49,9 @@ class RecordEncoder(Protocol):
     ) -> bytes:
         """Return the record as one line of JSON, members sorted by name.
 
-        Args:
-            row: The row. For an absent column the record has no member, so the caller must
-                complete the row before.
-            related: By field name, the ids of relations through a junction table. A field
-                without an entry is left out.
-            expand: JSON of the member ``expand``, None for no such member.
+        For an absent column the record has no member, so the caller must complete the row before.
+        ``related`` has, by field name, the ids of relations through a junction table; a field
+        without an entry is left out. ``expand`` is the JSON of that member.
         """
 
 

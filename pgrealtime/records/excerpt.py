@@ -28,7 +28,6 @@ _HIDDEN: Final = _tags(
     "applet button dialog form head iframe object option picture script select style svg",
     "template textarea",
 )
-"""Elements whose text is left out."""
 
 _INLINE: Final = _tags(
     "a abbr acronym b bdo big br cite code em embed i image img input label q small span strike",
@@ -80,12 +79,9 @@ _CACHED_LENGTHS = range(512, 64 * 1024)
 
 
 def excerpt(html: str, max_characters: int, *, with_ellipsis: bool) -> str:
-    """Return the beginning of the text without tags, blocks separated by blanks.
+    """Return the beginning of the HTML's text without tags, blocks separated by blanks.
 
-    Args:
-        html: The fragment.
-        max_characters: Of the result, without the ellipsis.
-        with_ellipsis: Whether to append ``...`` if the text was cut.
+    ``max_characters`` doesn't count the ellipsis that is appended if the text was cut.
     """
     if len(html) in _CACHED_LENGTHS:
         return _cached_excerpt(html, max_characters, with_ellipsis)

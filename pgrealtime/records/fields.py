@@ -24,7 +24,6 @@ class ExcerptModifier:
     """The modifier ``excerpt(max,withEllipsis)``; applies to strings only."""
 
     max_characters: int
-    """At least 1."""
     with_ellipsis: bool = False
 
 
@@ -99,8 +98,7 @@ def _split_unquoted(
 ) -> list[str] | None:
     """Split at separators outside quotes and brackets; None if one of these isn't closed.
 
-    Quotes and brackets stay in the items. A backslash escapes a quote or bracket, but no
-    separator.
+    Quotes and brackets stay. A backslash escapes a quote or bracket, but no separator.
     """
     items: list[list[str]] = [[]]
     depth, quote, before = 0, "", ""

@@ -46,10 +46,8 @@ _STANDBYS_QUERY = "SELECT pg_catalog.current_setting('synchronous_standby_names'
 class QueryExecutor:
     """Asks PostgreSQL in transactions that bring their own settings.
 
-    Args:
-        pool: The query connections.
-        on_schema_mismatch: Called when PostgreSQL refuses a query as if the schema were another.
-        on_statement_seconds: Called with the seconds that each statement about rules took.
+    ``on_schema_mismatch`` is called when PostgreSQL refuses a query as if the schema were another,
+    ``on_statement_seconds`` with the seconds that each statement about rules took.
 
     Attributes:
         outage: Whether the database is away, as far as questions tell.
@@ -114,19 +112,12 @@ class QueryExecutor:
     async def answer_questions(
         self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
     ) -> frozenset[str]:
-        """Answer all that an evaluation asks.
+        """Answer an evaluation's questions; return the collections of which none could be asked.
 
-        All of it is asked of one snapshot, which sees the events' transactions. What can't be
-        answered is denied and counted; it never keeps another question from its answer.
-
-        Args:
-            evaluation: What asks.
-            budget: What is asked once it is spent is neither answered nor denied; None is no bound
-                but the timeout of each statement.
-
-        Returns:
-            The collections whose rows could not be evaluated at all. That is not the fault of their
-            rules, so their subscribers may miss events.
+        All are asked of one snapshot, which sees the events' transactions. What can't be answered
+        is denied and counted; it never keeps another question from its answer. What is asked once
+        the budget is spent is neither. The returned collections' rules are not at fault: their
+        subscribers may miss events.
         """
         budget = budget or TimeBudget()
         for retry_delay in self.outage.retry_delays():
@@ -170,10 +161,8 @@ class QueryExecutor:
     ) -> AsyncIterator[ReadSession]:
         """Open a snapshot that sees the transactions, for several questions.
 
-        Args:
-            xids: The transactions.
-            max_seconds: That the snapshot and all questions may take together; None is no bound but
-                the timeout of each statement.
+        ``max_seconds`` bounds the snapshot and all questions together; None leaves the timeout of
+        each statement.
 
         Raises:
             psycopg.Error: There is no connection; or it broke.

@@ -48,7 +48,6 @@ class IncompleteRow(Protocol):
 
     collection: Collection
     record_id: str
-    """Its key, as the stream has it."""
     xid: Xid
 
     @property
@@ -63,21 +62,13 @@ class LiveRow(NamedTuple):
     writer_xid: int
     """32-bit id of the (sub)transaction that wrote this version."""
     row: Row
-    """The columns that were asked for."""
     snapshot: Snapshot
-    """What it was read in."""
     insert_lsn: LSN
     """Where the WAL ended then: all that the snapshot sees commits before."""
 
 
 class LiveRowReader:
-    """Reads live rows, in snapshots that see the transactions that wrote the images.
-
-    Args:
-        pool: The query connections.
-        outage: Says how long to retry while the database is away.
-        unanswered: Counts what could not be read, and reports schema mismatches.
-    """
+    """Reads live rows, in snapshots that see the transactions that wrote the images."""
 
     def __init__(
         self, pool: QueryPool, outage: DatabaseOutage, unanswered: UnansweredQuestions
@@ -93,11 +84,8 @@ class LiveRowReader:
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         """Return what the tables hold now of the columns that row images lack.
 
-        A record that is gone leaves its key out, and a column that was dropped itself.
-
-        Returns:
-            The rows by collection name and record id, and the collections whose rows couldn't be
-            read.
+        The rows are by collection name and record id; a record that is gone leaves its key out, and
+        a column that was dropped itself. With them, the collections whose rows couldn't be read.
         """
         by_collection: defaultdict[str, list[IncompleteRow]] = defaultdict(list)
         for image in images:
@@ -116,12 +104,7 @@ class LiveRowReader:
         return live_rows, frozenset(unread)
 
     async def _fetch_with_retries(self, images: Sequence[IncompleteRow]) -> dict[str, LiveRow]:
-        """Read rows of one collection; retry where another attempt may succeed.
-
-        Raises:
-            psycopg.Error: No attempt succeeded.
-            TimeoutError: A commit stays invisible, or the table was unreadable a moment ago.
-        """
+        """Read rows of one collection; retry where another attempt may succeed."""
         collection = images[0].collection
         if time.monotonic() < self._unreadable_until.get(collection.name, 0.0):
             raise TimeoutError("the table couldn't be read in time a moment ago")
@@ -154,7 +137,6 @@ class LiveRowReader:
         raise TimeoutError("the table changes all the time")  # pragma: no cover
 
     async def _fetch_existing_columns(self, collection: Collection) -> frozenset[str]:
-        """Return the columns that the table has now."""
         name = sql.Identifier(*collection.table.name).as_string()
         async with self._pool.connection() as connection:
             cursor = await connection.execute(_EXISTING_COLUMNS_QUERY, (name,))
@@ -163,11 +145,6 @@ class LiveRowReader:
     async def _fetch(
         self, images: Sequence[IncompleteRow], columns: Sequence[str]
     ) -> dict[str, LiveRow]:
-        """Read rows once, by id.
-
-        Raises:
-            TimeoutError: One of the images' transactions stays invisible.
-        """
         collection = images[0].collection
         statement = rows_by_key_statement(
             collection.table,

@@ -32,13 +32,7 @@ from pgrealtime.snapshot import Snapshot
 
 
 class ReadSession:
-    """One snapshot to read in; after an error a younger one.
-
-    Args:
-        transaction: Has begun.
-        rounds: Asks rules.
-        unanswered: Logs what a query fails with.
-    """
+    """One snapshot to read in; after an error a younger one."""
 
     def __init__(
         self,
@@ -102,12 +96,7 @@ class ReadSession:
         return None
 
     async def answer_questions(self, evaluation: PendingEvaluation) -> None:
-        """Answer an evaluation's questions; deny what can't be answered.
-
-        Raises:
-            psycopg.Error: The connection broke.
-            TimeoutError: The session's seconds are over.
-        """
+        """Answer an evaluation's questions, or deny them. Raises as ``fetch_texts``."""
         await self._rounds.answer(self._transaction, evaluation)
         self._raise_if_spent()
 

@@ -34,12 +34,7 @@ Q = TypeVar("Q", bound=Hashable)
 class TimeBudget:
     """Seconds that PostgreSQL may take for some questions while others wait.
 
-    Args:
-        is_limited: Whether others wait. If not, each statement has the whole statement timeout.
-        max_seconds: The bound, if others wait.
-
-    Attributes:
-        used_seconds: Seconds that PostgreSQL took.
+    If none wait, it is not limited: each statement has the whole statement timeout.
     """
 
     def __init__(
@@ -76,9 +71,6 @@ class CircuitBreakers(Generic[Q]):
 
     Timeouts are counted over all batches. A success in between doesn't reset the count: a client
     that writes a filter also chooses which rows are slow.
-
-    Args:
-        clock: Monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -97,12 +89,8 @@ class CircuitBreakers(Generic[Q]):
     def record_timeout(self, subject: Q, *, is_tolerated: bool) -> float:
         """Count a timeout, and open the breaker if there were too many.
 
-        Args:
-            subject: What timed out.
-            is_tolerated: Whether the first few timeouts leave the breaker closed.
-
-        Returns:
-            For how many seconds it is open: twice as long each time; 0 if it stays closed.
+        The seconds for which it is open double each time; 0 if it stays closed, as it does for the
+        first few timeouts that are tolerated.
         """
         now = self._clock()
         timeouts = self._timeouts.setdefault(subject, _Timeouts(retry_at=now))

@@ -25,13 +25,10 @@ _INVALID_LSN = LSN(0)
 class Feedback:
     """The positions of one replication connection, and when the next updates are due.
 
-    Args:
-        start: Where the stream begins.
-        interval: Seconds between status updates. The server ends a connection that is silent for
-            wal_sender_timeout; a third of it leaves time for a slow loop.
-        now: Monotonic seconds, here and below.
-        is_durable: Whether the slot outlives the process. It is then advanced over released
-            transactions only; a temporary one also over WAL without changes of ours.
+    Times are monotonic seconds. The server ends a connection that is silent for wal_sender_timeout;
+    an ``interval`` of a third leaves time for a slow loop. A durable slot, which outlives the
+    process, is advanced over released transactions only; a temporary one also over WAL without
+    changes of ours.
     """
 
     def __init__(
@@ -113,6 +110,8 @@ class Feedback:
         """Return the status updates to send, in this order, if any are due."""
         updates: list[StandbyStatusUpdate] = []
         if self.confirmable_lsn > self._sent_flush and now >= self._next_confirm_at:
+            # Before the other update, whose *flushed* of 0 takes this process out of the standbys
+            # again.
             updates.append(self._confirm_update(now))
         if updates or self._is_reply_requested or now >= self._next_status_at:
             # The periodic update requests a keepalive: its position advances the slot of an idle

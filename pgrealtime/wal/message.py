@@ -68,9 +68,7 @@ class StreamedTable(Struct, frozen=True):
     leaf: TableName | None
     """Its own name if it is a partition, whose columns may have another order."""
     column_names: tuple[str, ...]
-    """The root's columns in order."""
     has_full_identity: bool
-    """Whether the WAL has the whole old row."""
     identity_column_count: int
     """How many columns of the old row the WAL has."""
 
@@ -84,10 +82,6 @@ class StreamedTable(Struct, frozen=True):
 
         Its width matters too: a leaf may have another replica identity than its siblings, and it
         may have changed since the catalogue was read.
-
-        Args:
-            old: The image.
-            column_count: Columns of the row.
         """
         return len(old) >= column_count and (
             self.has_full_identity or len(old) > self.identity_column_count

@@ -50,6 +50,7 @@ from pgrealtime.wal.message import (
 )
 from pgrealtime.wal.wire import UNIX_EPOCH_OFFSET
 
+# "!" is big-endian without padding; "x" skips the message's letter.
 _BEGIN = struct.Struct("!xQqI")
 _COMMIT = struct.Struct("!xBQQq")
 _RELATION_ID = struct.Struct("!xI")
@@ -58,7 +59,9 @@ _COLUMN_COUNT = struct.Struct("!H")
 _COLUMN_TYPE = struct.Struct("!Ii")  # and its modifier
 _LENGTH = struct.Struct("!I")
 
+# The letter and the oid.
 _AFTER_RELATION_ID = 5
+# 'b', a value in binary form, comes only if the option "binary" is on.
 _TEXT, _NULL, _UNCHANGED = b"tnu"
 _KEY_IMAGE, _OLD_IMAGE, _NEW_IMAGE = b"KON"
 _ROW_BYTES, _VALUE_BYTES = 250, 60
@@ -73,7 +76,6 @@ class _Relation(Struct, frozen=True):
     column_names: tuple[str, ...]
     """In the order of a row's values."""
     identity_names: tuple[str, ...]
-    """Columns of the replica identity."""
     overhead_bytes: int
     """Of one row, see ``RowChange``."""
     shape: RowShape
@@ -111,6 +113,8 @@ class PgoutputDecoder:
             raise UnexpectedMessageError("pgoutput sent a message that can't be read") from error
 
     def _relation(self, data: bytes) -> None:
+        # Sent before the first row of a table, and again after its definition or the publication
+        # changed. From then on rows have the new columns.
         (oid,) = _RELATION_ID.unpack_from(data)
         schema, offset = _read_string(data, _AFTER_RELATION_ID)
         name, offset = _read_string(data, offset)
@@ -122,6 +126,7 @@ class PgoutputDecoder:
         types: list[int] = []
         key: list[str] = []
         for _ in range(count):
+            # With replica identity FULL every column has this flag.
             is_key = data[offset] & 1
             column, offset = _read_string(data, offset + 1)
             types.append(_COLUMN_TYPE.unpack_from(data, offset)[0])
@@ -160,6 +165,7 @@ class PgoutputDecoder:
             return None
         source, offset, old = relation.streamed_table, _AFTER_RELATION_ID, None
         if data[offset] != _NEW_IMAGE:
+            # 'O' with FULL; 'K' only if a column of the identity changed.
             old, offset = _read_old_image(data, offset, relation)
         new, _ = _read_row(data, offset + 1, relation.column_names)
         if old is None:
@@ -184,6 +190,8 @@ class PgoutputDecoder:
         return RowChange(change, source.leaf, relation.overhead_bytes, relation.shape)
 
     def _truncate(self, data: bytes) -> TruncateMessage | None:
+        # Options: 1 is CASCADE, 2 RESTART IDENTITY. Each truncated table is listed, also by
+        # CASCADE.
         count, _ = _TRUNCATE.unpack_from(data)
         oids = struct.unpack_from(f"!{count}I", data, _TRUNCATE.size)
         known = (self._relations.get(oid) for oid in oids)
@@ -257,4 +265,6 @@ def _in_root_order(row: Row, table: StreamedTable) -> Row:
 
 def start_replication_options(publication: str) -> dict[str, str]:
     """Return the options of START_REPLICATION that ``PgoutputDecoder`` requires."""
+    # Version 1 has whole transactions only; 2 adds streaming of large ones before their commit, 3
+    # two-phase commits. The names are a list of identifiers: without quotes folded to lower case.
     return {"proto_version": "1", "publication_names": quote_identifier(publication)}

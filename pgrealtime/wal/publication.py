@@ -38,13 +38,7 @@ class Publication:
 
 
 def publication_sql(name: str, tables: Collection[Table], server_version: int) -> str:
-    """Return the SQL that creates the publication.
-
-    Args:
-        name: Of the publication.
-        tables: Checked by ``check_tables``.
-        server_version: As ``server_version_num``.
-    """
+    """Return the SQL that creates the publication of tables checked by ``check_tables``."""
     clauses = f"{_for_clause(tables)}{_with_clause(tables, server_version)}"
     return f"CREATE PUBLICATION {quote_identifier(name)} {clauses};"
 

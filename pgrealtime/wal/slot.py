@@ -43,7 +43,6 @@ class SlotWait:
     """The open transactions for which creating a slot waits."""
 
     pids: tuple[int, ...]
-    """Of their backends."""
     prepared: tuple[str, ...]
     """Prepared transactions of the cluster, if no backend is waited for."""
 
@@ -58,7 +57,6 @@ class Slot:
     """Every transaction that commits later is sent. The consistent point of a new slot, the
     confirmed flush LSN of a reused one."""
     is_durable: bool = False
-    """Whether it outlives the connection that created it."""
 
 
 async def acquire_slot(
@@ -72,12 +70,10 @@ async def acquire_slot(
 ) -> tuple[Slot, str]:
     """Create a slot for the configured or the first usable decoder, or reuse the durable one.
 
-    Returns:
-        The slot, and why ``auto`` chose pgoutput; empty otherwise.
+    The text returned with it is why ``auto`` chose pgoutput; empty otherwise.
 
     Raises:
-        SetupError: The configured decoder, or with ``auto`` each, can't be used; or the durable
-            slot can't.
+        SetupError: No allowed decoder, or not the durable slot, can be used.
         SlotBusyError: As ``create_slot``.
     """
     check_tables(tables)
@@ -132,12 +128,7 @@ async def dry_run_slot(
 async def _reuse_durable_slot(
     connection: AsyncConnection[Any], config: ReplicationConfig, facts: ServerFacts
 ) -> Slot | None:
-    """Return the durable slot, None if there is none; drop one that was invalidated.
-
-    Raises:
-        SetupError: Another slot has that name, or none may be created.
-        SlotBusyError: The invalidated slot is in use.
-    """
+    """Return the durable slot, None if there is none; drop one that was invalidated."""
     status = await find_durable_slot(connection, config, facts)
     if status is None:
         return None
@@ -263,14 +254,9 @@ async def create_slot(
 ) -> Slot:
     """Create a slot, temporary unless a durable one is configured.
 
-    The server waits for every open transaction of the cluster that has written, prepared ones too.
-
-    Args:
-        connection: A replication connection; a temporary slot lives as long as it does.
-        url: For the connection that reads what the server waits for.
-        plugin: The decoder.
-        config: The slot's name and the timeout.
-        on_wait: Called every few seconds with the transactions waited for.
+    The server waits for every open transaction of the cluster that has written, prepared ones too;
+    ``on_wait`` is called with them every few seconds, read on another connection. A temporary slot
+    lives as long as the connection.
 
     Raises:
         SetupError: The plugin is refused or missing.
@@ -352,7 +338,6 @@ def _create_error(error: psycopg.Error, plugin: Plugin) -> PgRealtimeError:
 async def _watch_wait(
     url: str, backend_pid: int, on_wait: Callable[[SlotWait], None] | None
 ) -> None:
-    """Report periodically which transactions the backend waits for."""
     if on_wait is None:
         return
     while True:

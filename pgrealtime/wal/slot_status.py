@@ -94,14 +94,7 @@ def check_slot(
     server_version: int,
     max_slot_wal_keep_mb: int,
 ) -> None:
-    """Check that a durable slot may be created, or the existing one be read.
-
-    Args:
-        config: The requested slot.
-        status: The existing slot of that name, None if there is none.
-        database: To be streamed.
-        server_version: ``server_version_num``.
-        max_slot_wal_keep_mb: ``max_slot_wal_keep_size`` in megabytes; -1 is unlimited.
+    """Check that a durable slot may be created, or the existing one (``status``) be read.
 
     Raises:
         SetupError: Why not.

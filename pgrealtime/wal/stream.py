@@ -109,7 +109,6 @@ class WalStream:
         self.wal_end = slot.start_lsn
         """Last known end of the server's WAL."""
         self.last_received_at = time.monotonic()
-        """Monotonic seconds."""
         self._loop = asyncio.get_running_loop()
         self._pgconn = connection.pgconn
         # Kept, because the property raises once the connection is lost, and the loop's reader must
@@ -147,10 +146,12 @@ class WalStream:
         while not self._batch:
             if self._error is not None:
                 raise self._error
+            # No await between the check and this, so no wake-up in between is lost.
             self._wakeup.clear()
             await self._wakeup.wait()
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         if self._read_state is _ReadState.PAUSED:
+            # Meanwhile TCP's flow control held up the server.
             self._resume_reading()
         return batch
 
@@ -194,6 +195,8 @@ class WalStream:
         """Send the last confirmed position and close; called by ``open_stream``."""
         if self._read_state is _ReadState.ENDED:
             return
+        # Confirmations are sent once a second; without this one a durable slot's next stream would
+        # repeat what was confirmed since.
         with suppress(psycopg.Error):
             self._send(self._feedback.final_updates())
         self._end_with(StreamInterruptedError("the stream was closed", code="stream_closed"))
@@ -207,7 +210,9 @@ class WalStream:
         self._loop.add_reader(self._socket, self._on_readable)
 
     def _throttle(self, seconds: float) -> None:
-        """Read next from a timer: with TLS, bytes may be buffered while the socket has none."""
+        """Read next from a timer."""
+        # With TLS a record is read whole from the socket, and its rest stays in the library, where
+        # no poll sees it.
         self._loop.remove_reader(self._socket)
         self._read_state = _ReadState.THROTTLED
         self._set_timer("throttle", seconds, self._on_throttle_over)
@@ -233,12 +238,14 @@ class WalStream:
 
     def _on_readable(self) -> None:
         with self._ending_on_error():
+            # Drained before sending: the update then has the position just received.
             count, is_drained = self._drain()
             self._send(self._feedback.due(self._loop.time()))
             if self._batch:
                 self._wakeup.set()
             if self._batch_bytes > _MAX_BATCH_BYTES:
                 self._pause_reading()
+            # Other callbacks run before the rest is read.
             elif not is_drained:
                 self._throttle(0)
             elif count >= _LOAD_MESSAGES:
@@ -250,8 +257,11 @@ class WalStream:
         until = self._loop.time() + _MAX_DRAIN_SECONDS
         count = 0
         while True:
+            # Reads what the socket has, without waiting: many messages, or a part of one.
             pgconn.consume_input()
             before = count
+            # PQgetCopyData without waiting: 0 is no whole message yet, -1 the end of the copy.
+            # psycopg raises -2.
             length, data = pgconn.get_copy_data(1)
             while length > 0:
                 count += 1
@@ -259,6 +269,8 @@ class WalStream:
                 length, data = pgconn.get_copy_data(1)
             if length < 0:
                 raise _end_of_stream_error(pgconn)
+            # Only a read that completed no message shows that the socket is empty, or a message
+            # incomplete.
             is_drained = count == before
             if is_drained or self._loop.time() > until or self._batch_bytes > _MAX_BATCH_BYTES:
                 break
@@ -282,12 +294,15 @@ class WalStream:
             self._feedback.record_transaction(done.end_lsn)
             self.wal_end = max(self.wal_end, done.end_lsn)
         elif isinstance(message, Commit):
+            # None of its changes were of our tables.
             self._feedback.record_quiet(message.end_lsn)
             self.wal_end = max(self.wal_end, message.end_lsn)
 
     def _handle_keepalive(self, keepalive: PrimaryKeepalive) -> None:
         self.wal_end = max(self.wal_end, keepalive.wal_end)
         if self._assembler.is_in_transaction:
+            # It came within a large transaction, whose commit lies before this position and has
+            # yet to be sent.
             self._feedback.record_received(keepalive.wal_end)
         else:
             self._feedback.record_quiet(keepalive.wal_end)
@@ -297,19 +312,18 @@ class WalStream:
     # Writing
 
     def _tick(self) -> None:
+        # Set first, so that it is among the timers that ending the stream cancels.
         self._set_timer("tick", self._tick_seconds, self._tick)
         with self._ending_on_error():
             self._check_silence()
             self._send(self._feedback.due(self._loop.time()))
 
     def _check_silence(self) -> None:
-        """End the stream if the server hasn't answered for its own wal_sender_timeout.
-
-        Each periodic status update requests a keepalive. A dead peer behind a network or proxy
-        that drops packets would otherwise go unnoticed.
-        """
+        """End the stream if the server hasn't answered for its own wal_sender_timeout."""
         if self._read_state in (_ReadState.PAUSED, _ReadState.ENDED):
             return
+        # Each periodic update requests a keepalive, so a server that is alive answers. Behind a
+        # network or proxy that drops packets, a dead one would otherwise go unnoticed.
         self._silent_ticks += 1
         if self._silent_ticks * self._tick_seconds > self._silence_seconds:
             raise StreamInterruptedError(
@@ -323,6 +337,8 @@ class WalStream:
             self._flush()
 
     def _flush(self) -> None:
+        # 1: the socket takes no more now. Meanwhile the reader goes on, so a server that is blocked
+        # sending to us comes to read again.
         if self._pgconn.flush():
             self._loop.add_writer(self._socket, self._on_writable)
 
@@ -343,6 +359,7 @@ class WalStream:
         except psycopg.Error as error:
             self._end_with(_translate_error(error))
         except BaseException:
+            # A defect. The loop would only log it, and the iterator wait for ever.
             self._end_with(UnexpectedMessageError("reading the stream failed", code="internal"))
             raise
 
@@ -355,6 +372,8 @@ class WalStream:
             timer.cancel()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
+        # Only now: it closes the descriptor, whose number the process's next socket may get, and
+        # the loop must not watch that.
         self._pgconn.finish()
         self._wakeup.set()
 
@@ -367,7 +386,6 @@ class WalStream:
 
 
 def _end_of_stream_error(pgconn: pq.abc.PGconn) -> PgRealtimeError:
-    """Return the server's error, or a generic one, after it ended the stream."""
     result = pgconn.get_result()
     if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
         return _translate_error(pg.error_from_result(result))
@@ -382,6 +400,8 @@ def _translate_error(error: psycopg.Error) -> PgRealtimeError:
     match error:
         case pg.ObjectNotInPrerequisiteState():
             return SlotLostError("the slot can no longer be read", detail=detail)
+        # None: libpq's own, such as a reset. 57: the server ends (57P01) or the walsender is
+        # terminated. 08: connection exceptions.
         case _ if error.sqlstate is None or error.sqlstate.startswith(("57", "08")):
             return StreamInterruptedError("the connection to the server was lost", detail=detail)
         case _:
@@ -407,13 +427,9 @@ async def open_stream(
 ) -> AsyncIterator[WalStream]:
     """Connect, create or reuse the slot, and stream the committed changes of the tables.
 
-    Args:
-        url: Of the primary itself, for a role with REPLICATION.
-        config: Names, timeouts and the choice of the decoder.
-        tables: To be streamed; partitioned ones by their leaves.
-        max_transaction_bytes: Of decoder output; a larger transaction becomes Oversized.
-        record_keys: See ``TransactionAssembler``; by default the primary keys.
-        on_wait: Called with the transactions that creating the slot waits for.
+    The URL must lead to the primary itself, with a role that has REPLICATION. A transaction with
+    more than ``max_transaction_bytes`` of decoder output becomes an ``OversizedTransaction``.
+    ``record_keys`` override the primary keys, see ``TransactionAssembler``.
 
     Raises:
         SetupError: Server or schema aren't set up; the hint has the SQL.
@@ -422,6 +438,8 @@ async def open_stream(
     """
     async with server.open_replication_connection(url) as connection:
         with server.translate_driver_errors():
+            # Everything is asked before START_REPLICATION, after which the connection takes no
+            # queries.
             facts = await server.read_server_facts(connection)
             system, wal_end = await server.identify_system(connection)
             slot, reason = await slots.acquire_slot(
@@ -459,7 +477,7 @@ async def dry_run_stream(
 ) -> tuple[SystemIdentity, Slot, str]:
     """Return server, slot and reason for its decoder as ``open_stream`` would have them.
 
-    The slot is temporary, whatever is configured, so that nothing remains. See ``open_stream``.
+    The slot is temporary, whatever is configured, so that nothing remains.
 
     Raises:
         PgRealtimeError: Why the stream could not be opened.
@@ -488,6 +506,7 @@ async def _confirming_visible_only(
     if not may_match_standby_names(facts.synchronous_standby_names, facts.application_name):
         yield
         return
+    # Before the first batch: until the watch reports, nothing is confirmed.
     stream.limit_confirmation(stream.start_lsn)
     watch_task = asyncio.create_task(
         watch_visible_lsn(url, stream.limit_confirmation), name="visible-lsn"

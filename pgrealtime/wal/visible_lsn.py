@@ -21,10 +21,8 @@ _POLL_SECONDS = 1.0
 
 
 def may_match_standby_names(synchronous_standby_names: str, application_name: str) -> bool:
-    """Whether a setting of ``synchronous_standby_names`` may match a walsender of that name.
-
-    The name is searched anywhere in the setting: a false match costs a query per second only.
-    """
+    """Whether a setting of ``synchronous_standby_names`` may match a walsender of that name."""
+    # Anywhere in the setting, not parsed: a false match costs a query per second only.
     return (
         "*" in synchronous_standby_names
         or application_name.lower() in synchronous_standby_names.lower()
@@ -56,6 +54,8 @@ async def _next_visible_lsn(connection: AsyncConnection[Any]) -> LSN:
     row = await (
         await connection.execute(
             "SELECT (xmax::text::bigint + age(xmax::xid))::text"
+            # age() counts from the next id to be assigned, in 32 bits; added to xmax it gives that
+            # id with its epoch.
             " FROM pg_snapshot_xmax(pg_current_snapshot()) xmax"
         )
     ).fetchone()

@@ -52,8 +52,11 @@ _CHARACTERS_TO_ESCAPE = frozenset("\\,.*\"' \t\n\r\v\f")
 _Name = TypeVar("_Name", bound=str)
 
 
+# Members that a class doesn't list (lsn, xid, pk, prefix) are skipped by msgspec without being
+# built.
 class _Column(Struct, Generic[_Name], gc=False):
     name: _Name
+    # Instead of the type's name, see ``start_replication_options``.
     typeoid: int
     value: str | bool | None = None
 
@@ -72,6 +75,8 @@ class _Update(Struct, Generic[_Name], tag_field="action", tag="U", gc=False):
     schema: _Name
     table: _Name
     columns: list[_Column[_Name]]
+    # Where the WAL has no old row, wal2json prints the identity columns of the new one, which are
+    # unchanged then (wal2json.c, ``pg_decode_write_change``).
     identity: list[_Column[_Name]]
 
 
@@ -87,6 +92,7 @@ class _Truncate(Struct, tag_field="action", tag="T", gc=False):
 
 
 class _Commit(Struct, tag_field="action", tag="C", gc=False):
+    # The end of the commit record; the member "lsn" is where it begins.
     nextlsn: str
     timestamp: str
 
@@ -102,6 +108,7 @@ _Line: TypeAlias = (
 
 def _line_decoder(name: Any) -> msgspec.json.Decoder[_Line]:
     """Return a decoder of lines whose tables and columns have names of the given type."""
+    # "action" is the first member of every line: msgspec knows the class before it reads the rest.
     with_names: tuple[Any, ...] = (_Insert, _Update, _Delete)
     kinds = (_Begin, *(kind[name] for kind in with_names), _Truncate, _Commit, _LogicalMessage)
     return msgspec.json.Decoder(reduce(or_, kinds))
@@ -111,11 +118,9 @@ _ANY_LINE = _line_decoder(str)
 
 
 def _line_decoder_of_tables(tables: Collection[Table]) -> msgspec.json.Decoder[_Line]:
-    """Return a decoder that accepts the names in these tables only.
-
-    msgspec returns the same string object for a literal each time: the rows in the changelog
-    share their keys, and a string is hashed once.
-    """
+    """Return a decoder that accepts the names in these tables only."""
+    # msgspec returns the same string object for a literal each time: the rows in the changelog
+    # share their keys, and a string is hashed once.
     names = {column.name for table in tables for column in table.columns}
     names.update(part for name in streamed_tables_by_name(tables) for part in name)
     return _line_decoder(Literal[tuple(sorted(names))]) if names else _ANY_LINE
@@ -234,9 +239,10 @@ def _update(line: _Update[str], table: _TableReader) -> RowChange:
     source = table.streamed_table
     new, shape = table.read_row(line.columns)
     old = _identity_row(line.identity)
+    # An unchanged TOASTed value is left out of the line (``pg_decode_write_tuple``).
     if len(new) < len(source.column_names) or len(new) < len(old):
-        # Unchanged TOASTed values are missing. The old image has them: all with FULL, those of
-        # the identity otherwise.
+        # The old image has such values, inlined when it was logged (heapam.c,
+        # ``ExtractReplicaIdentity``): all with FULL, those of the identity otherwise.
         if any(name not in new for name in old):
             missing = [column for column in line.identity if column.name not in new]
             _, shape = table.read_row([*line.columns, *missing])
@@ -295,6 +301,8 @@ def _parse_lsn(text: str) -> LSN:
 def _parse_commit_time_us(text: str) -> int:
     """Return a commit's time from its text, such as ``2026-11-24 12:37:04.08778+00``."""
     try:
+        # PostgreSQL cuts trailing zeros; since 3.11 Python reads a fraction of any length. The
+        # offset is that of the pinned TimeZone, UTC.
         since = datetime.fromisoformat(text) - _EPOCH
     except (ValueError, TypeError) as error:
         raise _unreadable_line_error() from error
@@ -324,7 +332,9 @@ def start_replication_options(tables: Collection[Table]) -> dict[str, str]:
         "include-pk": "1",
         "include-types": "0",
         "include-type-oids": "1",
+        # Otherwise they are JSON numbers; NaN and infinity are null (``pg_decode_write_value``).
         "numeric-data-types-as-string": "1",
+        # A prefix that nobody uses: applications' logical messages, perhaps large, aren't sent.
         "add-msg-prefixes": "pgrealtime",
         "add-tables": ",".join(
             f"{_escape_name(leaf.schema)}.{_escape_name(leaf.name)}" for leaf in leaves
@@ -333,4 +343,5 @@ def start_replication_options(tables: Collection[Table]) -> dict[str, str]:
 
 
 def _escape_name(name: str) -> str:
+    # Unescaped, a comma would end the name, and "*" select all tables of the schema.
     return "".join(f"\\{c}" if c in _CHARACTERS_TO_ESCAPE else c for c in name)

@@ -16,8 +16,11 @@ from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN
 
 _XLOG_DATA = ord("w")
+# The letter and three int64.
 _XLOG_HEADER_BYTES = 25
 _PRIMARY_KEEPALIVE = ord("k")
+# Positions are unsigned (XLogRecPtr), clocks signed: microseconds since 2000-01-01 UTC, negative
+# before.
 _KEEPALIVE = struct.Struct("!cQqB")
 _STATUS = struct.Struct("!cQQQqB")
 
@@ -47,14 +50,13 @@ class StandbyStatusUpdate(NamedTuple):
 def parse_message(data: memoryview) -> memoryview | PrimaryKeepalive:
     """Return the decoder's output, a view of the same buffer, or a keepalive.
 
-    The positions in the header of XLogData are ignored: they are of the change, which may be
-    before changes already sent. Only the end of a commit is in stream order, and the decoder's
-    output has it.
-
     Raises:
         UnexpectedMessageError: The payload is neither of them.
     """
     if data and data[0] == _XLOG_DATA:
+        # The header's positions are the change's, which may lie before changes already sent:
+        # transactions are sent in the order of their commits, and their changes interleave in the
+        # WAL. Only the end of a commit is in stream order, and the decoder's output has it.
         return data[_XLOG_HEADER_BYTES:]
     if len(data) >= _KEEPALIVE.size and data[0] == _PRIMARY_KEEPALIVE:
         _, end, _, reply = _KEEPALIVE.unpack_from(data)
@@ -70,6 +72,8 @@ def format_status(status: StandbyStatusUpdate, now_us: int) -> bytes:
 
     The applied position is sent equal to the flushed one.
     """
+    # Applied is sent equal to flushed: only synchronous_commit = remote_apply waits for it, and
+    # what is kept here needs no further step to be visible.
     return _STATUS.pack(
         b"r",
         status.written,
