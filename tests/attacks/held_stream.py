@@ -31,7 +31,7 @@ from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules
-from tests.unit.hub.room import DEADLINE, MemorySink
+from tests.unit.hub.harness import DEADLINE, MemorySink
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pgrealtime.api.body_reader import LARGE_BODY_BYTES, BodyReader
 from pgrealtime.api.error_responses import BAD_REQUEST, RequestRefusedError
 from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
-from tests.unit.hub.room import DEADLINE, insert
+from tests.unit.hub.harness import DEADLINE, insert
 
 MIB = 1024 * 1024
 HEAD = b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -182,7 +182,7 @@ async def test_an_aborted_call_frees_its_budget_only_with_its_thread(
                 assert await asyncio.to_thread(begun.acquire, timeout=DEADLINE)
             await asyncio.sleep(0.05)
             writer.transport.abort()
-            await service.until_forgotten()
+            await service.until_no_connection()
             await asyncio.sleep(0.05)
             assert body_reader.large_bytes == number * MIB
             assert not begun.acquire(blocking=False)
@@ -236,7 +236,7 @@ async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
         delays: list[float] = []
         while not all(call.done() for call in calls):
             sent = time.monotonic()
-            service.room.commit(insert(f"row{len(delays)}"))
+            service.harness.commit(insert(f"row{len(delays)}"))
             assert await honest.take(1, 30.0)
             delays.append(time.monotonic() - sent)
         in_all = time.monotonic() - began

@@ -21,7 +21,7 @@ from tests.conformance.http_client import Address, EventStream, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer
 from tests.conformance.process import free_port
 from tests.unit.api.served import served
-from tests.unit.hub.room import DEADLINE, Room
+from tests.unit.hub.harness import DEADLINE, HubHarness
 
 ECHO = """
 routerAdd("GET", "/echo/{id}", (e) => {
@@ -47,7 +47,7 @@ class Pair:
 
     pocketbase: Address
     ours: Address
-    room: Room
+    harness: HubHarness
     their_id: str
     our_id: str
 
@@ -78,7 +78,7 @@ class Pair:
 
     def our_topics(self) -> set[str]:
         """Return the topics that the hub has."""
-        (connection,) = (c for c in self.room.hub.connections if c.id == self.our_id)
+        (connection,) = (c for c in self.harness.hub.connections if c.id == self.our_id)
         return {name.replace(self.our_id, CLIENT) for name in connection.subscriptions}
 
 
@@ -109,7 +109,7 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
                 (await stream.take(1, DEADLINE))[0].split(b"\n")[0].decode().removeprefix("id:")
                 for stream in streams
             ]
-            yield Pair(server.address, service.address, service.room, *ids)
+            yield Pair(server.address, service.address, service.harness, *ids)
             for stream in streams:
                 await stream.close()
     finally:

@@ -37,7 +37,7 @@ from pgrealtime.rules.engine.batch_query import KeyQuestion, PairQuestion
 from pgrealtime.rules.engine.formula import Test, each_test_call
 from tests.engine_driving import evaluate_in_process
 from tests.rules_world import World
-from tests.unit.hub.room import MemorySink
+from tests.unit.hub.harness import MemorySink
 
 SEEN = Xid(3)
 """The xid after FrozenTransactionId: visible to every snapshot."""

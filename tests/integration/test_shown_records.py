@@ -26,7 +26,7 @@ from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
-from tests.unit.hub.room import DEADLINE, MemorySink
+from tests.unit.hub.harness import DEADLINE, MemorySink
 
 SCHEMA = """
 CREATE TABLE people (

@@ -1,4 +1,4 @@
-"""The application on a real port over a real hub; no database stands behind it."""
+"""The application on a real port with a real hub, without a database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import Config
 from pgrealtime.postgres.pool import QueryPool
 from tests.conformance.http_client import Address
-from tests.unit.hub.room import DEADLINE, Room, open_room
+from tests.unit.hub.harness import DEADLINE, HubHarness, open_harness
 
 SECRET = "made up for the tests, and long enough"
 CONFIG: dict[str, Any] = {
@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
 
 
 def token(subject: str, **claims: object) -> str:
-    """A valid token."""
+    """Return a valid token."""
     return jwt.encode({"sub": subject, "exp": time.time() + 3600, **claims}, SECRET, "HS256")
 
 
@@ -49,23 +49,23 @@ async def until(holds: Callable[[], bool]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A service that is up."""
+    """A service that accepts connections."""
 
-    room: Room
+    harness: HubHarness
     address: Address
 
-    async def until_forgotten(self) -> None:
+    async def until_no_connection(self) -> None:
         """Wait until the hub has no connection left."""
-        await until(lambda: not len(self.room.hub.connections))
+        await until(lambda: not len(self.harness.hub.connections))
 
     async def raw(self, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Send bytes as they are; the caller reads and closes."""
+        """Open a connection and send bytes unchanged; the caller reads and closes it."""
         reader, writer = await asyncio.open_connection(self.address.host, self.address.port)
         writer.write(data)
         return reader, writer
 
     async def answer_to(self, data: bytes) -> bytes:
-        """Send bytes, then the end; return all that comes back."""
+        """Send bytes and the end of the stream; return everything received."""
         reader, writer = await self.raw(data)
         try:
             async with asyncio.timeout(DEADLINE):
@@ -84,12 +84,19 @@ async def served(
     body_reader: BodyReader | None = None,
     **limits: Any,
 ) -> AsyncIterator[Served]:
-    """Serve with the given keys of ``server``; the others are of ``realtime``."""
+    """Run the service. ``limits`` are keys of the section ``realtime``.
+
+    Args:
+        server: Keys of the section ``server``.
+        is_up: Whether the replication stream is up.
+        body_reader: Reads bodies, if not with the default limits.
+        limits: Keys of the section ``realtime``.
+    """
     config = Config.model_validate({**CONFIG, "server": server or {}, "realtime": limits})
-    # Never opened: issuers whose collection isn't configured need no rows.
+    # Never opened: the tokens of the issuer are of no configured collection, so no row is read.
     pool = QueryPool()
     authenticator = Authenticator(config.auth, Collections(()), AccountLoader(pool))
-    async with open_room(is_up=is_up, **limits) as open_:
+    async with open_harness(is_up=is_up, **limits) as open_:
         app = build_app(open_.hub, authenticator, config)
         app[BODY_READER_KEY] = body_reader or BodyReader()
         runner = build_runner(app)

@@ -1,4 +1,4 @@
-"""Whose word about the client's address counts."""
+"""Which entry of X-Forwarded-For is the client's address."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ PROXIES = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
 def test_entries_count_as_far_as_a_proxy_wrote_them(
     peer: str, forwarded_for: list[str], address: str
 ) -> None:
-    """A client's own entries in the header must not change its address."""
+    """Entries that a client sends itself must not change its address."""
     assert address_behind_proxies(peer, forwarded_for, PROXIES) == address

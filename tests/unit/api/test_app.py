@@ -1,4 +1,4 @@
-"""Every route on the wire: the recordings that need no database, and what they leave open."""
+"""Every route over HTTP: the recordings that need no database, and cases that none of them has."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ from tests.conformance.transcript import (
     load_conversation,
 )
 from tests.unit.api.served import SUPERUSER, Served, served, token
-from tests.unit.hub.room import DEADLINE, insert
+from tests.unit.hub.harness import DEADLINE, insert
 
 RECORDINGS = Path(__file__).parents[2] / "transcripts"
 FIXTURES = RECORDINGS / "fixtures.json"
-UNCHANGING = (Login, SseOpen, SseClose, Exchange, Expect, ExpectSilence, Wait)
-ELSEWHERE = ("auth_", "idle_timeout")
-"""Login endpoints have a room of their own; five minutes are waited out with the whole service."""
+STEPS_WITHOUT_WRITES = (Login, SseOpen, SseClose, Exchange, Expect, ExpectSilence, Wait)
+TESTED_ELSEWHERE = ("auth_", "idle_timeout")
+"""Recordings replayed by other tests: those of the login endpoints, and one that takes five
+minutes."""
 
 
-def unchanging() -> list[Conversation]:
-    """The recordings in which nothing is written."""
+def recordings_without_writes() -> list[Conversation]:
+    """Return the recordings in which nothing is written."""
     paths = sorted(path for path in RECORDINGS.glob("*.json") if path != FIXTURES)
-    conversations = [load_conversation(p) for p in paths if not p.name.startswith(ELSEWHERE)]
-    return [c for c in conversations if all(isinstance(step, UNCHANGING) for step in c.steps)]
+    conversations = [load_conversation(p) for p in paths if not p.name.startswith(TESTED_ELSEWHERE)]
+    return [
+        c for c in conversations if all(isinstance(step, STEPS_WITHOUT_WRITES) for step in c.steps)
+    ]
 
 
 class WithoutDatabase:
-    """The target of such a recording: everybody can log in, nothing can be written."""
+    """The target of such a recording: every account can log in, and nothing can be written."""
 
     def __init__(self, service: Served) -> None:
         self._service = service
@@ -78,24 +81,30 @@ class WithoutDatabase:
         raise AssertionError
 
 
-@pytest.mark.parametrize("conversation", [pytest.param(c, id=c.name) for c in unchanging()])
+@pytest.mark.parametrize(
+    "conversation", [pytest.param(c, id=c.name) for c in recordings_without_writes()]
+)
 async def test_recording_that_writes_nothing_is_met(conversation: Conversation) -> None:
+    """The service gives the recorded answers."""
     async with served() as service:
         accounts = load_fixtures(FIXTURES).accounts
         await Replay(conversation, accounts, WithoutDatabase(service)).run()
 
 
 def test_recordings_were_found() -> None:
-    """An empty table of cases passes for anything."""
+    """A parametrized test without cases would pass."""
     assert {"connect_basic", "cors_preflight", "subscribe_malformed_body", "ip_mismatch"} <= {
-        conversation.name for conversation in unchanging()
+        conversation.name for conversation in recordings_without_writes()
     }
 
 
-async def ask(
+async def send_request(
     service: Served, method: str, path: str, body: str = "", **headers: str
 ) -> tuple[int, Answer]:
-    """Return status and answer; underscores in header names are hyphens."""
+    """Send a request; return status and answer.
+
+    Underscores in header names are replaced by hyphens.
+    """
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = Request(method=method, path=path, headers=named, body=body.encode())
     async with asyncio.timeout(DEADLINE):
@@ -104,7 +113,7 @@ async def ask(
 
 
 async def connected(service: Served) -> tuple[EventStream, str]:
-    """A stream and its client id."""
+    """Open a stream; return it with its client id."""
     request = Request(method="GET", path="/api/realtime", headers={})
     stream = await EventStream.open(request, service.address, "A")
     (message,) = await stream.take(1, DEADLINE)
@@ -112,21 +121,22 @@ async def connected(service: Served) -> tuple[EventStream, str]:
 
 
 def call(client_id: str, *topics: str) -> str:
+    """Return the JSON body of a subscribe call."""
     return json.dumps({"clientId": client_id, "subscriptions": topics})
 
 
 async def test_accepted_call_has_neither_body_nor_content_type() -> None:
-    """Protocol 3.4."""
+    """Status 204 alone (protocol, 3.4), and the topics are in force."""
     async with served() as service:
         stream, client_id = await connected(service)
-        _, answer = await ask(
+        _, answer = await send_request(
             service,
             "POST",
             "/api/realtime",
             call(client_id, "posts/*"),
             Content_Type="application/json",
         )
-        service.room.commit(insert("a"))
+        service.harness.commit(insert("a"))
         (message,) = await stream.take(1, DEADLINE)
         await stream.close()
 
@@ -150,9 +160,9 @@ async def test_accepted_call_has_neither_body_nor_content_type() -> None:
     ],
 )
 async def test_what_isn_t_routed_is_not_found(method: str, path: str, message: str) -> None:
-    """Protocol 1.6: no 405, no Allow."""
+    """Status 404 for a wrong method as well, without the header Allow (protocol, 1.6)."""
     async with served() as service:
-        status, answer = await ask(service, method, path)
+        status, answer = await send_request(service, method, path)
 
     assert status == 404
     assert answer.head.header("allow") is None
@@ -171,8 +181,9 @@ async def test_what_isn_t_routed_is_not_found(method: str, path: str, message: s
 async def test_language_is_the_client_s_or_the_configured(
     locale: str, accepted: str, message: str
 ) -> None:
+    """With ``locale: auto`` the request's Accept-Language decides."""
     async with served({"locale": locale}) as service:
-        _, answer = await ask(
+        _, answer = await send_request(
             service,
             "POST",
             "/api/realtime",
@@ -185,38 +196,44 @@ async def test_language_is_the_client_s_or_the_configured(
 
 
 async def test_base_path_is_before_every_route() -> None:
+    """Paths without it aren't found."""
     async with served({"base_path": "/a/b"}) as service:
-        inside, _ = await ask(service, "GET", "/a/b/api/health")
-        outside, _ = await ask(service, "GET", "/api/health")
-        refused, _ = await ask(service, "POST", "/a/b/api/realtime")
+        inside, _ = await send_request(service, "GET", "/a/b/api/health")
+        outside, _ = await send_request(service, "GET", "/api/health")
+        refused, _ = await send_request(service, "POST", "/a/b/api/realtime")
 
     assert (inside, outside, refused) == (200, 404, 400)
 
 
 async def test_configured_origin_is_let_in_and_no_other() -> None:
+    """Another origin's answer has no CORS header, so a browser withholds it from the page."""
     async with served({"cors_origins": ["https://app.example"]}) as service:
-        _, known = await ask(service, "GET", "/api/health", Origin="https://app.example")
-        _, stranger = await ask(service, "GET", "/api/health", Origin="https://evil.example")
-        _, preflight = await ask(service, "OPTIONS", "/api/health", Origin="https://evil.example")
+        _, known = await send_request(service, "GET", "/api/health", Origin="https://app.example")
+        _, unknown = await send_request(
+            service, "GET", "/api/health", Origin="https://evil.example"
+        )
+        _, preflight = await send_request(
+            service, "OPTIONS", "/api/health", Origin="https://evil.example"
+        )
 
     assert known.head.header("access-control-allow-origin") == "https://app.example"
-    assert stranger.head.header("access-control-allow-origin") is None
-    assert stranger.body == known.body
+    assert unknown.head.header("access-control-allow-origin") is None
+    assert unknown.body == known.body
     assert preflight.head.header("vary") == "Origin"
     assert preflight.head.header("access-control-allow-methods") is None
 
 
-async def test_proxy_s_word_decides_whose_stream_it_is() -> None:
-    """Behind an untrusted proxy all clients share its address: anybody can send the header."""
+async def test_trusted_proxy_decides_the_address_of_a_stream() -> None:
+    """Behind a trusted proxy X-Forwarded-For has the address that a stream is bound to."""
     async with served({"trusted_proxies": ["127.0.0.0/8"]}) as service:
         stream = await EventStream.open(
             Request(method="GET", path="/api/realtime", headers={"X-Forwarded-For": "203.0.113.7"}),
             service.address,
             "A",
         )
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         body = call(connection.id)
-        other, _ = await ask(
+        other, _ = await send_request(
             service,
             "POST",
             "/api/realtime",
@@ -224,7 +241,7 @@ async def test_proxy_s_word_decides_whose_stream_it_is() -> None:
             Content_Type="application/json",
             X_Forwarded_For="203.0.113.8",
         )
-        same, _ = await ask(
+        same, _ = await send_request(
             service,
             "POST",
             "/api/realtime",
@@ -237,12 +254,12 @@ async def test_proxy_s_word_decides_whose_stream_it_is() -> None:
     assert (other, same) == (400, 204)
 
 
-async def test_stream_away_is_said_at_once() -> None:
-    """Resume page, section 4: never a wait, the JavaScript SDK dies of it."""
+async def test_call_while_the_stream_is_down_is_refused_at_once() -> None:
+    """Status 503 without a wait, which the JS SDK can't bear (resume page, section 4)."""
     async with served() as service:
         stream, client_id = await connected(service)
-        service.room.hub.stream_lost()
-        status, answer = await ask(
+        service.harness.hub.stream_lost()
+        status, answer = await send_request(
             service,
             "POST",
             "/api/realtime",
@@ -256,16 +273,16 @@ async def test_stream_away_is_said_at_once() -> None:
 
 
 async def test_superuser_learns_more_of_health() -> None:
-    """Protocol 9.4."""
+    """Only a superuser sees addresses and proxy headers (protocol, 9.4)."""
     async with served({"trusted_proxies": ["127.0.0.1/32"]}) as service:
-        _, answer = await ask(
+        _, answer = await send_request(
             service,
             "GET",
             "/api/health",
             Authorization=SUPERUSER,
             X_Forwarded_For="203.0.113.7",
         )
-        _, user = await ask(service, "GET", "/api/health", Authorization=token("ann"))
+        _, user = await send_request(service, "GET", "/api/health", Authorization=token("ann"))
 
     assert json.loads(answer.body)["data"] == {
         "canBackup": True,
@@ -285,29 +302,31 @@ async def test_superuser_learns_more_of_health() -> None:
     ],
 )
 async def test_fields_trim_the_answer(fields: str, body: dict[str, object]) -> None:
-    """Protocol 1.5."""
+    """The parameter ``fields`` of protocol, 1.5, applies to health as well."""
     async with served() as service:
-        _, answer = await ask(service, "GET", f"/api/health?fields={fields}")
+        _, answer = await send_request(service, "GET", f"/api/health?fields={fields}")
 
     assert json.loads(answer.body) == body
 
 
 async def test_fields_that_can_t_be_read_are_refused() -> None:
-    """As PocketBase 0.40.6 does."""
+    """As PocketBase 0.40.6 refuses them."""
     async with served() as service:
-        status, answer = await ask(service, "GET", "/api/health?fields=a(b")
+        status, answer = await send_request(service, "GET", "/api/health?fields=a(b")
 
     assert status == 400
     assert answer.head.header("content-type") == "application/json"
 
 
 async def test_chunked_body_is_a_body_and_an_empty_one_broken_json() -> None:
-    """Protocol 3.1: only a declared length of 0 is no body."""
+    """Only a declared length of 0 is no body (protocol, 3.1)."""
     async with served() as service:
         stream, client_id = await connected(service)
         chunked = {"Content_Type": "application/json", "Transfer_Encoding": "chunked"}
-        accepted, _ = await ask(service, "POST", "/api/realtime", call(client_id), **chunked)
-        _, empty = await ask(service, "POST", "/api/realtime", "", **chunked)
+        accepted, _ = await send_request(
+            service, "POST", "/api/realtime", call(client_id), **chunked
+        )
+        _, empty = await send_request(service, "POST", "/api/realtime", "", **chunked)
         await stream.close()
 
     assert accepted == 204
@@ -315,9 +334,9 @@ async def test_chunked_body_is_a_body_and_an_empty_one_broken_json() -> None:
 
 
 async def test_body_stays_as_it_was_sent() -> None:
-    """PocketBase decodes no Content-Encoding, so neither can a small upload become a large one."""
+    """As in PocketBase, Content-Encoding is ignored: a small body can't become a large one."""
     async with served() as service:
-        _, answer = await ask(
+        _, answer = await send_request(
             service,
             "POST",
             "/api/realtime",
@@ -330,6 +349,7 @@ async def test_body_stays_as_it_was_sent() -> None:
 
 
 async def test_large_body_is_waited_for_only_if_it_will_be_read() -> None:
+    """A body declared as too large is refused without ``100 Continue``."""
     head = (
         "POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         "Expect: 100-continue\r\nConnection: close\r\nContent-Length: {}\r\n\r\n"
@@ -345,11 +365,12 @@ async def test_large_body_is_waited_for_only_if_it_will_be_read() -> None:
 
 
 async def test_body_of_the_largest_size_is_read() -> None:
+    """32 MiB is accepted."""
     async with served() as service:
         stream, client_id = await connected(service)
         body = call(client_id, "posts/*")
         padded = body + " " * (32 * 1024 * 1024 - len(body))
-        status, _ = await ask(
+        status, _ = await send_request(
             service, "POST", "/api/realtime", padded, Content_Type="application/json"
         )
         await stream.close()
@@ -358,6 +379,7 @@ async def test_body_of_the_largest_size_is_read() -> None:
 
 
 async def test_undeclared_body_is_cut_at_the_same_size() -> None:
+    """A chunked body is refused once it exceeds the limit."""
     async with served() as service:
         reader, writer = await service.raw(
             b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -375,34 +397,34 @@ async def test_undeclared_body_is_cut_at_the_same_size() -> None:
 
 
 async def test_call_whose_client_leaves_changes_nothing_for_others() -> None:
-    """The SDK aborts the older of two calls; the stream goes on with what it had."""
+    """The SDK aborts the older of two calls; the stream keeps its topics."""
     async with served() as service:
         stream, client_id = await connected(service)
-        await ask(
+        await send_request(
             service,
             "POST",
             "/api/realtime",
             call(client_id, "posts/*"),
             Content_Type="application/json",
         )
-        service.room.database.gate = asyncio.Event()
+        service.harness.database.gate = asyncio.Event()
         body = call(client_id, "posts/*", "notes/*").encode()
         _, writer = await service.raw(
             b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
         )
-        await service.room.database.asked_again(1)
+        await service.harness.database.wait_for_snapshot_queries(1)
         writer.transport.abort()
-        service.room.database.gate.set()
-        service.room.database.gate = None
-        status, _ = await ask(
+        service.harness.database.gate.set()
+        service.harness.database.gate = None
+        status, _ = await send_request(
             service,
             "POST",
             "/api/realtime",
             call(client_id, "posts/*"),
             Content_Type="application/json",
         )
-        service.room.commit(insert("a"))
+        service.harness.commit(insert("a"))
         (message,) = await stream.take(1, DEADLINE)
         await stream.close()
 
@@ -412,10 +434,10 @@ async def test_call_whose_client_leaves_changes_nothing_for_others() -> None:
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
 async def test_offer_of_another_protocol_is_passed_over(protocol: str) -> None:
-    """Java's client offers HTTP/2 with every call; the body is still the call's."""
+    """Java's client offers HTTP/2 with every call; the body still belongs to the call."""
     async with served() as service:
         stream, client_id = await connected(service)
-        status, _ = await ask(
+        status, _ = await send_request(
             service,
             "POST",
             "/api/realtime",
@@ -430,16 +452,16 @@ async def test_offer_of_another_protocol_is_passed_over(protocol: str) -> None:
     assert status == 204
 
 
-async def test_failure_of_our_own_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the API's form, with the reason in the log and not in the answer."""
+async def test_internal_error_exposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer has the API's form; the reason is in the log only."""
 
     async def fail(*_: object) -> NoReturn:
         raise ZeroDivisionError("secret")
 
     async with served() as service:
-        monkeypatch.setattr(service.room.hub, "subscribe", fail)
+        monkeypatch.setattr(service.harness.hub, "subscribe", fail)
         with structlog.testing.capture_logs() as events:
-            status, answer = await ask(
+            status, answer = await send_request(
                 service, "POST", "/api/realtime", call("c"), Content_Type="application/json"
             )
 
@@ -451,13 +473,13 @@ async def test_failure_of_our_own_tells_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_failure_behind_a_head_cuts_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second head inside the body would be taken for an event."""
+    """A second head inside of the body would be parsed as an event."""
 
     def fail(*_: object, **__: object) -> NoReturn:
         raise ZeroDivisionError
 
     async with served() as service:
-        monkeypatch.setattr(service.room.hub, "open_connection", fail)
+        monkeypatch.setattr(service.harness.hub, "open_connection", fail)
         with structlog.testing.capture_logs():
             answer = await service.answer_to(b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n")
 

@@ -16,7 +16,7 @@ import structlog
 from pgrealtime.api.body_reader import BodyReader
 from tests.conformance.http_client import EventStream, Request, send
 from tests.unit.api.served import Served, served, until
-from tests.unit.hub.room import DEADLINE
+from tests.unit.hub.harness import DEADLINE
 
 POST = b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 SEEDS = (
@@ -38,16 +38,16 @@ STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 
 
 @asynccontextmanager
-async def unimpressed(
+async def unharmed(
     caplog: pytest.LogCaptureFixture, body_reader: BodyReader | None = None
 ) -> AsyncIterator[Served]:
-    """A service that afterwards is well, has forgotten everything and complained of nothing."""
+    """Run a service; afterwards it must be healthy, hold nothing, and have logged no warning."""
     caplog.set_level(logging.WARNING)
     with structlog.testing.capture_logs() as events:
         async with served(body_reader=body_reader) as service:
             tasks = len(asyncio.all_tasks())
             yield service
-            await service.until_forgotten()
+            await service.until_no_connection()
             await until(lambda: len(asyncio.all_tasks()) <= tasks)
             health = Request(method="GET", path="/api/health", headers={})
             assert (await send(health, service.address)).head.status == 200
@@ -56,7 +56,7 @@ async def unimpressed(
 
 
 async def talk(service: Served, data: bytes) -> bytes:
-    """Send everything and the end, as a client that gives up; return what came until then."""
+    """Send the data and the end of the stream; return what is received until the server closes."""
     reader, writer = await service.raw(data)
     try:
         writer.write_eof()
@@ -69,11 +69,12 @@ async def talk(service: Served, data: bytes) -> bytes:
 
 
 def statuses(answer: bytes) -> set[int]:
+    """Return the status codes in an answer."""
     return {int(status) for status in STATUS.findall(answer)}
 
 
 def mutated(rng: random.Random, request: bytes) -> bytes:
-    """Change, drop, repeat or cut a few bytes."""
+    """Return the request with a few bytes changed, dropped, repeated or cut."""
     text = bytearray(request)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(text) + 1)
@@ -93,8 +94,9 @@ def mutated(rng: random.Random, request: bytes) -> bytes:
 
 
 async def test_mutated_requests_are_answered_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """No mutation of a valid request is an internal error."""
     rng = random.Random(20260)
-    async with unimpressed(caplog) as service:
+    async with unharmed(caplog) as service:
         for _ in range(600):
             request = mutated(rng, rng.choice(SEEDS))
             answer = await talk(service, request)
@@ -102,8 +104,9 @@ async def test_mutated_requests_are_answered_or_refused(caplog: pytest.LogCaptur
 
 
 async def test_bytes_that_are_no_http_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Random bytes of any length, and a TLS handshake."""
     rng = random.Random(20261)
-    async with unimpressed(caplog) as service:
+    async with unharmed(caplog) as service:
         for size in (1, 2, 3, 10, 100, 5000, 100_000):
             for _ in range(20):
                 assert statuses(await talk(service, rng.randbytes(size))) <= {400}
@@ -130,7 +133,8 @@ async def test_bytes_that_are_no_http_are_refused(caplog: pytest.LogCaptureFixtu
 async def test_head_that_can_t_be_meant_is_refused(
     caplog: pytest.LogCaptureFixture, head: bytes
 ) -> None:
-    async with unimpressed(caplog) as service:
+    """Heads that are too long, contradict themselves, or declare an unknown coding."""
+    async with unharmed(caplog) as service:
         assert statuses(await talk(service, head)) <= {400, 404, 413}
 
 
@@ -152,7 +156,7 @@ async def test_large_nonsense_is_refused_soon(
     caplog: pytest.LogCaptureFixture, body: bytes
 ) -> None:
     """Other requests are served meanwhile with little delay."""
-    async with unimpressed(caplog) as service:
+    async with unharmed(caplog) as service:
         status, longest = await subscribe(service, body)
 
     assert status == 400
@@ -170,8 +174,8 @@ async def test_large_nonsense_is_refused_soon(
 async def test_the_largest_call_is_read_in_turns(
     caplog: pytest.LogCaptureFixture, options: str
 ) -> None:
-    """A thousand topics of maximum length take seconds, but delay no other request."""
-    async with unimpressed(caplog) as service:
+    """A thousand topics of maximum length take seconds to parse, but delay no other request."""
+    async with unharmed(caplog) as service:
         get = Request(method="GET", path="/api/realtime", headers={})
         stream = await EventStream.open(get, service.address, "A")
         (connect,) = await stream.take(1, DEADLINE)
@@ -187,22 +191,22 @@ async def test_the_largest_call_is_read_in_turns(
 
 
 async def subscribe(service: Served, body: bytes) -> tuple[int, float]:
-    """Return the answer's status, and how many seconds the longest turn of the loop took."""
+    """Send a subscribe call; return its status and the seconds of the longest loop iteration."""
     loop = asyncio.get_running_loop()
     headers = {"Content-Type": "application/json"}
     request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
     answer = asyncio.create_task(send(request, service.address))
     longest = 0.0
     while not answer.done():
-        asked = loop.time()
-        await asyncio.sleep(0)  # a turn of the loop
-        longest = max(longest, loop.time() - asked)
+        began = loop.time()
+        await asyncio.sleep(0)  # one iteration of the loop
+        longest = max(longest, loop.time() - began)
     return answer.result().head.status, longest
 
 
 async def test_call_that_breaks_off_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """In the head, in the body, between chunks: the SDKs abort calls at any byte."""
-    async with unimpressed(caplog) as service:
+    async with unharmed(caplog) as service:
         for request in SEEDS:
             for cut in range(0, len(request), 7):
                 _, writer = await service.raw(request[:cut])
@@ -211,7 +215,8 @@ async def test_call_that_breaks_off_leaves_nothing(caplog: pytest.LogCaptureFixt
 
 
 async def test_body_that_comes_too_slowly_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
-    async with unimpressed(caplog, BodyReader(timeout_seconds=0.1)) as service:
+    """After the time limit it is answered with status 408."""
+    async with unharmed(caplog, BodyReader(timeout_seconds=0.1)) as service:
         reader, writer = await service.raw(POST + b"Content-Length: 1000\r\n\r\n{")
         async with asyncio.timeout(DEADLINE):
             answer = await reader.read()
@@ -224,23 +229,24 @@ async def test_body_that_comes_too_slowly_is_given_up(caplog: pytest.LogCaptureF
 async def test_pipelined_requests_behind_a_stream_wait_and_are_bounded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What a client sends after its GET isn't looked at, nor does it fill the memory."""
-    async with unimpressed(caplog) as service:
+    """What a client sends after its GET isn't parsed during the stream; it takes bounded memory."""
+    async with unharmed(caplog) as service:
         _reader, writer = await service.raw(SEEDS[0] + SEEDS[1] * 20)
-        await until(lambda: len(service.room.hub.connections) == 1)
+        await until(lambda: len(service.harness.hub.connections) == 1)
         writer.close()
 
 
 async def test_many_clients_that_come_and_go_leave_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with unimpressed(caplog) as service:
+    """Whether they close their connections or reset them."""
+    async with unharmed(caplog) as service:
         for _ in range(5):
             writers = [(await service.raw(SEEDS[0]))[1] for _ in range(50)]
-            await until(lambda: len(service.room.hub.connections) == 50)
+            await until(lambda: len(service.harness.hub.connections) == 50)
             for number, writer in enumerate(writers):
                 if number % 2:
                     writer.close()
                 else:
                     writer.transport.abort()
-            await service.until_forgotten()
+            await service.until_no_connection()

@@ -1,4 +1,4 @@
-"""Large bodies, however many come at once, leave the event loop to others."""
+"""Large bodies are read in small pieces, so that many at once don't occupy the event loop."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from pgrealtime.api.body_reader import LARGE_BODY_BYTES, BodyReader
 _BODIES = 20
 _PIECES = 30
 _FIRST = 4
-"""Pieces of a body before it is a large one."""
+"""Pieces of a body until it counts as large."""
 
 
 class Loop:
-    """Counts how often the event loop has come round."""
+    """Counts the iterations of the event loop."""
 
     def __init__(self) -> None:
-        self.rounds = 0
+        self.iterations = 0
 
     async def run(self) -> None:
         while True:
-            self.rounds += 1
+            self.iterations += 1
             await asyncio.sleep(0)
 
 
-def request(loop: Loop, taken: Counter[int]) -> web.Request:
-    """A body all of whose pieces are there already."""
+def request(loop: Loop, pieces_by_iteration: Counter[int]) -> web.Request:
+    """Return a request whose body has been received completely."""
 
     async def pieces() -> AsyncIterator[bytes]:
         for n in range(_PIECES):
             if n > _FIRST:
-                taken[loop.rounds] += 1
+                pieces_by_iteration[loop.iterations] += 1
             yield b"x" * (LARGE_BODY_BYTES // _FIRST + 1)
 
     made: Any = SimpleNamespace(
@@ -49,8 +49,9 @@ def request(loop: Loop, taken: Counter[int]) -> web.Request:
     return cast(web.Request, made)
 
 
-async def test_of_many_large_bodies_one_piece_is_taken_each_time_round() -> None:
-    loop, taken = Loop(), Counter[int]()
+async def test_of_many_large_bodies_one_piece_is_read_in_each_loop_iteration() -> None:
+    """However many large bodies are read at once."""
+    loop, pieces_by_iteration = Loop(), Counter[int]()
     body_reader = BodyReader()
     counting = asyncio.create_task(loop.run())
 
@@ -58,9 +59,12 @@ async def test_of_many_large_bodies_one_piece_is_taken_each_time_round() -> None
         return len(body)
 
     sizes = await asyncio.gather(
-        *(body_reader.read(request(loop, taken), f"10.0.0.{n}", size) for n in range(_BODIES))
+        *(
+            body_reader.read(request(loop, pieces_by_iteration), f"10.0.0.{n}", size)
+            for n in range(_BODIES)
+        )
     )
     counting.cancel()
 
     assert sizes == [_PIECES * (LARGE_BODY_BYTES // _FIRST + 1)] * _BODIES
-    assert max(taken.values()) <= 2
+    assert max(pieces_by_iteration.values()) <= 2

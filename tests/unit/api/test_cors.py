@@ -1,4 +1,4 @@
-"""Which pages of other origins are let in."""
+"""Which origins may read answers."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def test_origin_is_allowed_by_name_or_pattern(
 
 
 def test_preflight_of_a_stranger_is_bare() -> None:
-    """Protocol 1.2: a browser takes the missing header for a no."""
+    """A browser treats the missing header as a refusal (protocol, 1.2)."""
     assert AllowedOrigins([APP]).preflight_headers("https://evil.example", "x") == [
         ("Vary", "Origin")
     ]
 
 
 def test_preflight_gives_the_asked_headers_back() -> None:
+    """Every requested header is allowed."""
     headers = AllowedOrigins([APP]).preflight_headers(APP, "authorization,content-type")
 
     assert headers == [

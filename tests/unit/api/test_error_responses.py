@@ -1,4 +1,4 @@
-"""The sentences of refusals, to the byte, in both languages."""
+"""The bodies of error responses, byte for byte, in both languages."""
 
 from __future__ import annotations
 
@@ -54,20 +54,21 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError, Subscription
     ],
 )
 def test_refused_calls_say_why(code: str, english: str, chinese: str) -> None:
-    problem = error_response_of(SubscriptionError("whatever", code=code))
+    """Status and message by the error's code, as PocketBase has them."""
+    response = error_response_of(SubscriptionError("whatever", code=code))
 
-    assert encode_error_response(problem, "en").decode() == english
-    assert encode_error_response(problem, "zh").decode() == chinese
+    assert encode_error_response(response, "en").decode() == english
+    assert encode_error_response(response, "zh").decode() == chinese
 
 
 def test_faults_are_nested_and_sorted() -> None:
-    """Protocol 1.4: element errors under the index as a string, all objects sorted by name."""
+    """Faults of elements are under their index as text; all objects are sorted (protocol, 1.4)."""
     fault = MemberFault("some_code", LocalizedText("Wrong.", "错。"), {"min": 1, "max": 2})
-    problem = invalid_members(
+    response = invalid_members(
         {"b": fault, "a": {"10": fault, "9": MemberFault("other", LocalizedText("No.", "不。"))}}
     )
 
-    assert encode_error_response(problem, "en").decode() == (
+    assert encode_error_response(response, "en").decode() == (
         '{"data":{"a":{"10":{"code":"some_code","message":"Wrong.","params":{"max":2,"min":1}},'
         '"9":{"code":"other","message":"No."}},'
         '"b":{"code":"some_code","message":"Wrong.","params":{"max":2,"min":1}}},'
@@ -75,7 +76,8 @@ def test_faults_are_nested_and_sorted() -> None:
     )
 
 
-def test_unforeseen_error_tells_nothing() -> None:
+def test_unexpected_error_exposes_nothing() -> None:
+    """Its message, detail and hint are for the log only."""
     error = SetupError('permission denied for table "secrets"', detail="a row", hint="GRANT")
 
     assert error_response_of(error) is INTERNAL_ERROR
@@ -83,14 +85,15 @@ def test_unforeseen_error_tells_nothing() -> None:
 
 
 def test_unreachable_database_is_temporary() -> None:
-    """A 500 would say that trying again is no use."""
+    """Status 503: after a 500 a client wouldn't retry."""
     assert error_response_of(DatabaseUnreachableError("gone")).status == 503
 
 
 def test_refusal_found_on_the_way_is_what_is_answered() -> None:
-    problem = invalid_members({})
+    """A refusal raised inside of a handler has its own response."""
+    response = invalid_members({})
 
-    assert error_response_of(RequestRefusedError(problem)) is problem
+    assert error_response_of(RequestRefusedError(response)) is response
 
 
 @pytest.mark.parametrize(
@@ -114,4 +117,5 @@ def test_refusal_found_on_the_way_is_what_is_answered() -> None:
     ],
 )
 def test_language_is_the_one_asked_for_first(header: str, language: str) -> None:
+    """The supported language that Accept-Language prefers, English by default."""
     assert preferred_language(header) == language

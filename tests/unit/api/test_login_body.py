@@ -1,4 +1,4 @@
-"""Bodies of logins; that they are read as PocketBase reads them is proved against it elsewhere."""
+"""Bodies of login calls. The conformance tests compare their parsing with PocketBase's."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ TYPES = [
 
 @given(st.sampled_from(TYPES), st.binary(), st.binary())
 def test_any_body_is_a_call_or_refused(content_type: str, body: bytes, query: bytes) -> None:
+    """No body is an internal error."""
     with contextlib.suppress(RequestRefusedError):
         assert isinstance(parse_login_body(content_type, body, query), LoginBody)
 
@@ -30,6 +31,7 @@ def test_any_body_is_a_call_or_refused(content_type: str, body: bytes, query: by
 def test_what_passes_has_a_length_that_can_be_tried(
     identity: str, password: str, name: str
 ) -> None:
+    """Only identities and passwords within the limits reach the database."""
     call = LoginBody(identity, password, name)
     with contextlib.suppress(RequestRefusedError):
         check_login_body(call, ["email"])
@@ -38,7 +40,8 @@ def test_what_passes_has_a_length_that_can_be_tried(
         assert name in {"", "email"}
 
 
-def test_everything_wrong_is_told_at_once() -> None:
+def test_all_faults_of_a_login_are_reported_at_once() -> None:
+    """Each faulty member of the body has its own fault."""
     with pytest.raises(RequestRefusedError) as error:
         check_login_body(LoginBody("", "x" * 256, "name"), ["email"])
 
@@ -50,4 +53,5 @@ def test_everything_wrong_is_told_at_once() -> None:
 
 
 def test_a_password_is_not_printed() -> None:
+    """Neither in logs nor in tracebacks."""
     assert "hush" not in repr(LoginBody("ann", "hush"))

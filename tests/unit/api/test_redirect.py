@@ -1,4 +1,4 @@
-"""Paths are put right as Go's ``path.Clean`` does it, and lead nowhere else."""
+"""Paths are cleaned as Go's ``path.Clean`` does it, and never lead to another host."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from tests.unit.api.served import served
     ],
 )
 def test_segments_that_say_nothing_go(path: str, plain: str) -> None:
+    """Empty segments, "." and ".." are resolved; escaped ones are left alone."""
     assert clean_path(path) == plain
 
 
 @given(st.lists(st.sampled_from(["/", ".", "..", "a", "%2F"]), max_size=12))
 def test_a_plain_path_is_on_this_server_and_stays_as_it_is(pieces: list[str]) -> None:
-    """A client that is sent on isn't sent on again, nor to another host."""
+    """A redirected client isn't redirected again, nor to another host."""
     plain = clean_path("/" + "".join(pieces))
 
     assert plain.startswith("/")
@@ -42,7 +43,7 @@ def test_a_plain_path_is_on_this_server_and_stays_as_it_is(pieces: list[str]) ->
 
 
 async def test_base_url_with_a_slash_too_many_leads_to_the_api() -> None:
-    """What a client makes of ``https://host/`` and ``/api/health``."""
+    """Clients join ``https://host/`` and ``/api/health``."""
     async with served() as service:
         first = await send(
             Request(method="GET", path="//api/health?x", headers={}), service.address

@@ -1,4 +1,4 @@
-"""The event stream on the wire, byte for byte, and what becomes of it."""
+"""The event stream over HTTP, byte for byte, and how it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiohttp import web
 
 from tests.conformance.http_client import EventStream, Request
 from tests.unit.api.served import Served, served, until
-from tests.unit.hub.room import DEADLINE, insert
+from tests.unit.hub.harness import DEADLINE, insert
 
 GET = b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n"
 HEAD_LINES = {
@@ -33,7 +33,7 @@ PB_CONNECT = re.compile(
 
 
 async def read_head(reader: asyncio.StreamReader) -> tuple[bytes, set[bytes]]:
-    """Return the status line and the others, without the date."""
+    """Return the status line, and the header lines without the date."""
     async with asyncio.timeout(DEADLINE):
         head = await reader.readuntil(b"\r\n\r\n")
     status, *lines = head[:-4].split(b"\r\n")
@@ -47,7 +47,7 @@ async def read_chunk(reader: asyncio.StreamReader) -> bytes:
 
 
 async def test_head_and_first_message_are_pocketbase_s() -> None:
-    """Protocol 2.1 and 2.3: no charset, no Connection, one chunk."""
+    """No charset, no Connection, one chunk (protocol, 2.1 and 2.3)."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         status, lines = await read_head(reader)
@@ -60,18 +60,18 @@ async def test_head_and_first_message_are_pocketbase_s() -> None:
 
 
 async def test_head_comes_at_once_although_the_first_message_is_held_back() -> None:
-    """A client that sees no head gives the connection up; nothing else is said meanwhile."""
+    """A client that receives no head gives up; nothing else is sent meanwhile."""
     async with served(is_up=False) as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
-        service.room.hub.stream_started("abcdef")
+        service.harness.hub.stream_started("abcdef")
 
         assert PB_CONNECT.fullmatch(await read_chunk(reader))
         writer.close()
 
 
 async def test_nothing_in_the_request_changes_the_answer() -> None:
-    """Protocol 2.2; a Last-Event-ID of 8 KB is nothing for a native EventSource to die of."""
+    """Protocol 2.2. A native EventSource would not retry after a refused 8 KB Last-Event-ID."""
     request = (
         b"GET /api/realtime?x=%%zz&token=1 HTTP/1.1\r\nHost: x\r\nAccept: application/json\r\n"
         b"Accept-Encoding: gzip, deflate\r\nAuthorization: garbage\r\nLast-Event-ID: %b\r\n"
@@ -89,6 +89,7 @@ async def test_nothing_in_the_request_changes_the_answer() -> None:
 
 
 async def test_http_1_0_gets_the_body_as_it_is() -> None:
+    """Without chunked encoding."""
     async with served() as service:
         reader, writer = await service.raw(b"GET /api/realtime HTTP/1.0\r\n\r\n")
         status, lines = await read_head(reader)
@@ -102,39 +103,40 @@ async def test_http_1_0_gets_the_body_as_it_is() -> None:
 
 
 async def test_head_request_is_held_without_a_body() -> None:
-    """Protocol 2.10."""
+    """It counts as a connection until its client closes it (protocol, 2.10)."""
     async with served() as service:
         reader, writer = await service.raw(GET.replace(b"GET", b"HEAD"))
         status, lines = await read_head(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         connection.write(b"not for it")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await reader.read(1)
         writer.close()
-        await service.until_forgotten()
+        await service.until_no_connection()
 
     assert status == b"HTTP/1.1 200 OK"
     assert lines == HEAD_LINES
 
 
 async def subscribed(service: Served) -> EventStream:
+    """Open a stream that is subscribed to posts."""
     stream = await EventStream.open(
         Request(method="GET", path="/api/realtime", headers={}), service.address, "A"
     )
     await stream.take(1, DEADLINE)
-    (connection,) = service.room.hub.connections
-    await service.room.subscribe(connection, "posts/*")
+    (connection,) = service.harness.hub.connections
+    await service.harness.subscribe(connection, "posts/*")
     return stream
 
 
 async def test_messages_of_one_flush_are_one_chunk() -> None:
-    """What the hub writes at once goes out at once: that is what makes fan-out cheap."""
+    """What the hub writes at once is one chunk, which is what makes fan-out cheap."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
         await read_chunk(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         connection.write(b"id:1\ndata:a\n\nid:1\ndata:b\n\n")
 
         assert await read_chunk(reader) == b"id:1\ndata:a\n\nid:1\ndata:b\n\n"
@@ -142,14 +144,14 @@ async def test_messages_of_one_flush_are_one_chunk() -> None:
 
 
 async def test_end_by_the_server_is_orderly_after_the_last_event() -> None:
-    """Protocol 2.8: the body ends, not a byte more, and the connection serves on."""
+    """The body ends, nothing follows, and the HTTP connection can be reused (protocol, 2.8)."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
         await read_chunk(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         connection.write(b"last")
-        await service.room.hub.shutdown(1.0)
+        await service.harness.hub.shutdown(1.0)
 
         assert await read_chunk(reader) == b"last"
         async with asyncio.timeout(DEADLINE):
@@ -160,15 +162,15 @@ async def test_end_by_the_server_is_orderly_after_the_last_event() -> None:
 
 
 async def test_request_sent_during_the_stream_is_answered_after_it() -> None:
-    """As by PocketBase: what a client sends early waits for its turn."""
+    """As PocketBase does with pipelined requests."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
         await read_chunk(reader)
         request = b"GET /api/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         writer.write(request)
-        await service.answer_to(request)  # by then the one before has come as well
-        await service.room.hub.shutdown(1.0)
+        await service.answer_to(request)  # by then the earlier one has arrived as well
+        await service.harness.hub.shutdown(1.0)
         async with asyncio.timeout(DEADLINE):
             rest = await reader.read()
         writer.close()
@@ -177,13 +179,13 @@ async def test_request_sent_during_the_stream_is_answered_after_it() -> None:
 
 
 async def test_client_that_floods_a_stream_is_dropped() -> None:
-    """What it sends early is kept, so there is a limit to it."""
+    """What a client sends during the stream is kept, up to a limit."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
         await read_chunk(reader)
         writer.write(b"x" * 200_000)
-        await service.until_forgotten()
+        await service.until_no_connection()
         with pytest.raises(ConnectionResetError):
             await reader.read()
         writer.close()
@@ -200,11 +202,12 @@ async def test_client_that_floods_a_stream_is_dropped() -> None:
 async def test_connection_that_serves_nothing_more_is_closed_after_the_stream(
     request_text: bytes,
 ) -> None:
+    """HTTP/1.0, ``Connection: close``, and requests whose body isn't complete."""
     async with served() as service:
         reader, writer = await service.raw(request_text)
         await read_head(reader)
-        await until(lambda: len(service.room.hub.connections) == 1)
-        await service.room.hub.shutdown(1.0)
+        await until(lambda: len(service.harness.hub.connections) == 1)
+        await service.harness.hub.shutdown(1.0)
         async with asyncio.timeout(DEADLINE):
             rest = await reader.read()
         writer.close()
@@ -214,7 +217,7 @@ async def test_connection_that_serves_nothing_more_is_closed_after_the_stream(
 
 
 async def test_stream_keeps_nothing_of_aiohttp() -> None:
-    """A request under way is 13 KB of parser, tasks and headers: too much for every listener."""
+    """A request of aiohttp has 13 KB of parser, tasks and headers: too much for each connection."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
@@ -234,9 +237,9 @@ async def test_what_was_said_before_shutdown_still_arrives() -> None:
         reader, writer = await service.raw(GET)
         await read_head(reader)
         await read_chunk(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         connection.write(b"x" * 20_000_000)
-        await service.room.hub.shutdown(1.0)
+        await service.harness.hub.shutdown(1.0)
         reading = asyncio.create_task(reader.read())
 
     async with asyncio.timeout(DEADLINE):
@@ -248,12 +251,12 @@ async def test_what_was_said_before_shutdown_still_arrives() -> None:
 
 @pytest.mark.parametrize("how", ["closes", "resets", "half closes"])
 async def test_client_that_goes_away_is_forgotten_at_once(how: str) -> None:
-    """Protocol 2.9: not at the next event or heartbeat, and nothing is kept of it."""
+    """Not only at the next event or heartbeat (protocol, 2.9), and nothing of it is kept."""
     async with served(heartbeat=1000.0, idle_timeout=1000.0) as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
         await read_chunk(reader)
-        assert len(service.room.hub.connections) == 1
+        assert len(service.harness.hub.connections) == 1
         match how:
             case "closes":
                 writer.close()
@@ -263,16 +266,16 @@ async def test_client_that_goes_away_is_forgotten_at_once(how: str) -> None:
                 writer.close()
             case _:
                 writer.write_eof()
-        await service.until_forgotten()
+        await service.until_no_connection()
         writer.close()
 
 
 async def test_client_that_takes_nothing_is_dropped_and_shows_meanwhile() -> None:
-    """The hub reads the buffer's size, waits until it is low, and aborts a stalled client."""
+    """The hub sees the size of the buffer, waits until it is low, and aborts a stalled client."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         for _ in range(200):
             connection.write(b"x" * 100_000)
         waits = asyncio.create_task(connection.writer.drain())
@@ -283,17 +286,18 @@ async def test_client_that_takes_nothing_is_dropped_and_shows_meanwhile() -> Non
         connection.writer.abort()
         async with asyncio.timeout(DEADLINE):
             await waits
-        await service.until_forgotten()
+        await service.until_no_connection()
         connection.write(b"into the void")
         writer.close()
 
 
 async def test_slow_client_gets_everything_once_it_reads() -> None:
+    """``drain`` returns when the client has taken the buffer."""
     async with served() as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
         await read_chunk(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         for n in range(200):
             connection.write(b"%d" % n * 10_000)
         async with asyncio.timeout(DEADLINE):
@@ -305,12 +309,12 @@ async def test_slow_client_gets_everything_once_it_reads() -> None:
         writer.close()
 
 
-async def test_end_is_not_waited_for_by_who_never_reads() -> None:
-    """Its handler would otherwise stay for as long as the client likes."""
+async def test_end_of_a_stream_that_is_never_read_is_bounded_in_time() -> None:
+    """Otherwise its handler would stay for as long as the client keeps the connection."""
     async with served(stall_timeout=0.1) as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         connection.write(b"x" * 20_000_000)
         connection.writer.close()
         connection.close()
@@ -322,8 +326,8 @@ async def test_end_is_not_waited_for_by_who_never_reads() -> None:
         writer.close()
 
 
-async def test_a_stream_that_has_ended_drops_who_takes_the_rest_bit_by_bit() -> None:
-    """The hub has forgotten it by then, and to the kernel it is a client that takes something."""
+async def test_an_ended_stream_drops_a_client_that_takes_the_rest_too_slowly() -> None:
+    """The hub has removed it by then, and for the kernel the client isn't stalled."""
     async with served(stall_timeout=0.5) as service:
         loop = asyncio.get_running_loop()
         with socket.socket() as client:
@@ -331,10 +335,10 @@ async def test_a_stream_that_has_ended_drops_who_takes_the_rest_bit_by_bit() -> 
             client.setblocking(False)
             await loop.sock_connect(client, (service.address.host, service.address.port))
             await loop.sock_sendall(client, GET)
-            await until(lambda: len(service.room.hub.connections) == 1)
-            (connection,) = service.room.hub.connections
+            await until(lambda: len(service.harness.hub.connections) == 1)
+            (connection,) = service.harness.hub.connections
             connection.write(b"x" * 20_000_000)
-            service.room.hub.remove_connection(connection)
+            service.harness.hub.remove_connection(connection)
             connection.writer.close()
             taken = 0
             async with asyncio.timeout(DEADLINE):
@@ -346,14 +350,14 @@ async def test_a_stream_that_has_ended_drops_who_takes_the_rest_bit_by_bit() -> 
 
 
 async def test_a_connection_whose_stream_s_end_had_to_wait_serves_on_and_stays() -> None:
-    """Also if so little waited that the transport never called its buffer full."""
+    """Also if so few bytes waited that the transport never paused writing."""
     async with served(stall_timeout=1.5) as service:
         reader, writer = await service.raw(GET)
         await read_head(reader)
-        (connection,) = service.room.hub.connections
+        (connection,) = service.harness.hub.connections
         while not connection.writer.buffered_bytes():
             connection.write(b"x" * 10_000)
-        service.room.hub.remove_connection(connection)
+        service.harness.hub.remove_connection(connection)
         connection.writer.close()
         async with asyncio.timeout(DEADLINE):
             rest = b""
@@ -370,9 +374,10 @@ async def test_a_connection_whose_stream_s_end_had_to_wait_serves_on_and_stays()
 
 
 async def test_events_reach_the_socket() -> None:
+    """One message for each event of the topic."""
     async with served() as service:
         stream = await subscribed(service)
-        service.room.commit(insert("a", "x"), insert("b", "y"))
+        service.harness.commit(insert("a", "x"), insert("b", "y"))
         messages = await stream.take(2, DEADLINE)
         await stream.close()
 
@@ -394,13 +399,13 @@ async def test_events_reach_the_socket() -> None:
         (b"GET /api/realtime HTTP/1.1\r\nHost: x\r\nLast-Event-ID: \xff\xfe\r\n\r\n", False),
     ],
 )
-async def test_who_asks_for_positions_gets_them(request_text: bytes, position: bool) -> None:  # noqa: FBT001 (parametrized)
-    """Resume page, section 3: everybody else gets PocketBase's bytes."""
+async def test_requests_for_positions_get_them(request_text: bytes, position: bool) -> None:  # noqa: FBT001 (parametrized)
+    """All other requests get PocketBase's bytes (resume page, section 3)."""
     async with served() as service:
         reader, writer = await service.raw(request_text)
         await read_head(reader)
         message = await read_chunk(reader)
         writer.close()
 
-    wanted = rb"id:[A-Za-z0-9]{40}\.[0-9a-f-]{32}\n" if position else rb"id:[A-Za-z0-9]{40}\n"
-    assert re.match(wanted, message)
+    expected = rb"id:[A-Za-z0-9]{40}\.[0-9a-f-]{32}\n" if position else rb"id:[A-Za-z0-9]{40}\n"
+    assert re.match(expected, message)

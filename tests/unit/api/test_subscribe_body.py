@@ -1,4 +1,4 @@
-"""Which bodies can be read, and what is wrong with those that can."""
+"""Which bodies of subscribe calls can be parsed, and which faults are found in those that can."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ MULTIPART = "multipart/form-data; boundary=B"
 
 
 def part(name: str, value: str, more: str = "") -> str:
+    """Return a part of a multipart body."""
     return f'--B\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n{value}\r\n'
 
 
@@ -74,10 +75,10 @@ def part(name: str, value: str, more: str = "") -> str:
     ],
 )
 def test_readable_body(content_type: str, body: str, call: SubscribeBody | None) -> None:
-    """Protocol 3.1."""
-    wanted = call or SubscribeBody("c", ("a/*", "b c"))
+    """Bodies that PocketBase parses (protocol, 3.1)."""
+    expected = call or SubscribeBody("c", ("a/*", "b c"))
 
-    assert parse_subscribe_body(content_type, body.encode(), b"") == wanted
+    assert parse_subscribe_body(content_type, body.encode(), b"") == expected
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_readable_body(content_type: str, body: str, call: SubscribeBody | None)
     ],
 )
 def test_unreadable_body(content_type: str, body: str) -> None:
-    """One code whatever the reason (protocol, 3.1)."""
+    """The error code is the same whatever the reason (protocol, 3.1)."""
     with pytest.raises(SubscriptionError) as refusal:
         parse_subscribe_body(content_type, body.encode(errors="surrogateescape"), b"")
 
@@ -133,6 +134,7 @@ def test_unreadable_body(content_type: str, body: str) -> None:
 
 
 def test_url_counts_for_forms_and_not_for_json() -> None:
+    """A form's values are those of body and query string together, as in Go."""
     query = b"clientId=u&subscriptions=q"
     form = part("clientId", "c") + part("subscriptions", "a") + "--B--"
 
@@ -151,6 +153,7 @@ def test_json_body_says_what_was_put_in(
     subscriptions: list[str],
     ascii_only: bool,  # noqa: FBT001 (hypothesis)
 ) -> None:
+    """Any text survives encoding and parsing."""
     body = json.dumps({"clientId": client, "subscriptions": subscriptions}, ensure_ascii=ascii_only)
 
     assert parse_subscribe_body(JSON, body.encode(), b"") == SubscribeBody(
@@ -188,13 +191,14 @@ def too_long(most: int) -> str:
     ],
 )
 def test_all_faults_are_reported_at_once(call: SubscribeBody, data: str) -> None:
-    """Protocol 3.2; lengths are of the UTF-8."""
+    """Limits are those of protocol, 3.2; lengths are counted in bytes of UTF-8."""
     body = encode_error_response(invalid_members(find_call_faults(call)), "en").decode()
 
     assert body.partition(',"message":"Something')[0] == f'{{"data":{data}'
 
 
 def test_blank_client_in_chinese_is_the_documents() -> None:
+    """The Chinese messages are those of the documented protocol."""
     assert encode_error_response(
         invalid_members(find_call_faults(SubscribeBody())), "zh"
     ).decode() == (
@@ -221,7 +225,7 @@ HEADER = '--B\r\nContent-Disposition: form-data; name="clientId"{}\r\n\r\nx\r\n-
 def test_large_headers_of_a_part_take_no_longer_than_their_length(
     more: str, client_id: str | None
 ) -> None:
-    """A part with too many parameters has no name, a body with too many headers is refused."""
+    """A part with too many parameters has no name; a body with too many headers is refused."""
     started = time.process_time()
     try:
         read = parse_subscribe_body(MULTIPART, HEADER.format(more).encode(), b"").client_id
@@ -233,7 +237,7 @@ def test_large_headers_of_a_part_take_no_longer_than_their_length(
 
 
 def test_payloads_of_a_form_hold_no_more_than_one_text() -> None:
-    """Else a form of 32 MB would be a minute of computation."""
+    """Otherwise a form of 32 MB would take a minute to parse."""
     payload = part("@jsonPayload", '{"x":[' + "1," * 110_000 + "1]}")
     assert parse_subscribe_body(MULTIPART, f"{payload}--B--".encode(), b"") == SubscribeBody()
 
@@ -243,7 +247,7 @@ def test_payloads_of_a_form_hold_no_more_than_one_text() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 9_000_000, '{"a":' * 5_000_000, "[1," * 9_000_000])
 def test_large_nonsense_is_given_up_early(text: str) -> None:
-    """The time of parsing a body is bounded."""
+    """The time to parse a body is bounded."""
     started = time.process_time()
     with pytest.raises(SubscriptionError):
         parse_subscribe_body(JSON, text.encode(), b"")

@@ -27,7 +27,7 @@ POSTS = TableName("public", "posts")
 
 
 class Behind:
-    """A follower that has delivered part of a transaction."""
+    """A follower whose head is in the middle of a transaction."""
 
     def __init__(self, head: Cursor) -> None:
         self.head = head
@@ -50,7 +50,7 @@ def no_stream() -> AbstractAsyncContextManager[WalStream]:
     raise AssertionError
 
 
-async def not_asked() -> None:
+async def unexpected_advance() -> None:
     raise AssertionError
 
 
@@ -59,8 +59,8 @@ def large(end_lsn: int) -> Transaction:
     return Transaction(Xid(end_lsn), LSN(end_lsn), 0, changes, 90)
 
 
-def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
-    """What is being read may be as much as there is room for, and what waits as well."""
+def test_appending_a_gap_discards_nothing_that_is_not_delivered() -> None:
+    """The transaction being delivered and those after it may exceed the bound; all stay in it."""
     changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     follower = Behind(Cursor(LSN(10), 1))
     for end_lsn in (10, 20):
@@ -74,11 +74,11 @@ def test_a_gap_that_is_told_takes_nothing_from_who_has_yet_to_read_it() -> None:
 
 def reader_of(changelog: MemoryChangelog) -> ReplicationReader:
     intake = Intake(changelog, Behind(changelog.end_cursor), max_size=100)
-    return ReplicationReader(no_stream, intake, tables=[POSTS], advance_slot=not_asked)
+    return ReplicationReader(no_stream, intake, tables=[POSTS], advance_slot=unexpected_advance)
 
 
-async def test_who_dates_a_row_waits_for_the_stream_and_not_for_ever() -> None:
-    """What came in time, or was there; and no second wait before it has come."""
+async def test_waiting_for_the_changelog_has_a_time_limit() -> None:
+    """After a wait in vain, later calls return at once until the changelog has reached that LSN."""
     changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     reader = reader_of(changelog)
     changelog.append(large(1000))
@@ -98,7 +98,7 @@ async def test_who_dates_a_row_waits_for_the_stream_and_not_for_ever() -> None:
 
 
 async def test_the_header_of_a_page_is_not_waited_for() -> None:
-    """The insert position lies behind it where the last record ended with the page before."""
+    """The insert LSN is after a page's header if the last record ended with the page before it."""
     changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     changelog.append(large(8192))
     reader = reader_of(changelog)
@@ -108,8 +108,8 @@ async def test_the_header_of_a_page_is_not_waited_for() -> None:
     assert not await reader.wait_for_changelog(LSN(8192 + 48))
 
 
-async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_of_it() -> None:
-    """Its words may name an address in its memory, another one each time."""
+async def test_a_change_that_the_decoder_fails_at_is_skipped_whatever_the_detail() -> None:
+    """The detail may have an address in the server's memory, another one each time."""
     advances: list[None] = []
 
     async def advance() -> None:
@@ -129,14 +129,14 @@ async def test_what_a_decoder_fails_at_is_passed_over_whatever_the_server_says_o
     assert advances
 
 
-# Streams that break, restored servers, and switches to other tables
+# Interrupted streams, restored servers, and switches to other tables
 
 HERE = SystemIdentity(system_id="1", timeline=1, database_name="app")
 DEADLINE = 10.0
 
 
 class GivenStream:
-    """A stream of given transactions, which breaks or stops when the test says so."""
+    """A stream of given transactions, which is interrupted or closed when the test does so."""
 
     plugin, plugin_reason, slot_name = "wal2json", "", "pgrealtime"
 
@@ -150,17 +150,17 @@ class GivenStream:
         self._error: PgRealtimeError | None = None
         self._changed = asyncio.Event()
 
-    def give(self, *transactions: Transaction) -> None:
+    def append(self, *transactions: Transaction) -> None:
         self._given.extend(transactions)
         self.wal_end = transactions[-1].end_lsn
         self._changed.set()
 
-    def reaches(self, lsn: int) -> None:
+    def advance_to(self, lsn: int) -> None:
         """Report that no further transaction ends before an LSN."""
         self.wal_end = LSN(lsn)
 
-    def breaks(self) -> None:
-        self._error = StreamInterruptedError("it broke")
+    def interrupt(self) -> None:
+        self._error = StreamInterruptedError("interrupted")
         self._changed.set()
 
     def stop(self) -> None:
@@ -190,7 +190,7 @@ class GivenStream:
 
 
 def opening(*streams: GivenStream) -> OpenStream:
-    """Open one stream after the other; the last one again and again."""
+    """Return a function that opens the streams one after the other, and the last one repeatedly."""
     left = deque(streams)
 
     @asynccontextmanager
@@ -204,13 +204,14 @@ def opening(*streams: GivenStream) -> OpenStream:
 async def reading(
     open_stream: OpenStream, *, is_durable: bool = False
 ) -> AsyncIterator[tuple[ReplicationReader, MemoryChangelog, Follower]]:
+    """A running reader, with its changelog and its follower."""
     changelog = MemoryChangelog(LSN(0), max_bytes=1 << 20, max_age_seconds=1e9)
     follower = Follower(changelog, DEADLINE)
     reader = ReplicationReader(
         open_stream,
         Intake(changelog, follower, max_size=1 << 20),
         tables=[POSTS],
-        advance_slot=not_asked,
+        advance_slot=unexpected_advance,
         is_durable=is_durable,
     )
     running = asyncio.create_task(reader.run())
@@ -222,23 +223,24 @@ async def reading(
 
 
 def ends(changelog: MemoryChangelog) -> list[int]:
+    """Return the end LSNs of the transactions in the changelog."""
     entries = changelog.read(changelog.floor, changelog.end_cursor, 1 << 20)
     return [entry.end_lsn for entry in entries if isinstance(entry, Transaction)]
 
 
 async def test_a_restored_server_begins_another_history() -> None:
-    """Identifier and timeline are the same, but its WAL ends before what the changelog has."""
+    """System identifier and timeline are the same, but its WAL ends before the changelog's head."""
     before = GivenStream(100, is_durable=True)
     restored = GivenStream(100, reach=150, is_durable=True)
     async with reading(opening(before, restored)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
-        before.give(large(200), large(300))
+        before.append(large(200), large(300))
         await follower.until(lambda: ends(changelog) == [200, 300])
-        before.breaks()
+        before.interrupt()
         await follower.until(lambda: len(follower.said) == 3)
         assert ends(changelog) == []
         assert changelog.end_cursor == Cursor(LSN(100), END_ORDINAL)
-        restored.give(large(160))
+        restored.append(large(160))
         await follower.until(lambda: ends(changelog) == [160])
 
     first, lost, second = follower.said
@@ -257,18 +259,18 @@ async def test_a_restored_server_begins_another_history() -> None:
 async def test_a_restored_server_that_has_gone_on_is_known_by_what_it_lacks(
     sent: tuple[int, ...],
 ) -> None:
-    """Its WAL reaches further than the changelog does, with other commits in it."""
+    """Its WAL ends after the changelog's head, and has other commits before it."""
     before = GivenStream(100, is_durable=True)
     restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
     async with reading(opening(before, restored, anew)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
-        before.give(large(200), large(300))
+        before.append(large(200), large(300))
         await follower.until(lambda: ends(changelog) == [200, 300])
-        before.breaks()
+        before.interrupt()
         await follower.until(lambda: len(follower.said) == 3)
         if sent:
-            restored.give(*map(large, sent))
-        restored.reaches(400)
+            restored.append(*map(large, sent))
+        restored.advance_to(400)
         await follower.until(lambda: len(follower.said) == 5)
         assert ends(changelog) == []
 
@@ -277,72 +279,72 @@ async def test_a_restored_server_that_has_gone_on_is_known_by_what_it_lacks(
 
 
 async def test_another_commit_of_the_same_id_and_end_is_another_history() -> None:
-    """A restored server repeats ids and positions where the application repeats itself."""
+    """A restored server may repeat ids and LSNs; the commit time differs."""
     before = GivenStream(100, is_durable=True)
     restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
     async with reading(opening(before, restored, anew)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
-        before.give(large(200))
+        before.append(large(200))
         await follower.until(lambda: ends(changelog) == [200])
-        before.breaks()
+        before.interrupt()
         await follower.until(lambda: len(follower.said) == 3)
-        restored.give(msgspec.structs.replace(large(200), commit_time_us=1))
+        restored.append(msgspec.structs.replace(large(200), commit_time_us=1))
         await follower.until(lambda: len(follower.said) == 5)
 
     assert follower.said[2] != follower.said[4]
 
 
-async def test_what_was_only_marked_as_quiet_belongs_to_a_history_as_well() -> None:
-    """What a restored server commits before the mark would be taken for read."""
+async def test_a_watermark_belongs_to_its_history_too() -> None:
+    """Otherwise what a restored server commits before a watermark would be skipped as known."""
     before = GivenStream(100, is_durable=True)
     restored, anew = (GivenStream(100, reach=400, is_durable=True) for _ in range(2))
     async with reading(opening(before, restored, anew)) as (reader, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
-        before.give(large(200))
+        before.append(large(200))
         await follower.until(lambda: ends(changelog) == [200])
         before.quiet = LSN(300)
         reader._append_watermark(cast("WalStream", before), time.monotonic() + 60)
         assert changelog.end_cursor == Cursor(LSN(300), END_ORDINAL)
-        before.breaks()
+        before.interrupt()
         await follower.until(lambda: len(follower.said) == 3)
-        restored.give(large(200), large(250))
+        restored.append(large(200), large(250))
         await follower.until(lambda: len(follower.said) == 5)
 
     assert follower.said[2] != follower.said[4]
 
 
 async def test_a_durable_stream_that_broke_goes_on_where_it_was() -> None:
-    """What comes again is not kept again, and positions stay good."""
+    """Repeated transactions are appended once, and positions stay valid."""
     before = GivenStream(100, is_durable=True)
     after = GivenStream(100, reach=300, is_durable=True)
     async with reading(opening(before, after)) as (_, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
-        before.give(large(200), large(300))
+        before.append(large(200), large(300))
         await follower.until(lambda: ends(changelog) == [200, 300])
-        before.breaks()
+        before.interrupt()
         await follower.until(lambda: len(follower.said) == 3)
-        after.give(large(200), large(300), large(400))
+        after.append(large(200), large(300), large(400))
         await follower.until(lambda: ends(changelog) == [200, 300, 400])
 
     assert follower.said[0] == follower.said[2]
 
 
 async def test_what_ends_before_the_successor_begins_is_read_from_the_one_before() -> None:
-    """And what both have is kept once."""
+    """Transactions that both streams have are appended once."""
     before, after = GivenStream(100), GivenStream(250)
     async with reading(opening(before)) as (reader, changelog, follower):
         await follower.until(lambda: len(follower.said) == 1)
-        after.give(large(300), large(400))
+        after.append(large(300), large(400))
         switch = asyncio.create_task(reader.switch(opening(after), [POSTS]))
         await asyncio.sleep(0.1)
         assert not switch.done()
-        before.give(large(200), large(300))
+        before.append(large(200), large(300))
         await switch
         await follower.until(lambda: ends(changelog) == [200, 300, 400])
 
 
 async def test_other_tables_that_are_wanted_while_a_durable_stream_is_opened() -> None:
-    """Two can't read the slot: the one being opened is closed, and the other opened after it."""
+    """A slot has one reader: the stream being opened is closed before the other is opened."""
     may_open, opened = asyncio.Event(), asyncio.Event()
     is_read = False
     closings = 0
@@ -352,7 +354,7 @@ async def test_other_tables_that_are_wanted_while_a_durable_stream_is_opened() -
         async def open_it() -> AsyncIterator[WalStream]:
             nonlocal is_read, closings
             if is_read:
-                raise SlotBusyError("the slot is being read")
+                raise SlotBusyError("the slot is in use")
             is_read = True
             try:
                 opened.set()

@@ -1,4 +1,4 @@
-"""What can't be read of a caller is no proof that it is who the stream says."""
+"""Callers whose rows can't be read are treated as changed since the event."""
 
 from __future__ import annotations
 
@@ -29,15 +29,24 @@ from pgrealtime.hub.state.caller_check import (
 )
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.rules.engine.compiler import RuleCompiler
-from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, TEXT, NoRows, insert, open_room
-from tests.unit.hub.test_callers import caller, changed, listening
+from tests.unit.hub.harness import (
+    COLLECTIONS,
+    NOTES,
+    PEOPLE,
+    POSTS,
+    TEXT,
+    EmptyReadSession,
+    insert,
+    open_harness,
+)
+from tests.unit.hub.test_callers import caller, changed, subscribe
 
 
-class Unanswered(NoRows):
-    """A reading whose query failed."""
+class Unanswered(EmptyReadSession):
+    """A read session whose query failed."""
 
-    def __init__(self, reach: LSN) -> None:
-        self.reach = reach
+    def __init__(self, insert_lsn: LSN) -> None:
+        self.insert_lsn = insert_lsn
 
     async def fetch_texts(self, _statement: sql.Composed, _params: Mapping[str, object]) -> None:  # type: ignore[override]
         return None
@@ -45,8 +54,8 @@ class Unanswered(NoRows):
 
 LOOKUPS = frozenset({(POSTS, "id")})
 PLAIN = ExpandPlan((), {}, (), lookup_columns=LOOKUPS)
-ASKING = ExpandPlan((), {}, (), depends_on_caller=True, lookup_columns=LOOKUPS)
-"""An ``expand`` whose rules ask who the subscriber is."""
+CALLER_DEPENDENT = ExpandPlan((), {}, (), depends_on_caller=True, lookup_columns=LOOKUPS)
+"""An ``expand`` whose rules depend on the caller."""
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
 
 
@@ -57,44 +66,47 @@ def viewer_of(plan: ExpandPlan, own: tuple[str, str] | None = None) -> ExpandVie
 
 
 @pytest.mark.parametrize(
-    ("viewer", "is_asking"),
+    ("viewer", "is_dependent"),
     [
-        pytest.param(viewer_of(ASKING), True, id="rules ask"),
-        pytest.param(viewer_of(PLAIN, ("people", "ann")), True, id="own address"),
-        pytest.param(viewer_of(PLAIN), False, id="anybody may see it"),
+        pytest.param(viewer_of(CALLER_DEPENDENT), True, id="rules depend on the caller"),
+        pytest.param(
+            viewer_of(PLAIN, ("people", "ann")), True, id="shows the caller's own address"
+        ),
+        pytest.param(viewer_of(PLAIN), False, id="the same for every caller"),
     ],
 )
 @pytest.mark.parametrize(
-    "reach",
+    "insert_lsn",
     [
-        pytest.param(LSN(1_000_000), id="the stream has yet to get there"),
-        pytest.param(LSN(0), id="the changelog has discarded the time since"),
+        pytest.param(LSN(1_000_000), id="the stream hasn't reached the snapshot"),
+        pytest.param(LSN(0), id="the changelog has discarded later commits"),
     ],
 )
-async def test_who_cannot_be_read_is_shown_nothing_that_depends_on_who_that_is(
-    viewer: ExpandViewer, reach: LSN, *, is_asking: bool
+async def test_nothing_that_depends_on_an_unreadable_caller_is_expanded(
+    viewer: ExpandViewer, insert_lsn: LSN, *, is_dependent: bool
 ) -> None:
-    async with open_room() as room:
-        connection, _ = await listening(room, "posts/*", who=caller())
+    """If the rows of callers can't be read, what depends on the caller isn't expanded."""
+    async with open_harness() as harness:
+        connection, _ = await subscribe(harness, "posts/*", user=caller())
         connection.subscriptions["posts/*"].expand_viewer = viewer
-        hub = room.hub
+        hub = harness.hub
         check = CallerCheck(
             hub._registry.callers,
             hub._progress.generation,
             events=[EVENT],
             find_connections=lambda _viewers, _groups: [connection],
         )
-        await check(Unanswered(reach), [viewer], [])
-        assert check.outdated_connections == ({connection: {viewer}} if is_asking else {})
+        await check(Unanswered(insert_lsn), [viewer], [])
+        assert check.outdated_connections == ({connection: {viewer}} if is_dependent else {})
         assert check.result == (
-            CallerCheckResult(LSN(8), is_changelog_complete=False) if is_asking else None
+            CallerCheckResult(LSN(8), is_changelog_complete=False) if is_dependent else None
         )
 
 
 def test_a_table_that_the_stream_carries_since_a_reload_has_no_history_of_before() -> None:
-    """It wasn't in what the changelog had of then."""
+    """The changelog has no changes of it from before the reload."""
 
-    async def known(history: RowHistory) -> list[bool]:
+    async def has_history(history: RowHistory) -> list[bool]:
         found = [await history.table_history(table, "id", LSN(100)) for table in (POSTS, NOTES)]
         found += [await history.table_history(table, "id", LSN(200)) for table in (POSTS, NOTES)]
         return [one is not None for one in found]
@@ -105,15 +117,16 @@ def test_a_table_that_the_stream_carries_since_a_reload_has_no_history_of_before
     changelog.append(
         Transaction(xid=Xid(1), end_lsn=LSN(200), commit_time_us=0, changes=(), size_bytes=1)
     )
-    assert asyncio.run(known(history)) == [True, False, True, False]
+    assert asyncio.run(has_history(history)) == [True, False, True, False]
     history.set_streamed_tables([POSTS, NOTES])
-    assert asyncio.run(known(history)) == [True, False, True, True]
+    assert asyncio.run(has_history(history)) == [True, False, True, True]
     history.clear()
-    assert asyncio.run(known(history)) == [True] * 4
+    assert asyncio.run(has_history(history)) == [True] * 4
 
 
 @pytest.mark.parametrize("rule", ["", "public = true", "id = @request.auth.id"])
 def test_an_option_knows_what_its_records_are_read_from(rule: str) -> None:
+    """The plan of an ``expand`` has the tables whose later writes outdate it."""
     posts = replace(
         COLLECTIONS["posts"],
         fields=tuple(
@@ -134,7 +147,7 @@ def test_an_option_knows_what_its_records_are_read_from(rule: str) -> None:
 
 
 def test_an_option_reads_junction_tables_as_well() -> None:
-    """Those of the relations on its way, and of the records that it leads to."""
+    """Those of the relations on its path, and those of the records that it leads to."""
     links, likes = TableName("public", "links"), TableName("public", "likes")
     posts, people = COLLECTIONS["posts"], COLLECTIONS["people"]
     by_links = through(links, posts, "people")
@@ -167,21 +180,22 @@ def through(table: TableName, collection: Collection, to: str) -> Collection:
 
 @pytest.mark.parametrize("change", [insert("a"), Truncate(POSTS)], ids=["a row", "all rows"])
 async def test_a_table_is_written_by_changes_of_known_and_unknown_rows(change: Change) -> None:
-    async with open_room() as room:
-        end = room.commit(change).end_lsn
-        history = await RowHistory(room.changelog).table_history(POSTS, "id", LSN(end - 1))
+    """A truncation counts as a write of the table, as a change of one row does."""
+    async with open_harness() as harness:
+        end = harness.commit(change).end_lsn
+        history = await RowHistory(harness.changelog).table_history(POSTS, "id", LSN(end - 1))
         assert history is not None
         assert history.has_writes(LSN(end - 1))
         assert not history.has_writes(end)
 
 
 async def test_ids_with_padding_are_not_looked_up() -> None:
-    """A char(n) is another text in a row than in a caller."""
-    async with open_room() as room:
+    """A char(n) id is padded in rows and not in callers, so any account may have changed."""
+    async with open_harness() as harness:
         people = COLLECTIONS["people"]
-        history = RowHistory(room.changelog)
-        after = room.changelog.end_cursor.lsn
-        room.commit(changed("bob"))
+        history = RowHistory(harness.changelog)
+        after = harness.changelog.end_cursor.lsn
+        harness.commit(changed("bob"))
         assert await history.table_history(PEOPLE, "id", after) is not None
         key = replace(people.key, type=replace(people.key.type, name="bpchar"))
         assert may_account_have_changed(history, people, ("people", "bob"), after)

@@ -1,4 +1,4 @@
-"""Connections that read on from the same place share the work, and never each other's rows."""
+"""Connections that catch up from the same cursor share evaluated slices, but never foreign rows."""
 
 from __future__ import annotations
 
@@ -22,21 +22,29 @@ from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
-from tests.unit.hub.room import NOTES, PEOPLE, POSTS, MemorySink, Room, insert, open_room
+from tests.unit.hub.harness import (
+    NOTES,
+    PEOPLE,
+    POSTS,
+    HubHarness,
+    MemorySink,
+    insert,
+    open_harness,
+)
 
 COUNT = 1500
 CONNECTIONS = 20
 
 
 def ids(sink: MemorySink) -> list[str]:
-    found = (re.search(r'"id":"(\w+)"', data) for _, _, data in sink.events()[1:])
-    return [match[1] for match in found if match is not None]
+    matches = (re.search(r'"id":"(\w+)"', data) for _, _, data in sink.events()[1:])
+    return [match[1] for match in matches if match is not None]
 
 
-def count_judged(room: Room, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many events each call judges from now on."""
+def count_evaluated(harness: HubHarness, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of events of each evaluation from now on."""
     counts: list[int] = []
-    matcher = room.hub._progress.generation.matcher
+    matcher = harness.hub._progress.generation.matcher
     start = matcher.start_evaluation
 
     def counted(events: Sequence[Event], *rest: Any, **more: Any) -> Any:
@@ -48,7 +56,7 @@ def count_judged(room: Room, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 ALL_POSTS = 'posts/*?options={"query":{"filter":"title != \'x\'"}}'
-"""Has a condition, so that answers may be missing; all have it."""
+"""A topic with a condition, so that verdicts may be missing. It admits every row."""
 
 
 def stick(sinks: Sequence[MemorySink]) -> None:
@@ -57,25 +65,27 @@ def stick(sinks: Sequence[MemorySink]) -> None:
         sink.overhead = 1_000_000
 
 
-async def fall_behind(room: Room, sinks: Sequence[MemorySink]) -> None:
-    """Let the clients take nothing while more is committed; one write fills their buffers."""
+async def fall_behind(harness: HubHarness, sinks: Sequence[MemorySink]) -> None:
+    """Commit rows while the clients take nothing; a single write fills their buffers."""
     stick(sinks)
     for first in range(0, COUNT, 50):
-        room.commit(*(insert(str(n), f"k{n % 2}") for n in range(first, first + 50)))
-        await room.settled()
+        harness.commit(*(insert(str(n), f"k{n % 2}") for n in range(first, first + 50)))
+        await harness.until_delivered()
 
 
-async def test_who_fell_behind_together_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A burst that is more than the clients take would otherwise cost many times what it cost."""
-    async with open_room(max_size=10_000_000) as room:
+async def test_connections_that_fell_behind_together_are_evaluated_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise a burst that exceeds the send buffers would be evaluated for each connection."""
+    async with open_harness(max_size=10_000_000) as harness:
         sinks = []
         for _ in range(CONNECTIONS):
-            connection, sink = room.connect()
-            await room.subscribe(connection, "posts/*")
+            connection, sink = harness.connect()
+            await harness.subscribe(connection, "posts/*")
             sinks.append(sink)
         await asyncio.sleep(0)
-        counts = count_judged(room, monkeypatch)
-        await fall_behind(room, sinks)
+        counts = count_evaluated(harness, monkeypatch)
+        await fall_behind(harness, sinks)
         for sink in sinks:
             sink.unstick()
         for sink in sinks:
@@ -84,66 +94,67 @@ async def test_who_fell_behind_together_is_judged_once(monkeypatch: pytest.Monke
         # CONNECTIONS * COUNT if each evaluated alone.
         assert COUNT <= sum(counts) < 2 * COUNT + 500
         async with asyncio.timeout(5.0):
-            while room.hub._catch_up._tasks:
+            while harness.hub._catch_up._tasks:
                 await asyncio.sleep(0)
-        assert not room.hub._catch_up._cache._slices
+        assert not harness.hub._catch_up._cache._slices
     assert [ids(sink) for sink in sinks] == [[str(n) for n in range(COUNT)]] * CONNECTIONS
 
 
 def kind(number: int) -> str:
+    """Return the topic of the rows of one kind."""
     options = json.dumps({"query": {"filter": f'title = "k{number}"'}})
     return f"posts/*?options={options}".replace(" ", "%20")
 
 
-async def test_who_asks_something_else_is_judged_by_that() -> None:
-    """They stand at the same cursor, and hear what their own filters admit."""
-    async with open_room(max_size=10_000_000) as room:
+async def test_connections_with_other_filters_are_evaluated_by_their_own() -> None:
+    """Connections at the same cursor receive what their own filters admit."""
+    async with open_harness(max_size=10_000_000) as harness:
         sinks = []
         for number in (0, 1, 0, 1):
-            connection, sink = room.connect()
-            await room.subscribe(connection, kind(number))
+            connection, sink = harness.connect()
+            await harness.subscribe(connection, kind(number))
             sinks.append(sink)
         await asyncio.sleep(0)
-        await fall_behind(room, sinks)
+        await fall_behind(harness, sinks)
         for sink in sinks:
             sink.unstick()
         for sink in sinks:
             await sink.wait_for(1 + COUNT // 2)
 
-    for place, sink in enumerate(sinks):
-        assert ids(sink) == [str(n) for n in range(place % 2, COUNT, 2)]
+    for index, sink in enumerate(sinks):
+        assert ids(sink) == [str(n) for n in range(index % 2, COUNT, 2)]
 
 
-async def test_who_sees_more_of_a_record_keeps_it_to_itself() -> None:
-    """A guest that reads on after a superuser is not given the superuser's text."""
-    async with open_room(max_size=10_000_000) as room:
-        superuser, above = room.connect()
-        await room.subscribe(superuser, "people/*", caller=Caller(Superuser("root")))
-        guest, below = room.connect()
-        await room.subscribe(guest, "people/*")
+async def test_what_only_one_caller_may_see_is_not_shared() -> None:
+    """A guest that catches up after a superuser doesn't receive the superuser's records."""
+    async with open_harness(max_size=10_000_000) as harness:
+        superuser, broad_sink = harness.connect()
+        await harness.subscribe(superuser, "people/*", caller=Caller(Superuser("root")))
+        guest, narrow_sink = harness.connect()
+        await harness.subscribe(guest, "people/*")
         await asyncio.sleep(0)
-        stick((above, below))
+        stick((broad_sink, narrow_sink))
         for number in range(100):
-            room.commit(Insert(PEOPLE, {"id": str(number), "email": "a@b.c", "key": "k"}))
-            await room.settled()
-        above.unstick()
-        await above.wait_for(101)
-        below.unstick()
-        await below.wait_for(101)
+            harness.commit(Insert(PEOPLE, {"id": str(number), "email": "a@b.c", "key": "k"}))
+            await harness.until_delivered()
+        broad_sink.unstick()
+        await broad_sink.wait_for(101)
+        narrow_sink.unstick()
+        await narrow_sink.wait_for(101)
 
-    assert all("a@b.c" in data for _, _, data in above.events()[1:])
-    assert not any("a@b.c" in data for _, _, data in below.events())
+    assert all("a@b.c" in data for _, _, data in broad_sink.events()[1:])
+    assert not any("a@b.c" in data for _, _, data in narrow_sink.events())
 
 
 async def test_position_is_each_connection_s_own() -> None:
-    """One asked for positions and one didn't: the text is shared, the ids aren't."""
-    async with open_room(max_size=10_000_000) as room:
-        plain, without = room.connect()
-        resumable, with_positions = room.connect(position="")
+    """With positions and without: the data of messages is shared, ids aren't."""
+    async with open_harness(max_size=10_000_000) as harness:
+        plain, without = harness.connect()
+        resumable, with_positions = harness.connect(position="")
         for connection in (plain, resumable):
-            await room.subscribe(connection, "posts/*")
+            await harness.subscribe(connection, "posts/*")
         await asyncio.sleep(0)
-        await fall_behind(room, (without, with_positions))
+        await fall_behind(harness, (without, with_positions))
         for sink in (without, with_positions):
             sink.unstick()
             await sink.wait_for(1 + COUNT)
@@ -153,98 +164,99 @@ async def test_position_is_each_connection_s_own() -> None:
     assert positions == sorted(set(positions))
 
 
-@pytest.mark.parametrize("kind", ["undecided", "emptied"])
-async def test_what_is_remembered_hides_no_gap(kind: str) -> None:
-    """Each that comes by is told, by PB_RESYNC or by what it missed."""
-    async with open_room() as room:
+@pytest.mark.parametrize("kind", ["undecided", "truncated"])
+async def test_a_cached_slice_hides_no_gap(kind: str) -> None:
+    """Each connection that uses the cached slice is notified of the gap."""
+    async with open_harness() as harness:
         start = f"{'x' * 40}.abcdef-{100:016x}-ffffffff"
-        room.commit(insert("n", table=NOTES))
-        room.commit(insert("a"), insert("b"))
-        if kind == "emptied":
-            room.commit(Truncate(POSTS))
-        await room.settled()
-        busy, busy_sink = room.connect(position=start)
+        harness.commit(insert("n", table=NOTES))
+        harness.commit(insert("a"), insert("b"))
+        if kind == "truncated":
+            harness.commit(Truncate(POSTS))
+        await harness.until_delivered()
+        busy, busy_sink = harness.connect(position=start)
         stick([busy_sink])
-        await room.subscribe(busy, "notes/*")
-        await busy_sink.wait_for(2)  # and doesn't take it: its task keeps what is remembered
+        await harness.subscribe(busy, "notes/*")
+        await busy_sink.wait_for(2)  # and doesn't take it: while its task runs, the cache is kept
         if kind == "undecided":
-            room.database.undecided = frozenset({"posts"})
-        heard = []
+            harness.database.undecided = frozenset({"posts"})
+        received = []
         for _ in range(2):
-            connection, sink = room.connect(position=start)
-            await room.subscribe(connection, ALL_POSTS)
+            connection, sink = harness.connect(position=start)
+            await harness.subscribe(connection, ALL_POSTS)
             assert catch_up_cache_key(connection, 0) is not None
-            heard.append([name for _, name, _ in await sink.wait_for(4)])
+            received.append([name for _, name, _ in await sink.wait_for(4)])
 
-    assert heard == [["PB_CONNECT", ALL_POSTS, ALL_POSTS, "PB_RESYNC"]] * 2
+    assert received == [["PB_CONNECT", ALL_POSTS, ALL_POSTS, "PB_RESYNC"]] * 2
 
 
-async def test_what_is_remembered_hides_no_change_of_a_caller() -> None:
-    """Who comes by is turned by its own row, though the work is shared with who isn't."""
+async def test_a_cached_slice_hides_no_change_of_a_caller() -> None:
+    """An event of its row changes the caller, though another connection evaluated the slice."""
     ann = AuthRecord(collection_id="pbc_people", collection_name="people", id="ann")
-    async with open_room() as room:
+    async with open_harness() as harness:
         start = f"{'x' * 40}.abcdef-{100:016x}-ffffffff"
-        room.commit(insert("n", table=NOTES))
-        room.commit(insert("a"), Delete(PEOPLE, WholeRow({"id": "ann", "email": "", "key": ""})))
-        await room.settled()
-        busy, busy_sink = room.connect(position=start)
+        harness.commit(insert("n", table=NOTES))
+        harness.commit(insert("a"), Delete(PEOPLE, WholeRow({"id": "ann", "email": "", "key": ""})))
+        await harness.until_delivered()
+        busy, busy_sink = harness.connect(position=start)
         stick([busy_sink])
-        await room.subscribe(busy, "notes/*")
+        await harness.subscribe(busy, "notes/*")
         await busy_sink.wait_for(2)
-        guest, guest_sink = room.connect(position=start)
-        await room.subscribe(guest, "posts/*")
+        guest, guest_sink = harness.connect(position=start)
+        await harness.subscribe(guest, "posts/*")
         await guest_sink.wait_for(2)
-        connection, sink = room.connect(position=start)
-        await room.subscribe(connection, "posts/*", caller=Caller(ann))
+        connection, sink = harness.connect(position=start)
+        await harness.subscribe(connection, "posts/*", caller=Caller(ann))
         await sink.wait_for(2)
-        room.commit(insert("b"))
+        harness.commit(insert("b"))
         await sink.wait_for(3)
 
         assert connection.caller == Caller()
 
 
-async def standing(
-    room: Room, *topics: str, caller: Caller | None = None
+async def subscribed_key(
+    harness: HubHarness, *topics: str, caller: Caller | None = None
 ) -> CatchUpCacheKey | None:
-    connection, _ = room.connect()
-    await room.subscribe(connection, *topics, caller=caller)
+    """Subscribe a connection; return the key by which it shares slices."""
+    connection, _ = harness.connect()
+    await harness.subscribe(connection, *topics, caller=caller)
     for subscription in connection.subscriptions.values():
         subscription.read_point = None
     return catch_up_cache_key(connection, 0)
 
 
-async def test_what_concerns_one_connection_alone_is_not_shared() -> None:
-    """Several topics are joined; an own record shows more; a fresh topic leaves rows out.
+async def test_slices_that_concern_one_connection_alone_are_not_shared() -> None:
+    """Not shared are slices of several topics, of callers with an own record, and of new topics.
 
-    Of what was committed before it was submitted, that is: later changes are shared.
+    A new topic leaves out changes that its read point has seen; later slices of it are shared.
     """
     ann = Caller(AuthRecord(collection_id="pbc_people", collection_name="people", id="ann"))
-    async with open_room() as room:
-        room.database.insert_lsn = "0/64"
-        fresh, _ = room.connect()
-        await room.subscribe(fresh, "posts/*")
+    async with open_harness() as harness:
+        harness.database.insert_lsn = "0/64"
+        fresh, _ = harness.connect()
+        await harness.subscribe(fresh, "posts/*")
 
-        assert await standing(room, "posts/*") is not None
+        assert await subscribed_key(harness, "posts/*") is not None
         assert catch_up_cache_key(fresh, 0) is None
         fresh.cursor = Cursor(LSN(0x65), 0)
         assert catch_up_cache_key(fresh, 0) is not None
-        assert await standing(room, "posts/*", "notes/*") is None
-        assert await standing(room, "people/*", caller=ann) is None
-        assert await standing(room, "nowhere/*") is None
+        assert await subscribed_key(harness, "posts/*", "notes/*") is None
+        assert await subscribed_key(harness, "people/*", caller=ann) is None
+        assert await subscribed_key(harness, "nowhere/*") is None
 
 
-async def test_standpoints_are_equal_for_the_same_rule_of_the_same_collections() -> None:
-    """A rule with other values is another group, though the topic has the same name."""
-    async with open_room() as room:
-        here = await standing(room, "posts/*")
-        assert here is not None
-        there = await standing(room, "posts/*")
-        another = await standing(room, "posts/1")
+async def test_cache_keys_are_equal_for_the_same_rule_of_the_same_generation() -> None:
+    """A rule with other values is another group, though the topic has the same text."""
+    async with open_harness() as harness:
+        key = await subscribed_key(harness, "posts/*")
+        assert key is not None
+        same = await subscribed_key(harness, "posts/*")
+        another = await subscribed_key(harness, "posts/1")
         assert another is not None
 
-    assert here == there
-    assert here != here._replace(group=another.group)
-    assert here != here._replace(revision=1)
+    assert key == same
+    assert key != key._replace(group=another.group)
+    assert key != key._replace(revision=1)
 
 
 class Clock:
@@ -254,55 +266,56 @@ class Clock:
         return self.now
 
 
-def at_lsn(lsn: int) -> CatchUpCacheKey:
+def key_at(lsn: int) -> CatchUpCacheKey:
     return CatchUpCacheKey(0, Cursor(LSN(lsn), 0), None, None)  # type: ignore[arg-type]  # only compared
 
 
-def found(recent: CatchUpCache, lsn: int) -> CachedSlice | None:
-    return recent.get(at_lsn(lsn))
+def lookup(cache: CatchUpCache, lsn: int) -> CachedSlice | None:
+    return cache.get(key_at(lsn))
 
 
-def test_what_was_found_out_is_true_for_a_moment() -> None:
-    """A rule that asks the database may have another answer later."""
+def test_a_cached_slice_expires() -> None:
+    """A rule that needs a query may have another verdict later."""
     clock = Clock()
-    recent = CatchUpCache(clock)
-    recent.store(
-        at_lsn(1), [], MessageBatch([(0, b"x")]), Cursor(LSN(2), 0), FilterBudget(), checked=None
+    cache = CatchUpCache(clock)
+    cache.store(
+        key_at(1), [], MessageBatch([(0, b"x")]), Cursor(LSN(2), 0), FilterBudget(), checked=None
     )
 
-    assert found(recent, 1) is not None
+    assert lookup(cache, 1) is not None
     clock.now = 1.1
-    assert found(recent, 1) is None
+    assert lookup(cache, 1) is None
 
 
-def test_what_is_kept_is_bounded() -> None:
-    """The oldest give way, also to themselves found out anew."""
-    recent = CatchUpCache(Clock())
+def test_the_cache_is_bounded() -> None:
+    """The oldest slices are dropped first, also for a slice that is stored again."""
+    cache = CatchUpCache(Clock())
     batch = MessageBatch([(0, b"x" * 6_000_000)])
     for lsn in (1, 1, 2, 3):
-        recent.store(at_lsn(lsn), [], batch, Cursor(LSN(9), 0), FilterBudget(), checked=None)
+        cache.store(key_at(lsn), [], batch, Cursor(LSN(9), 0), FilterBudget(), checked=None)
 
-    assert [found(recent, lsn) is not None for lsn in (1, 2, 3)] == [False, True, True]
+    assert [lookup(cache, lsn) is not None for lsn in (1, 2, 3)] == [False, True, True]
 
 
-def test_what_nobody_may_have_any_more_is_let_go() -> None:
-    """Also where nothing was heard: then there are no bytes to bound, but events."""
+def test_expired_slices_are_dropped() -> None:
+    """Also slices without messages: they hold no bytes that count, but events."""
     clock = Clock()
-    recent = CatchUpCache(clock)
+    cache = CatchUpCache(clock)
     for lsn in range(1, 100):
         clock.now += 0.1
-        recent.store(
-            at_lsn(lsn), [], MessageBatch(), Cursor(LSN(9), 0), FilterBudget(), checked=None
+        cache.store(
+            key_at(lsn), [], MessageBatch(), Cursor(LSN(9), 0), FilterBudget(), checked=None
         )
 
-    assert len(recent._slices) <= 11
+    assert len(cache._slices) <= 11
 
 
-def test_what_is_too_large_is_not_kept() -> None:
-    recent = CatchUpCache(Clock())
+def test_a_slice_that_is_too_large_is_not_cached() -> None:
+    """A slice beyond the bound of the whole cache isn't stored."""
+    cache = CatchUpCache(Clock())
     for lsn in (1, 2):
-        recent.store(
-            at_lsn(lsn),
+        cache.store(
+            key_at(lsn),
             [],
             MessageBatch([(0, b"x" * 17_000_000)]),
             Cursor(LSN(9), 0),
@@ -310,4 +323,4 @@ def test_what_is_too_large_is_not_kept() -> None:
             checked=None,
         )
 
-    assert not recent._slices
+    assert not cache._slices

@@ -1,4 +1,4 @@
-"""A connection and its subscriptions change through their own methods only."""
+"""The state of a connection and of its subscriptions is changed by their own methods only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgrealtime.hub.connections.output import ConnectionOutput
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
-from tests.unit.hub.room import MemorySink
+from tests.unit.hub.harness import MemorySink
 
 PACKAGE = Path(pgrealtime.__file__).parent
 FIELDS = {
@@ -24,11 +24,13 @@ FIELDS = {
 MUTABLE = {"subscriptions"}
 """Fields whose value is changed in place."""
 OTHERS = {"builder.subscriptions"}
-"""What has such a name and is of another class: the submitted ones of ``api.body``."""
+"""Attributes of such a name of other classes: the submitted topics in ``api.subscribe_body``."""
 MUTATORS = {"clear", "pop", "popitem", "setdefault", "update"}
+"""Methods that change a dict in place."""
 
 
 def _targets(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes that a statement assigns or deletes, with those inside them."""
     match node:
         case ast.Assign(targets=targets) | ast.Delete(targets=targets):
             yield from chain.from_iterable(map(ast.walk, targets))
@@ -41,7 +43,7 @@ def _targets(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_of_another(node: ast.AST, fields: set[str]) -> bool:
-    """Whether it is a field of those names, of anything but ``self``."""
+    """Whether a node is one of the fields, of an object other than ``self``."""
     return (
         isinstance(node, ast.Attribute)
         and node.attr in fields
@@ -51,7 +53,7 @@ def _is_of_another(node: ast.AST, fields: set[str]) -> bool:
 
 
 def assignments(text: str) -> list[str]:
-    """Return where the text assigns such a field of another object, or changes one in place."""
+    """Return where code assigns a field of another object, or changes one in place."""
     found = []
     for node in ast.walk(ast.parse(text)):
         for target in _targets(node):
@@ -78,12 +80,12 @@ def assignments(text: str) -> list[str]:
 
 
 def test_nothing_outside_of_their_classes_assigns_their_fields() -> None:
-    """Every change of a connection's state is one of its transitions."""
+    """So every change of a connection's state is one of its transitions."""
     found = {
         str(path.relative_to(PACKAGE)): assignments(path.read_text())
         for path in PACKAGE.rglob("*.py")
     }
-    assert {place: lines for place, lines in found.items() if lines} == {}
+    assert {file_name: lines for file_name, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ def test_nothing_outside_of_their_classes_assigns_their_fields() -> None:
     ],
 )
 def test_every_form_of_assignment_is_found(text: str) -> None:
+    """The search above misses no form that Python has."""
     assert len(assignments(text)) == 1
 
 
@@ -110,6 +113,7 @@ def test_every_form_of_assignment_is_found(text: str) -> None:
     "text", ["self.state = 1", "state = connection.state", "connection.subscriptions.values()"]
 )
 def test_reading_is_not_assigning(text: str) -> None:
+    """The search above reports no use that changes nothing."""
     assert assignments(text) == []
 
 
@@ -137,7 +141,7 @@ PATHS = {
     CALLER_INVALID: ("connect", "invalidate_caller"),
     CLOSED: ("close",),
 }
-"""How a connection comes into each state."""
+"""By state, the transitions that lead a new connection into it."""
 TABLE = {
     "connect": {CONNECTING: UNSUBSCRIBED},
     "begin_call": {
@@ -167,10 +171,11 @@ TABLE = {
     "restart": {state: state for state in ConnectionState},
     "close": dict.fromkeys(ConnectionState, CLOSED),
 }
-"""Transition -> from -> to; every other one raises."""
+"""By transition, the state after it by the state before it; from any other state it raises."""
 
 
 def connection_in(state: ConnectionState) -> Connection:
+    """Return a connection in a state."""
     made = Connection("id", MemorySink(), address="127.0.0.1", epoch="abcdef", cursor=HEAD, now=0.0)
     for step in PATHS[state]:
         if step == "subscribe":
@@ -187,6 +192,7 @@ def connection_in(state: ConnectionState) -> Connection:
 def test_a_transition_leads_where_the_table_says_or_raises(
     name: str, state: ConnectionState
 ) -> None:
+    """A transition that the table doesn't have raises and leaves the state as it is."""
     connection = connection_in(state)
     if (to := TABLE[name].get(state)) is not None:
         TRANSITIONS[name](connection)

@@ -1,4 +1,4 @@
-"""What of a live row is also true of a version that its transaction has replaced."""
+"""Which columns a row version may have different from the live row, by its own transaction."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pgrealtime.changes import Change, Insert, Key, Update
 from pgrealtime.hub.evaluation.toast import LaterWrites
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
-from tests.unit.hub.room import COLLECTIONS, POSTS
+from tests.unit.hub.harness import COLLECTIONS, POSTS
 
 ALL = COLLECTIONS["posts"]
 
 
 def written_after(*changes: Change, ordinal: int, is_title_generated: bool = False) -> set[str]:
-    """Return what is written after one of a transaction's changes, of the post "a"."""
+    """Return the columns written after the change at ``ordinal``, of the post "a"."""
     columns = tuple(
         replace(one, is_generated=is_title_generated and one.name == "title")
         for one in ALL.table.columns
@@ -29,7 +29,7 @@ def update(record_id: str, **more: str) -> Update:
 
 
 def test_what_later_changes_of_the_row_leave_alone_is_as_it_was() -> None:
-    """An image without a column says that the change left it as it was."""
+    """A new row image without a column means that the change left the column as it was."""
     assert written_after(update("a"), ordinal=1) == set()
     assert written_after(update("a"), update("a"), ordinal=1) == {"id"}
     assert written_after(update("a"), update("b", title="x"), ordinal=1) == set()
@@ -38,13 +38,14 @@ def test_what_later_changes_of_the_row_leave_alone_is_as_it_was() -> None:
 
 
 def test_what_a_later_change_brings_is_not_known_of_before() -> None:
+    """The live row has the value of the later change."""
     created = Insert(POSTS, {"id": "a", "title": "x"})
     assert written_after(update("a"), update("a", title="x"), ordinal=1) == {"id", "title"}
     assert written_after(update("a"), created, ordinal=1) == {"id", "title"}
 
 
 def test_a_generated_column_may_change_with_any_other() -> None:
-    """It is in no image."""
+    """No row image has generated columns."""
     twice = update("a"), update("a")
     assert written_after(*twice, ordinal=1, is_title_generated=True) == {"id", "title"}
     assert written_after(*twice, ordinal=2, is_title_generated=True) == set()

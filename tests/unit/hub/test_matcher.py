@@ -1,4 +1,4 @@
-"""Groups: who is judged together, who receives the same, and what one client may ask for."""
+"""Which subscriptions form a group, which receive the same bytes, and what one client may use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Subscription
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.evaluation.quotas import REMOTE_FILTERS_PER_CONNECTION as COSTLY
+from pgrealtime.hub.evaluation.quotas import REMOTE_FILTERS_PER_CONNECTION as REMOTE_FILTERS
 from pgrealtime.hub.evaluation.quotas import UNINDEXED_FILTERS_PER_ADDRESS
 from pgrealtime.hub.evaluation.quotas import VIEWS_PER_CONNECTION as VIEWS
 from pgrealtime.hub.events.event import Event
@@ -24,14 +24,14 @@ from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
 from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.engine_driving import evaluate_in_process
-from tests.unit.hub.room import COLLECTIONS, MemorySink
+from tests.unit.hub.harness import COLLECTIONS, MemorySink
 from tests.unit.rules.schema import COLLECTIONS as RELATED
 
 NOW = datetime(2024, 5, 6, tzinfo=UTC)
 VIEW = View(sees_hidden=False, sees_email=False, fields=None)
 
 
-def matcher(list_rule: str = "", view_rule: str = "") -> Matcher:
+def make_matcher(list_rule: str = "", view_rule: str = "") -> Matcher:
     posts = replace(COLLECTIONS["posts"], list_rule=list_rule, view_rule=view_rule)
     others = (c for c in COLLECTIONS.values() if c.name != "posts")
     return Matcher(Collections((posts, *others)))
@@ -43,60 +43,63 @@ def connection(address: str = "") -> Connection:
 
 
 def subscribe(
-    there: Matcher, name: str, who: str = "ann", on: Connection | None = None
+    matcher: Matcher, name: str, user_id: str = "ann", on: Connection | None = None
 ) -> Subscription | str:
-    """The subscription, or why it hears nothing."""
+    """Return the subscription, or why it never receives events."""
     made = Subscription(on or connection(), parse_topic(name), VIEW, "")
-    record = AuthRecord(collection_id="pbc_people", collection_name="people", id=who)
+    record = AuthRecord(collection_id="pbc_people", collection_name="people", id=user_id)
     try:
-        reason = there.add(made, record)
+        reason = matcher.add(made, record)
     except SubscriptionLimitError as error:
         return error.limit_name
     made.connection.subscriptions[name] = made
     return reason or made
 
 
-def put(there: Matcher, name: str, who: str = "ann") -> Subscription:
-    made = subscribe(there, name, who)
+def put(matcher: Matcher, name: str, user_id: str = "ann") -> Subscription:
+    """Return the subscription, which must be accepted."""
+    made = subscribe(matcher, name, user_id)
     assert isinstance(made, Subscription)
     return made
 
 
-def hearing(there: Matcher, record_id: str, title: str = "t") -> set[Subscription]:
-    """Who hears of a change."""
+def receivers(matcher: Matcher, record_id: str, title: str = "t") -> set[Subscription]:
+    """Return the subscriptions that receive the update of a post."""
     row: Row = {"id": record_id, "title": title}
     event = Event(COLLECTIONS["posts"], "update", record_id, row, Cursor(LSN(8), 1), Xid(3))
-    evaluation = evaluate_in_process(there, [event], NOW)
+    evaluation = evaluate_in_process(matcher, [event], NOW)
     assert evaluation.questions() == []
     return {
-        one for group in evaluation.hits(0) for audience in group.render_groups for one in audience
+        one for group in evaluation.hits(0) for members in group.render_groups for one in members
     }
 
 
 def filtered(text: str) -> str:
+    """Return a topic of posts with a filter."""
     return f'posts/*?options={{"query":{{"filter":"{text}"}}}}'
 
 
-def test_a_record_s_topic_hears_of_that_record_under_its_view_rule() -> None:
-    there = matcher("title = 'listed'", "title = @request.auth.id")
-    whole = put(there, "posts/*")
-    ann, bob = put(there, "posts/a"), put(there, "posts/a", "bob")
-    also_ann, other = put(there, "posts/a?x"), put(there, "posts/b")
+def test_a_record_s_topic_receives_that_record_under_its_view_rule() -> None:
+    """The topic of the whole collection is under the list rule."""
+    matcher = make_matcher("title = 'listed'", "title = @request.auth.id")
+    whole = put(matcher, "posts/*")
+    ann, bob = put(matcher, "posts/a"), put(matcher, "posts/a", "bob")
+    also_ann, other = put(matcher, "posts/a?x"), put(matcher, "posts/b")
 
-    assert hearing(there, "a", "listed") == {whole}
-    assert hearing(there, "a", "ann") == {ann, also_ann}
-    assert hearing(there, "a", "bob") == {bob}
-    assert hearing(there, "b", "ann") == {other}
-    assert hearing(there, "c", "ann") == set()
+    assert receivers(matcher, "a", "listed") == {whole}
+    assert receivers(matcher, "a", "ann") == {ann, also_ann}
+    assert receivers(matcher, "a", "bob") == {bob}
+    assert receivers(matcher, "b", "ann") == {other}
+    assert receivers(matcher, "c", "ann") == set()
 
 
-def test_topics_in_a_row_that_differ_in_one_thing_are_told_apart() -> None:
-    """By the rule, the query, the headers, and who asks."""
+def test_topics_that_differ_in_one_value_are_distinguished() -> None:
+    """They differ in the query, the headers, or the caller, which the rule reads."""
     rule = "title = @request.query.a || title = @request.headers.b || title = @request.auth.id"
-    there = matcher(rule, f"title = 'r' && ({rule})")
+    matcher = make_matcher(rule, f"title = 'r' && ({rule})")
     made = {
-        title: put(there, f'posts/{topic}?options={{"{part}":{{"{name}":"{title}"}}}}', who)
-        for title, topic, part, name, who in (
+        title: put(matcher, f'posts/{topic}?options={{"{part}":{{"{name}":"{title}"}}}}', user_id)
+        for title, topic, part, name, user_id in (
             ("q", "*", "query", "a", "x"),
             ("q2", "*", "query", "a", "x"),
             ("h", "*", "headers", "b", "x"),
@@ -108,253 +111,264 @@ def test_topics_in_a_row_that_differ_in_one_thing_are_told_apart() -> None:
     }
 
     for title, one in made.items():
-        assert hearing(there, "r", title) == {one}
+        assert receivers(matcher, "r", title) == {one}
 
 
-def test_a_caller_whose_row_has_changed_is_told_from_what_it_was() -> None:
-    there = matcher("title = @request.auth.email:lower")
+def test_a_caller_whose_row_has_changed_is_distinguished_from_its_former_values() -> None:
+    """Two subscriptions of one account with different values of its row are two groups."""
+    matcher = make_matcher("title = @request.auth.email:lower")
     record = AuthRecord(collection_id="pbc_people", collection_name="people", id="ann")
     made = [Subscription(connection(), parse_topic("posts/*"), VIEW, "") for _ in range(2)]
     for one, email in zip(made, ("A@X", "B@X"), strict=True):
-        there.add(one, record, {"id": "ann", "email": email})
+        matcher.add(one, record, {"id": "ann", "email": email})
 
-    assert [hearing(there, "r", title) for title in ("a@x", "b@x")] == [{one} for one in made]
+    assert [receivers(matcher, "r", title) for title in ("a@x", "b@x")] == [{one} for one in made]
 
 
-def test_who_asks_the_same_is_judged_together() -> None:
-    """Whoever they are, if the rule doesn't ask for it, and whatever they receive."""
-    there = matcher("@request.auth.id != '' && title != 'secret'")
-    ann, bob = put(there, "posts/*"), put(there, "posts", "bob")
-    narrow = put(there, filtered("title='a'"))
+def test_subscriptions_with_equal_conditions_are_evaluated_together() -> None:
+    """Whatever their callers, where the rule reads nothing of them, and whatever they receive."""
+    matcher = make_matcher("@request.auth.id != '' && title != 'secret'")
+    ann, bob = put(matcher, "posts/*"), put(matcher, "posts", "bob")
+    narrow = put(matcher, filtered("title='a'"))
 
     assert ann.group is not None
     assert ann.group is bob.group is not narrow.group
-    assert [list(audience) for audience in ann.group.render_groups] == [[ann], [bob]]
+    assert [list(members) for members in ann.group.render_groups] == [[ann], [bob]]
 
 
-def test_nothing_is_left_of_who_has_gone() -> None:
-    there = matcher("title = @request.auth.id || title ~ @request.auth.id", "title ~ 'x'")
+def test_nothing_is_left_of_removed_subscriptions() -> None:
+    """Neither groups nor indexes keep a removed subscription."""
+    matcher = make_matcher("title = @request.auth.id || title ~ @request.auth.id", "title ~ 'x'")
     names = ("posts/*", "posts", "posts/a", "posts/a?x", "posts/b", filtered("title~'a'"))
-    made = [put(there, name, who) for who in ("ann", "bob") for name in names]
+    made = [put(matcher, name, user_id) for user_id in ("ann", "bob") for name in names]
     for one in made:
-        there.remove(one)
+        matcher.remove(one)
 
-    assert there._tables == {}
-    assert not there._unindexed_filters
+    assert matcher._tables == {}
+    assert not matcher._unindexed_filters
     assert all(one.group is None for one in made)
 
 
-def test_a_client_has_a_share_of_what_is_tried_one_by_one() -> None:
-    """Each change tries every one of them; those with an equality cost nothing."""
-    there, mine = matcher(), connection()
+def test_a_connection_has_a_number_of_unindexed_filters() -> None:
+    """Each change is evaluated against all of them; filters with an equality are indexed."""
+    matcher, client = make_matcher(), connection()
     for n in range(50):
-        assert isinstance(subscribe(there, filtered(f"title~'{n}'"), on=mine), Subscription)
-    refused = subscribe(there, filtered("title~'more'"), on=mine)
-    same = subscribe(there, filtered("title~'7'") + "&x", on=connection())
+        assert isinstance(subscribe(matcher, filtered(f"title~'{n}'"), on=client), Subscription)
+    refused = subscribe(matcher, filtered("title~'more'"), on=client)
+    same = subscribe(matcher, filtered("title~'7'") + "&x", on=connection())
 
     assert refused == "unindexed_filters"
-    assert isinstance(subscribe(there, filtered("title~'8'") + "&x", on=mine), Subscription)
+    assert isinstance(subscribe(matcher, filtered("title~'8'") + "&x", on=client), Subscription)
     assert isinstance(same, Subscription)
-    assert isinstance(subscribe(there, filtered("title='more'"), on=mine), Subscription)
-    assert isinstance(subscribe(there, filtered("title~'mine'")), Subscription)
+    assert isinstance(subscribe(matcher, filtered("title='more'"), on=client), Subscription)
+    assert isinstance(subscribe(matcher, filtered("title~'mine'")), Subscription)
 
 
 @pytest.mark.parametrize(
-    ("address", "another"),
+    ("address", "other_address"),
     [
         pytest.param("10.0.0.8", "10.0.0.9", id="IPv4"),
         pytest.param("2001:0db8::{:x}", "2001:0db8:0:1::1", id="IPv6 has it for each /64"),
     ],
 )
-def test_an_address_has_a_share_of_what_is_tried_one_by_one(address: str, another: str) -> None:
-    """However many connections it opens; what others there ask as well costs nothing more."""
-    there = matcher()
-    mine = [connection(address.format(n)) for n in range(UNINDEXED_FILTERS_PER_ADDRESS // 50 + 1)]
+def test_an_address_has_a_number_of_unindexed_filters(address: str, other_address: str) -> None:
+    """However many connections it opens. A filter that it shares with others there counts once."""
+    matcher = make_matcher()
+    client = [connection(address.format(n)) for n in range(UNINDEXED_FILTERS_PER_ADDRESS // 50 + 1)]
     for n in range(UNINDEXED_FILTERS_PER_ADDRESS):
-        made = subscribe(there, filtered(f"title~'{n}'"), on=mine[n // 50])
+        made = subscribe(matcher, filtered(f"title~'{n}'"), on=client[n // 50])
         assert isinstance(made, Subscription)
-    other = connection(another)
+    other = connection(other_address)
 
-    assert subscribe(there, filtered("title~'x'"), on=mine[-1]) == "unindexed_filters_of_address"
-    assert subscribe(there, filtered("title=id"), on=mine[-1]) == "unindexed_filters_of_address"
-    assert isinstance(subscribe(there, filtered("title~'7'"), on=mine[-1]), Subscription)
-    assert isinstance(subscribe(there, filtered("title~'x'"), on=other), Subscription)
-    there.remove(mine[0].subscriptions[filtered("title~'1'")])
-    assert isinstance(subscribe(there, filtered("title~'y'"), on=mine[-1]), Subscription)
+    assert (
+        subscribe(matcher, filtered("title~'x'"), on=client[-1]) == "unindexed_filters_of_address"
+    )
+    assert subscribe(matcher, filtered("title=id"), on=client[-1]) == "unindexed_filters_of_address"
+    assert isinstance(subscribe(matcher, filtered("title~'7'"), on=client[-1]), Subscription)
+    assert isinstance(subscribe(matcher, filtered("title~'x'"), on=other), Subscription)
+    matcher.remove(client[0].subscriptions[filtered("title~'1'")])
+    assert isinstance(subscribe(matcher, filtered("title~'y'"), on=client[-1]), Subscription)
 
 
 def test_rules_never_run_out() -> None:
-    """6,000 people whom no index tells apart, from one address, hear what their rule admits."""
-    there = matcher("title ~ @request.auth.id")
-    made = [put(there, "posts/*", f"u{n:04}") for n in range(6000)]
+    """6,000 subscriptions whose rule no index serves, from one address: rules aren't limited."""
+    matcher = make_matcher("title ~ @request.auth.id")
+    made = [put(matcher, "posts/*", f"u{n:04}") for n in range(6000)]
 
     assert all(one.group is not None for one in made)
-    assert hearing(there, "a", "of u5999 and u0000") == {made[0], made[-1]}
+    assert receivers(matcher, "a", "of u5999 and u0000") == {made[0], made[-1]}
 
 
 def with_relations(list_rule: str = "") -> Matcher:
-    """Posts have authors here."""
+    """Return a matcher whose posts have authors."""
     posts = replace(RELATED["posts"], list_rule=list_rule, view_rule="")
     return Matcher(Collections((posts, *(c for c in RELATED.values() if c.name != "posts"))))
 
 
-def asking(text: str) -> str:
-    """A topic whose filter nobody but Postgres can decide."""
+def remote_filter(text: str) -> str:
+    """Return a topic whose filter only PostgreSQL can evaluate."""
     return filtered(f"author.name~'{text}'")
 
 
-def test_a_connection_has_a_number_of_filters_that_postgres_is_asked_for() -> None:
-    """One client's bombs are few; everybody else, and whatever is decided here, isn't counted."""
-    there, mine = with_relations(), connection()
-    for n in range(COSTLY):
-        assert isinstance(subscribe(there, asking(str(n)), on=mine), Subscription)
+def test_a_connection_has_a_number_of_filters_that_need_postgres() -> None:
+    """Filters evaluated in the process don't count, nor do those of other connections."""
+    matcher, client = with_relations(), connection()
+    for n in range(REMOTE_FILTERS):
+        assert isinstance(subscribe(matcher, remote_filter(str(n)), on=client), Subscription)
 
-    assert subscribe(there, asking("more"), on=mine) == "asking_filters"
-    assert isinstance(subscribe(there, filtered("title='more'"), on=mine), Subscription)
-    assert isinstance(subscribe(there, "posts/*", on=mine), Subscription)
-    assert isinstance(subscribe(there, asking("more")), Subscription)
+    assert subscribe(matcher, remote_filter("more"), on=client) == "asking_filters"
+    assert isinstance(subscribe(matcher, filtered("title='more'"), on=client), Subscription)
+    assert isinstance(subscribe(matcher, "posts/*", on=client), Subscription)
+    assert isinstance(subscribe(matcher, remote_filter("more")), Subscription)
 
 
-def test_what_the_rule_asks_anyway_is_not_the_filter_s_doing() -> None:
-    there, mine = with_relations("author.name ~ title"), connection()
-    names = [filtered(f"title={n}%26%26author.name~title") for n in range(COSTLY + 1)]
+def test_a_question_that_the_rule_needs_anyway_is_not_counted_for_the_filter() -> None:
+    """A filter counts only if it needs PostgreSQL where its rule doesn't."""
+    matcher, client = with_relations("author.name ~ title"), connection()
+    names = [filtered(f"title={n}%26%26author.name~title") for n in range(REMOTE_FILTERS + 1)]
     for name in ("posts/*", "posts", *names):
-        made = subscribe(there, name, on=mine)
+        made = subscribe(matcher, name, on=client)
         assert isinstance(made, Subscription)
         assert made.group is not None
 
 
 def test_bound_again_the_same_topics_fit() -> None:
-    """Another caller, a reload, the same call once more: nothing counts twice."""
-    there, mine = with_relations(), connection()
-    for n in range(COSTLY):
-        subscribe(there, asking(str(n)), on=mine)
-    made = list(mine.subscriptions.values())
+    """After a change of caller, a reload, or the same call again, nothing is counted twice."""
+    matcher, client = with_relations(), connection()
+    for n in range(REMOTE_FILTERS):
+        subscribe(matcher, remote_filter(str(n)), on=client)
+    made = list(client.subscriptions.values())
     record = AuthRecord(collection_id="pbc_people", collection_name="people", id="bob")
     for one in made:
-        there.remove(one)
-        there.add(one, record)
-    another = with_relations()
+        matcher.remove(one)
+        matcher.add(one, record)
+    next_matcher = with_relations()
     for one in made:
         one.group = None
-        another.add(one, record)
+        next_matcher.add(one, record)
     assert all(one.group is not None for one in made)
 
     for one in made[:1]:
-        another.remove(one)
-        del mine.subscriptions[one.topic.text]
-    assert isinstance(subscribe(another, asking("new"), on=mine), Subscription)
-    assert subscribe(another, asking("newer"), on=mine) == "asking_filters"
+        next_matcher.remove(one)
+        del client.subscriptions[one.topic.text]
+    assert isinstance(subscribe(next_matcher, remote_filter("new"), on=client), Subscription)
+    assert subscribe(next_matcher, remote_filter("newer"), on=client) == "asking_filters"
 
 
 def test_a_connection_has_a_number_of_characters_of_filters() -> None:
-    """Compiling takes time that others wait for; the same text is compiled once."""
-    there, mine = matcher(), connection()
+    """Compiling them delays other connections; equal texts are compiled once and counted once."""
+    matcher, client = make_matcher(), connection()
     texts = [f"title={n}||title='{'x' * 1000}'" for n in range(40)]
-    heard = [isinstance(subscribe(there, filtered(text), on=mine), Subscription) for text in texts]
+    accepted = [
+        isinstance(subscribe(matcher, filtered(text), on=client), Subscription) for text in texts
+    ]
     known = filtered(texts[3]) + "&again"
 
-    assert heard == [len("".join(texts[: n + 1])) <= 32 * 1024 for n in range(40)]
-    assert subscribe(there, filtered(texts[-1]), on=mine) == "filter_characters"
-    assert isinstance(subscribe(there, "posts/*", on=mine), Subscription)
-    assert isinstance(subscribe(there, known, on=mine), Subscription)
+    assert accepted == [len("".join(texts[: n + 1])) <= 32 * 1024 for n in range(40)]
+    assert subscribe(matcher, filtered(texts[-1]), on=client) == "filter_characters"
+    assert isinstance(subscribe(matcher, "posts/*", on=client), Subscription)
+    assert isinstance(subscribe(matcher, known, on=client), Subscription)
 
 
 def test_a_connection_has_a_number_of_ways_to_see_records() -> None:
-    """Each is made for it at every event; the same ones for many records are one."""
-    there, mine = matcher(), connection()
+    """Each combination of fields and expand is rendered for every event, and counted once."""
+    matcher, client = make_matcher(), connection()
 
     def made(topic: str, on: Connection, **query: str) -> Subscription | str:
-        return subscribe(there, f"{topic}?options={json.dumps({'query': query})}", on=on)
+        return subscribe(matcher, f"{topic}?options={json.dumps({'query': query})}", on=on)
 
     for n in range(VIEWS // 2):
         for more in ({"fields": f"id,title:excerpt({n})"}, {"fields": "id", "expand": f"e{n}"}):
-            assert isinstance(made("posts/*", mine, **more), Subscription)
-    assert made("posts/*", mine, fields="more") == "views"
-    assert isinstance(made("posts/r", mine, fields="id,title:excerpt(7)"), Subscription)
-    assert isinstance(made("posts/r", mine, filter="title='a'"), Subscription)
+            assert isinstance(made("posts/*", client, **more), Subscription)
+    assert made("posts/*", client, fields="more") == "views"
+    assert isinstance(made("posts/r", client, fields="id,title:excerpt(7)"), Subscription)
+    assert isinstance(made("posts/r", client, filter="title='a'"), Subscription)
     assert isinstance(made("posts/*", connection(), fields="more"), Subscription)
 
 
 @pytest.mark.parametrize("name", ["nothing/*", "", "posts/*\n"])
-def test_a_topic_of_no_collection_hears_nothing(name: str) -> None:
-    there = matcher()
-    made = put(there, name)
+def test_a_topic_of_no_collection_receives_nothing(name: str) -> None:
+    """It is accepted, as PocketBase accepts it, and belongs to no group."""
+    matcher = make_matcher()
+    made = put(matcher, name)
 
     assert made.group is None
-    there.remove(made)
+    matcher.remove(made)
 
 
 @pytest.mark.parametrize("more", [{}, {"heading": "b"}], ids=["toast", "renamed"])
 def test_a_row_that_lacks_a_column_is_denied_to_rules_that_read_it(more: Row) -> None:
-    """An unchanged TOASTed value isn't NULL: nobody knows what it is."""
-    there = matcher("title != 'secret'")
-    put(there, "posts/*")
+    """An unchanged TOASTed value isn't NULL: its value isn't known."""
+    matcher = make_matcher("title != 'secret'")
+    put(matcher, "posts/*")
     row = {"id": "a", **more}
     event = Event(COLLECTIONS["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-    evaluation = evaluate_in_process(there, [event], NOW)
+    evaluation = evaluate_in_process(matcher, [event], NOW)
 
     assert not evaluation.hits(0)
 
 
 @pytest.mark.parametrize("collection", ["posts/*", "posts/a"])
 def test_events_don_t_find_filters_of_isolated_connections(collection: str) -> None:
-    """Their questions aren't put for everybody; who asks the same and isn't isolated is found."""
-    there, mine, other = with_relations(), connection(), connection()
-    topic = asking("x").replace("posts/*", collection)
-    made = subscribe(there, topic, on=mine)
+    """The shared evaluation asks nothing for them; equal filters of other connections are found."""
+    matcher, client, other = with_relations(), connection(), connection()
+    topic = remote_filter("x").replace("posts/*", collection)
+    made = subscribe(matcher, topic, on=client)
     assert isinstance(made, Subscription)
-    assert isinstance(subscribe(there, asking("y").replace("posts/*", collection)), Subscription)
+    assert isinstance(
+        subscribe(matcher, remote_filter("y").replace("posts/*", collection)), Subscription
+    )
 
-    def asked() -> int:
+    def pairs_asked() -> int:
         row: Row = dict.fromkeys((c.name for c in RELATED["posts"].table.columns), "1")
         event = Event(RELATED["posts"], "update", "a", row, Cursor(LSN(8), 1), Xid(3))
-        evaluation = evaluate_in_process(there, [event], NOW, has_remote_filter=True)
+        evaluation = evaluate_in_process(matcher, [event], NOW, has_remote_filter=True)
         alone = evaluate_in_process(
-            there, [event], NOW, [made.group] if made.group else [], has_remote_filter=True
+            matcher, [event], NOW, [made.group] if made.group else [], has_remote_filter=True
         )
         assert len(alone.questions()) == 1
         return sum(len(i.pairs) for i in evaluation.questions() if isinstance(i, PairQuestion))
 
-    assert asked() == 2
-    there.set_isolated(mine, is_isolated=True)
-    assert asked() == 1
-    same = subscribe(there, topic, on=other)
+    assert pairs_asked() == 2
+    matcher.set_isolated(client, is_isolated=True)
+    assert pairs_asked() == 1
+    same = subscribe(matcher, topic, on=other)
     assert isinstance(same, Subscription)
     assert same.group is made.group
-    assert asked() == 2
-    there.remove(same)
-    assert asked() == 1
-    new = subscribe(there, asking("z").replace("posts/*", collection), on=mine)
+    assert pairs_asked() == 2
+    matcher.remove(same)
+    assert pairs_asked() == 1
+    new = subscribe(matcher, remote_filter("z").replace("posts/*", collection), on=client)
     assert isinstance(new, Subscription)
-    assert asked() == 1
-    there.set_isolated(mine, is_isolated=False)
-    assert asked() == 3
+    assert pairs_asked() == 1
+    matcher.set_isolated(client, is_isolated=False)
+    assert pairs_asked() == 3
 
 
-def test_who_goes_while_isolated_leaves_nothing_behind() -> None:
-    there, mine = with_relations(), connection()
-    there.set_isolated(mine, is_isolated=True)
-    made = [subscribe(there, asking(text), on=mine) for text in "xy"]
+def test_a_subscription_removed_while_isolated_leaves_nothing_behind() -> None:
+    """Removing an isolated subscription leaves nothing in the matcher."""
+    matcher, client = with_relations(), connection()
+    matcher.set_isolated(client, is_isolated=True)
+    made = [subscribe(matcher, remote_filter(text), on=client) for text in "xy"]
     for one in made:
         assert isinstance(one, Subscription)
-        there.remove(one)
+        matcher.remove(one)
 
-    assert (there._tables, there._remote_filter_tables) == ({}, {})
-    assert not there._unindexed_filters
+    assert (matcher._tables, matcher._remote_filter_tables) == ({}, {})
+    assert not matcher._unindexed_filters
 
 
-def test_many_who_share_a_slow_filter_are_isolated_in_time_by_their_number() -> None:
-    """All at once, and everybody waits for it."""
+def test_isolating_many_connections_of_a_slow_filter_takes_linear_time() -> None:
+    """They are isolated all at once, while every connection waits, so the time must be linear."""
 
     def seconds(count: int) -> float:
-        there = matcher()
-        clients = [put(there, filtered("title ~ 'x'")).connection for _ in range(count)]
+        matcher = make_matcher()
+        clients = [put(matcher, filtered("title ~ 'x'")).connection for _ in range(count)]
         began = time.process_time()
         for one in clients:
-            there.set_isolated(one, is_isolated=True)
+            matcher.set_isolated(one, is_isolated=True)
         took = time.process_time() - began
-        assert not hearing(there, "a", "x")
+        assert not receivers(matcher, "a", "x")
         return took
 
     few = min(seconds(500) for _ in range(3))

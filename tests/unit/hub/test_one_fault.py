@@ -1,4 +1,4 @@
-"""A fault on one connection's account, wherever it is raised, keeps nothing from the others."""
+"""An exception in the work for one connection, wherever it is raised, costs others no event."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pgrealtime.hub.hub import Hub
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
-from tests.unit.hub.room import (
+from tests.unit.hub.harness import (
     DEADLINE,
     NOTES,
     PEOPLE,
-    GivenDatabase,
+    FakeDatabase,
+    HubHarness,
     MemorySink,
-    Room,
     delete,
     insert,
-    open_room,
+    open_harness,
 )
 
 PACKAGE = str(Path(pgrealtime.__file__).parent)
@@ -51,38 +51,46 @@ TOPICS = (
 
 
 class InjectedError(Exception):
-    """Nobody thought of it."""
+    """An error that no code expects."""
 
 
 Seen = dict[tuple[str, str], CodeType]
 
 
-def _is_ours(task: asyncio.Task[object] | None) -> bool:
+def _is_dispatch_task(task: asyncio.Task[object] | None) -> bool:
     code = getattr(task.get_coro() if task else None, "cr_code", None)
     return code is Hub.run.__code__
 
 
 @contextmanager
-def watching(on_call: Callable[[CodeType], None]) -> Iterator[None]:
-    """See each call of the package's functions that the dispatch task makes."""
+def profiling(on_call: Callable[[CodeType], None]) -> Iterator[None]:
+    """Call ``on_call`` for each call of the package's functions in the dispatch task.
 
-    def look(frame: FrameType, event: str, _arg: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and not _shows(frame):
+    Calls that render a record are left out: their errors are a gap of that record.
+    """
+
+    def on_event(frame: FrameType, event: str, _arg: object) -> None:
+        if (
+            event == "call"
+            and frame.f_code.co_filename.startswith(PACKAGE)
+            and not _is_rendering(frame)
+        ):
             try:
                 task = asyncio.current_task()
             except RuntimeError:
                 return
-            if _is_ours(task):
+            if _is_dispatch_task(task):
                 on_call(frame.f_code)
 
-    sys.setprofile(look)
+    sys.setprofile(on_event)
     try:
         yield
     finally:
         sys.setprofile(None)
 
 
-def _shows(frame: FrameType | None) -> bool:
+def _is_rendering(frame: FrameType | None) -> bool:
+    """Whether a frame renders a record."""
     while frame is not None and frame.f_code is not Dispatcher._deliver.__code__:
         if frame.f_code is RecordRenderer._render_record.__code__:
             return True
@@ -90,20 +98,20 @@ def _shows(frame: FrameType | None) -> bool:
     return False
 
 
-def person(record_id: str) -> Caller:
+def user(record_id: str) -> Caller:
     return Caller(
         AuthRecord(collection_id="pbc_people", collection_name="people", id=record_id, email="e")
     )
 
 
-async def at_rest(room: Room) -> None:
+async def wait_for_catch_up(harness: HubHarness) -> None:
     async with asyncio.timeout(DEADLINE):
-        while room.hub._catch_up._tasks:
+        while harness.hub._catch_up._tasks:
             await asyncio.sleep(0)
 
 
-class Database(GivenDatabase):
-    """Says of whatever it is asked that it is so."""
+class Database(FakeDatabase):
+    """A database that admits every pair that it is asked about."""
 
     async def answer_questions(
         self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
@@ -112,44 +120,44 @@ class Database(GivenDatabase):
         while questions := evaluation.questions():
             for question in questions:
                 assert isinstance(question, PairQuestion)
-                question.accept([(place,) for place in range(len(question.pairs))])
+                question.accept([(index,) for index in range(len(question.pairs))])
             evaluation.resume()
         return frozenset()
 
 
 async def scenario(on_call: Callable[[CodeType], None] | None) -> list[tuple[str, list[str]]]:
-    """Whether each connection is still open, and what it heard of."""
-    async with open_room(database=Database()) as room:
-        room.hub.set_waits_for_visibility(waits=True)
+    """Return whether each connection is still open, and which events it received."""
+    async with open_harness(database=Database()) as harness:
+        harness.hub.set_waits_for_visibility(waits=True)
         open_: list[tuple[Connection, MemorySink]] = []
         for n, topics in enumerate(TOPICS):
-            connection, sink = room.connect()
-            await room.subscribe(connection, *topics, caller=person(f"u{n}"))
+            connection, sink = harness.connect()
+            await harness.subscribe(connection, *topics, caller=user(f"u{n}"))
             open_.append((connection, sink))
-        room.commit(insert("p0"))
-        await room.settled()
-        await at_rest(room)
+        harness.commit(insert("p0"))
+        await harness.until_delivered()
+        await wait_for_catch_up(harness)
 
         def changes() -> None:
-            room.commit(insert("p1"), insert("n1", table=NOTES))
+            harness.commit(insert("p1"), insert("n1", table=NOTES))
             was = WholeRow({"id": "u1", "email": "e", "key": "k"})
-            room.commit(Update(PEOPLE, {"id": "u1", "email": "f", "key": "k"}, was))
-            room.commit(insert("p3"), delete("p1"))
+            harness.commit(Update(PEOPLE, {"id": "u1", "email": "f", "key": "k"}, was))
+            harness.commit(insert("p3"), delete("p1"))
 
         changes()
         if on_call is None:
-            await room.settled()
+            await harness.until_delivered()
         else:
-            with watching(on_call):
-                await room.settled()
-        await at_rest(room)
-        room.commit(insert("p4"), insert("n4", table=NOTES))
-        await room.settled()
-        await at_rest(room)
-        return [(sink.state, heard(sink)) for _, sink in open_]
+            with profiling(on_call):
+                await harness.until_delivered()
+        await wait_for_catch_up(harness)
+        harness.commit(insert("p4"), insert("n4", table=NOTES))
+        await harness.until_delivered()
+        await wait_for_catch_up(harness)
+        return [(sink.state, received(sink)) for _, sink in open_]
 
 
-def heard(sink: MemorySink) -> list[str]:
+def received(sink: MemorySink) -> list[str]:
     found = [
         (name.partition("?")[0], json.loads(data))
         for _, name, data in sink.events()
@@ -159,7 +167,7 @@ def heard(sink: MemorySink) -> list[str]:
 
 
 def run(on_call: Callable[[CodeType], None] | None) -> list[tuple[str, list[str]]]:
-    """Play the scenario with nothing kept from the time before, so that it makes the same calls."""
+    """Run the scenario with empty caches, so that each run makes the same calls."""
     for name, module in list(sys.modules.items()):
         if name.startswith(pgrealtime.__name__):
             for value in vars(module).values():
@@ -169,21 +177,25 @@ def run(on_call: Callable[[CodeType], None] | None) -> list[tuple[str, list[str]
 
 
 def functions() -> list[CodeType]:
-    """What the dispatch task calls, but for what makes a record: that row alone isn't shown."""
+    """Return the functions that the dispatch task calls.
+
+    Left out are those that render a record, and the loop itself.
+    """
     seen: dict[CodeType, None] = {}
     run(seen.setdefault)
-    spared = {
+    excluded = {
         f.__code__
         for f in (Hub.run, Dispatcher.run, Dispatcher._dispatch, Dispatcher._has_undispatched)
     }
-    return [code for code in seen if code not in spared]
+    return [code for code in seen if code not in excluded]
 
 
 def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each function that it calls raises once: the others hear all, in order, and once."""
-    # Every turn is over when it is asked and nothing is dear, however fast the machine is.
+    """Each function raises once; all other connections receive every event, in order and once."""
+    # Every yield timer is due when read, and rendering seems to take no time, so that the calls
+    # don't depend on the speed of the machine.
     monkeypatch.setattr(fairness, "perf_counter", count(step=fairness.YIELD_AFTER_SECONDS).__next__)
     monkeypatch.setattr(fairness, "_MAX_PAUSE_SECONDS", 0)
     monkeypatch.setattr(compose, "perf_counter", lambda: 0.0)
@@ -221,27 +233,28 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
 async def test_a_connection_whose_bytes_cannot_be_written_is_ended_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with open_room() as room:
-        pairs = [room.connect() for _ in range(3)]
+    """An error of one transport doesn't reach the connections after it."""
+    async with open_harness() as harness:
+        pairs = [harness.connect() for _ in range(3)]
         for connection, _ in pairs:
-            await room.subscribe(connection, "posts/*")
-        await at_rest(room)
+            await harness.subscribe(connection, "posts/*")
+        await wait_for_catch_up(harness)
 
         def fail(_data: bytes) -> None:
             raise InjectedError
 
         monkeypatch.setattr(pairs[1][1], "write", fail)
-        room.commit(insert("a"))
-        await room.settled()
-        room.commit(insert("b"))
-        await room.settled()
+        harness.commit(insert("a"))
+        await harness.until_delivered()
+        harness.commit(insert("b"))
+        await harness.until_delivered()
 
     assert [sink.state for _, sink in pairs] == ["open", "ended", "open"]
-    assert [len(heard(sink)) for _, sink in pairs] == [2, 0, 2]
+    assert [len(received(sink)) for _, sink in pairs] == [2, 0, 2]
 
 
-class _FaultyOnce(GivenDatabase):
-    """Raises when the first slice is judged, once it may."""
+class _FaultyOnce(FakeDatabase):
+    """Raises in the first evaluation, once ``may_raise`` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,33 +272,33 @@ class _FaultyOnce(GivenDatabase):
         return await super().answer_questions(evaluation, budget)
 
 
-async def test_after_a_fault_nothing_is_handed_out_before_readers_see_it() -> None:
-    """What came meanwhile waits as if nothing had happened: for it others wait too."""
+async def test_after_a_fault_nothing_is_delivered_before_it_is_visible() -> None:
+    """Events that arrive meanwhile still wait until they are visible."""
     database = _FaultyOnce()
-    async with open_room(database=database) as room:
-        room.hub.set_waits_for_visibility(waits=True)
-        connection, sink = room.connect()
-        await room.subscribe(connection, "posts/*")
-        await at_rest(room)
-        room.commit(insert("seen"))
+    async with open_harness(database=database) as harness:
+        harness.hub.set_waits_for_visibility(waits=True)
+        connection, sink = harness.connect()
+        await harness.subscribe(connection, "posts/*")
+        await wait_for_catch_up(harness)
+        harness.commit(insert("seen"))
         await database.is_asked.wait()
-        unseen = room.commit(insert("unseen"))
+        unseen = harness.commit(insert("unseen"))
         database.snapshot_text = f"{unseen.xid}:1000000:{unseen.xid}"
         database.may_raise.set()
         await sink.wait_for(2)
-        await database.asked_again(2)
-        before = heard(sink)
+        await database.wait_for_snapshot_queries(2)
+        before = received(sink)
         database.snapshot_text = "1000000:1000000:"
         await sink.wait_for(3)
 
     assert before == ["posts/* create seen"]
-    assert heard(sink) == [*before, "posts/* create unseen"]
+    assert received(sink) == [*before, "posts/* create unseen"]
 
 
-async def test_after_a_fault_who_was_deleted_in_what_was_handed_out_is_a_guest(
+async def test_after_a_fault_a_caller_whose_deletion_was_delivered_is_a_guest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The event of its deletion was delivered, and nothing reads it again."""
+    """The event of its deletion was delivered, and is not read again."""
     faults = [InjectedError()]
     advance = Dispatcher._advance_head
 
@@ -294,16 +307,16 @@ async def test_after_a_fault_who_was_deleted_in_what_was_handed_out_is_a_guest(
             raise faults.pop()
         advance(dispatcher, part)
 
-    async with open_room() as room:
-        connection, sink = room.connect()
-        await room.subscribe(connection, "people/*", caller=person("u1"))
-        await at_rest(room)
+    async with open_harness() as harness:
+        connection, sink = harness.connect()
+        await harness.subscribe(connection, "people/*", caller=user("u1"))
+        await wait_for_catch_up(harness)
         monkeypatch.setattr(Dispatcher, "_apply_to_live_callers", lambda *_: None)
         monkeypatch.setattr(Dispatcher, "_advance_head", fail_once)
-        room.commit(Delete(PEOPLE, WholeRow({"id": "u1", "email": "e", "key": "k"})))
+        harness.commit(Delete(PEOPLE, WholeRow({"id": "u1", "email": "e", "key": "k"})))
         await sink.wait_for(2)
-        await room.settled()
+        await harness.until_delivered()
 
     assert not faults
-    assert heard(sink) == ["people/* delete u1"]
+    assert received(sink) == ["people/* delete u1"]
     assert connection.caller.principal == GUEST

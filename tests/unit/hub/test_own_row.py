@@ -1,4 +1,4 @@
-"""Rules about the subscriber's own row follow the row, without Postgres being asked."""
+"""Rules that read the caller's own row follow its changes, without a query."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Row, Update, WholeRow
 from pgrealtime.collections.model import Collections
-from tests.unit.hub.room import COLLECTIONS, LOGINS, PEOPLE, Room, insert, open_room
+from tests.unit.hub.harness import COLLECTIONS, LOGINS, PEOPLE, HubHarness, insert, open_harness
 
 RULE = "@request.auth.email:lower = 'boss@x' && title != 'secret'"
-"""Not the plain field: ``email:lower`` is a look-up of the row in PocketBase."""
+"""With ``:lower`` PocketBase reads the row; without it, the value of the authenticated record."""
 
 
 def collections() -> Collections:
@@ -27,30 +27,31 @@ def row(email: str) -> Row:
     return {"id": "ann", "email": email, "key": "k1"}
 
 
-def became(before: str, after: str) -> Update:
+def changed(before: str, after: str) -> Update:
     return Update(PEOPLE, row(after), WholeRow(row(before)))
 
 
-async def titles(room: Room, email: str) -> list[str]:
-    """What Ann hears of posts, whose titles say whether she should."""
+async def titles(harness: HubHarness, email: str) -> list[str]:
+    """Return the titles of posts that Ann receives. They say whether she should."""
     made = collections()
-    await room.hub.replace_generation(made, lambda one: one, logins=LOGINS)
-    connection, sink = room.connect()
-    await room.subscribe(connection, "posts/*", caller=caller(email))
-    room.commit(insert("a", "before"), insert("b", "secret"))
-    room.commit(became(email, "BOSS@x"), insert("c", "promoted"), insert("d", "secret"))
-    room.commit(became("BOSS@x", "ann@x"), insert("e", "demoted"))
-    await room.settled()
+    await harness.hub.replace_generation(made, lambda one: one, logins=LOGINS)
+    connection, sink = harness.connect()
+    await harness.subscribe(connection, "posts/*", caller=caller(email))
+    harness.commit(insert("a", "before"), insert("b", "secret"))
+    harness.commit(changed(email, "BOSS@x"), insert("c", "promoted"), insert("d", "secret"))
+    harness.commit(changed("BOSS@x", "ann@x"), insert("e", "demoted"))
+    await harness.until_delivered()
     return [event[2].split('"title":"')[1].partition('"')[0] for event in sink.events()[1:]]
 
 
-async def test_who_becomes_something_hears_what_that_may_hear() -> None:
-    """Nothing was in the index for her before, and nothing is after."""
-    async with open_room() as room:
-        assert await titles(room, "ann@x") == ["promoted"]
-        assert room.hub._progress.generation.matcher._tables == {}
+async def test_a_caller_receives_events_once_its_row_satisfies_the_rule() -> None:
+    """While the rule denies her, her subscription is in no index."""
+    async with open_harness() as harness:
+        assert await titles(harness, "ann@x") == ["promoted"]
+        assert harness.hub._progress.generation.matcher._tables == {}
 
 
-async def test_who_is_something_hears_until_it_changes() -> None:
-    async with open_room() as room:
-        assert await titles(room, "Boss@X") == ["before", "promoted"]
+async def test_a_caller_receives_events_until_its_row_stops_satisfying_the_rule() -> None:
+    """From the change of her row on, the rule denies her."""
+    async with open_harness() as harness:
+        assert await titles(harness, "Boss@X") == ["before", "promoted"]

@@ -1,4 +1,4 @@
-"""Which expansions are made in the slices that all connections wait for."""
+"""Which related records are loaded in slices of LIVE connections, and which for one connection."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.session import ReadSession
-from tests.unit.hub.room import COLLECTIONS, GivenDatabase, MemorySink
+from tests.unit.hub.harness import COLLECTIONS, FakeDatabase, MemorySink
 
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
 
 
-class Expansions:
-    """Notes what is asked of it, and finds nothing; ``is_late`` is that it isn't done in time."""
+class RecordingLoader:
+    """Records the viewers that it is called for, and finds no records.
+
+    ``is_late`` makes the calls with a time limit fail.
+    """
 
     def __init__(self) -> None:
         self.is_late = False
@@ -39,35 +42,35 @@ class Expansions:
     async def load_for_events(
         self,
         _events: Sequence[Event],
-        _places: Iterable[int],
-        wanted: Iterable[ExpandRequest],
+        _indexes: Iterable[int],
+        requests: Iterable[ExpandRequest],
         _partial: Iterable[int] = (),
-        **_told: LoadLiveRows | CheckViewers | None,
+        **_callbacks: LoadLiveRows | CheckViewers | None,
     ) -> RelatedRecords:
-        self.shared += [viewer for _, viewer in wanted]
+        self.shared += [viewer for _, viewer in requests]
         return RelatedRecords()
 
     async def load_expands_within(
         self,
         _seconds: float,
         _events: Sequence[Event],
-        wanted: Iterable[ExpandRequest],
+        requests: Iterable[ExpandRequest],
         _partial: Sequence[int],
-        **_told: CheckViewers | None,
+        **_callbacks: CheckViewers | None,
     ) -> RelatedRecords | None:
-        self.limited += [viewer for _, viewer in wanted]
+        self.limited += [viewer for _, viewer in requests]
         return None if self.is_late else RelatedRecords()
 
 
 @pytest.fixture
-def expansions() -> Expansions:
-    return Expansions()
+def loader() -> RecordingLoader:
+    return RecordingLoader()
 
 
 @pytest.fixture
-def enricher(expansions: Expansions) -> SliceEnricher:
+def enricher(loader: RecordingLoader) -> SliceEnricher:
     made = SliceEnricher(
-        GivenDatabase(),
+        FakeDatabase(),
         COLLECTIONS,
         Matcher(COLLECTIONS),
         lambda _node, _view, _expand: b"{}",
@@ -75,15 +78,15 @@ def enricher(expansions: Expansions) -> SliceEnricher:
         omitted_column_counts=Counter(),
     )
     made.expanding_count = 1
-    made._related_loader = expansions  # type: ignore[assignment]
+    made._related_loader = loader  # type: ignore[assignment]
     return made
 
 
 @pytest.fixture
 def group() -> Callable[[ExpandViewer, int], Group]:
-    def make(viewer: ExpandViewer, takers: int) -> Group:
+    def make(viewer: ExpandViewer, connection_count: int) -> Group:
         matcher = Matcher(COLLECTIONS)
-        for _ in range(takers):
+        for _ in range(connection_count):
             start = Cursor(LSN(0), 0)
             client = Connection("c", MemorySink(), address="", epoch="", cursor=start, now=0.0)
             made = Subscription(client, parse_topic("posts/*"), View(), "")
@@ -105,7 +108,9 @@ def viewer_of(plan: ExpandPlan) -> ExpandViewer:
     )
 
 
-async def late_of(enricher: SliceEnricher, group: Group) -> frozenset[ExpandViewer]:
+async def excluded_viewers_of(enricher: SliceEnricher, group: Group) -> frozenset[ExpandViewer]:
+    """Return the viewers whose related records were not loaded in the shared slice."""
+
     async def check(
         _session: ReadSession, _viewers: Sized[ExpandViewer], _groups: Sized[Group]
     ) -> frozenset[Group]:
@@ -117,34 +122,35 @@ async def late_of(enricher: SliceEnricher, group: Group) -> frozenset[ExpandView
     return enrichment.excluded_viewers
 
 
-async def test_what_few_ask_for_is_tried_where_nobody_waits_first(
-    enricher: SliceEnricher, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
+async def test_an_expand_of_few_connections_is_tried_for_one_connection_first(
+    enricher: SliceEnricher, loader: RecordingLoader, group: Callable[[ExpandViewer, int], Group]
 ) -> None:
-    """Once it was quick there all who ask the same are served together, until it is late."""
+    """Once it was quick for one connection it is loaded for all, until it is late again."""
     plan = ExpandPlan((), {}, ())
     one, other = viewer_of(plan), viewer_of(plan)
-    assert await late_of(enricher, group(one, 1)) == {one}
+    assert await excluded_viewers_of(enricher, group(one, 1)) == {one}
     enricher.record_expand_seconds([one], 0.0, 1)  # none of its events was of interest
     enricher.record_expand_seconds([one], 0.006, 1)
-    assert await late_of(enricher, group(one, 1)) == {one}
-    assert expansions.limited == []
+    assert await excluded_viewers_of(enricher, group(one, 1)) == {one}
+    assert loader.limited == []
 
     enricher.record_expand_seconds([one], 0.005, 1)
-    assert await late_of(enricher, group(other, MANY_CONNECTIONS - 1)) == frozenset()
-    assert expansions.limited == [other]
+    assert await excluded_viewers_of(enricher, group(other, MANY_CONNECTIONS - 1)) == frozenset()
+    assert loader.limited == [other]
 
-    expansions.is_late = True
-    assert await late_of(enricher, group(one, 1)) == {one}
-    assert expansions.limited == [other, one]
-    assert await late_of(enricher, group(other, 1)) == {other}
-    assert expansions.limited == [other, one]
-    assert expansions.shared == []
+    loader.is_late = True
+    assert await excluded_viewers_of(enricher, group(one, 1)) == {one}
+    assert loader.limited == [other, one]
+    assert await excluded_viewers_of(enricher, group(other, 1)) == {other}
+    assert loader.limited == [other, one]
+    assert loader.shared == []
 
 
-async def test_what_many_ask_for_is_made_for_all_at_once(
-    enricher: SliceEnricher, expansions: Expansions, group: Callable[[ExpandViewer, int], Group]
+async def test_an_expand_of_many_connections_is_loaded_for_all_at_once(
+    enricher: SliceEnricher, loader: RecordingLoader, group: Callable[[ExpandViewer, int], Group]
 ) -> None:
+    """Without a trial and without the time limit for few."""
     viewer = viewer_of(ExpandPlan((), {}, ()))
-    assert await late_of(enricher, group(viewer, MANY_CONNECTIONS)) == frozenset()
-    assert expansions.shared == [viewer]
-    assert expansions.limited == []
+    assert await excluded_viewers_of(enricher, group(viewer, MANY_CONNECTIONS)) == frozenset()
+    assert loader.shared == [viewer]
+    assert loader.limited == []

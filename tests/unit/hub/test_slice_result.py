@@ -1,4 +1,4 @@
-"""What is noted of those who may miss something."""
+"""What the result of a slice records of events whose enrichment failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
-from tests.unit.hub.room import COLLECTIONS, MemorySink
+from tests.unit.hub.harness import COLLECTIONS, MemorySink
 
 EVENTS = [
     Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), n), Xid(3))
@@ -33,7 +33,7 @@ def viewer() -> ExpandViewer:
 
 
 def expanding(count: int) -> tuple[list[Group], list[ExpandViewer]]:
-    """Groups of one subscription each, which sees related records in its own way."""
+    """Return groups of one subscription each, and the viewers of their related records."""
     matcher, start = Matcher(COLLECTIONS), Cursor(LSN(0), 0)
     groups: list[Group] = []
     viewers = [viewer() for _ in range(count)]
@@ -49,25 +49,26 @@ def expanding(count: int) -> tuple[list[Group], list[ExpandViewer]]:
 
 
 def failing(groups: Sequence[Group], viewers: Sequence[ExpandViewer]) -> SliceResult:
-    """All that is shown of all events failed, for everybody."""
-    verdict = SliceResult([dict.fromkeys(groups)] * len(EVENTS))
-    verdict.record_failed_enrichment(
+    """Return a result in which every enrichment of every event failed."""
+    result = SliceResult([dict.fromkeys(groups)] * len(EVENTS))
+    result.record_failed_enrichment(
         EVENTS, {(at, one) for at in range(len(EVENTS)) for one in viewers}
     )
-    return verdict
+    return result
 
 
-def test_who_may_miss_a_related_record_are_those_who_would_have_seen_it() -> None:
+def test_a_failed_expand_is_recorded_for_groups_that_receive_the_event() -> None:
+    """A failed expand is a gap only for groups that receive the event."""
     groups, viewers = expanding(3)
-    verdict = SliceResult([groups, groups[:2], groups, groups])
-    verdict.record_failed_enrichment(EVENTS, {(1, viewers[0]), (1, viewers[2]), (2, viewers[1])})
+    result = SliceResult([groups, groups[:2], groups, groups])
+    result.record_failed_enrichment(EVENTS, {(1, viewers[0]), (1, viewers[2]), (2, viewers[1])})
 
-    assert verdict.incomplete_expands == {(groups[0], viewers[0]), (groups[1], viewers[1])}
-    assert list(verdict.gap_indexes) == [1, 2]
+    assert result.incomplete_expands == {(groups[0], viewers[0]), (groups[1], viewers[1])}
+    assert list(result.gap_indexes) == [1, 2]
 
 
-def test_what_is_noted_of_them_costs_as_much_more_as_there_are() -> None:
-    """A statement that failed concerns everybody who was in its batch."""
+def test_recording_failed_expands_takes_linear_time() -> None:
+    """Its cost is linear: a failed statement concerns every viewer of its batch."""
 
     def seconds(count: int) -> float:
         given = expanding(count)

@@ -1,4 +1,4 @@
-"""Rows of another definition than the catalogue's: it is read for them once, or they are a gap."""
+"""Rows that don't fit the catalogue: it is read again once, then what doesn't fit is a gap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from pgrealtime.changes import RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections, Field, FieldKind, Junction, Relation
 from pgrealtime.hub.events.row_shapes import ShapeChecker
 from pgrealtime.lsn import LSN, Xid
-from tests.unit.hub.room import COLLECTIONS, NOTES, POSTS, MemorySink, Room, at, insert, open_room
+from tests.unit.hub.harness import (
+    COLLECTIONS,
+    NOTES,
+    POSTS,
+    HubHarness,
+    MemorySink,
+    at,
+    insert,
+    open_harness,
+)
 
 TYPE = COLLECTIONS["posts"].table.columns[0].type
 OID = TYPE.oid
@@ -38,7 +47,7 @@ def of(*shapes: RowShape) -> Transaction:
 
 
 def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Collections:
-    """Posts whose title is of a type."""
+    """Return posts whose title is of a type, with a relation through a junction table."""
     columns = (
         Column(name="id", attribute_number=1, type=TYPE),
         Column(name="title", attribute_number=2, type=replace(TYPE, oid=title)),
@@ -82,6 +91,7 @@ def collections(title: int = OID, *, leaves: tuple[TableName, ...] = ()) -> Coll
     ],
 )
 def test_rows_fit_unless_a_value_may_be_taken_for_another(found: RowShape, *, fits: bool) -> None:
+    """Columns may be new on either side; types, names and partitions must be the catalogue's."""
     shapes = ShapeChecker(collections(), lambda: 0.0)
 
     assert shapes.fits(of(found)) is fits
@@ -90,7 +100,8 @@ def test_rows_fit_unless_a_value_may_be_taken_for_another(found: RowShape, *, fi
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-def test_what_the_catalogue_was_read_for_is_not_doubtful_again(*, is_read: bool) -> None:
+def test_a_shape_that_the_catalogue_was_read_for_causes_no_other_read(*, is_read: bool) -> None:
+    """A shape that doesn't fit causes one read of the catalogue."""
     shapes = ShapeChecker(collections(), lambda: 0.0)
     shapes.decide_without_waiting(of(ALTERED), is_catalog_read=is_read)
 
@@ -99,100 +110,103 @@ def test_what_the_catalogue_was_read_for_is_not_doubtful_again(*, is_read: bool)
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-def test_a_partition_that_is_described_again_is_doubtful_until_read(*, is_read: bool) -> None:
-    """It may have been detached; if nobody can say, its rows aren't shown."""
+def test_a_partition_that_is_described_again_causes_a_catalogue_read(*, is_read: bool) -> None:
+    """It may have been detached; if the catalogue can't be read, its rows are a gap."""
     shapes = ShapeChecker(collections(leaves=(LEAF,)), lambda: 0.0)
-    again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
-    assert shapes.needs_catalog_read(again)
-    shapes.decide_without_waiting(again, is_catalog_read=is_read)
+    described_again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
+    assert shapes.needs_catalog_read(described_again)
+    shapes.decide_without_waiting(described_again, is_catalog_read=is_read)
 
-    assert not shapes.needs_catalog_read(again)
-    assert shapes.fits(again) is is_read
+    assert not shapes.needs_catalog_read(described_again)
+    assert shapes.fits(described_again) is is_read
 
 
-def test_a_partition_is_not_gone_for_good_since_nobody_could_say_so_once() -> None:
-    """A second failure counts from then; who reads on behind meanwhile is told of a gap."""
+def test_a_failed_catalogue_read_for_a_partition_is_repeated_later() -> None:
+    """After each failure the catalogue is read again later; meanwhile its rows are a gap."""
     now = [0.0]
     shapes = ShapeChecker(collections(leaves=(LEAF,)), clock=lambda: now[0])
-    again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
+    described_again = of(shape(leaf=LEAF, described=1, id=OID, title=OID))
     for _ in range(2):
-        shapes.decide_without_waiting(again, is_catalog_read=False)
-        assert not shapes.needs_catalog_read(again)
+        shapes.decide_without_waiting(described_again, is_catalog_read=False)
+        assert not shapes.needs_catalog_read(described_again)
         now[0] += 5
-        assert shapes.needs_catalog_read(again)
-        assert not shapes.fits(again)
-    shapes.decide_without_waiting(again, is_catalog_read=True)
+        assert shapes.needs_catalog_read(described_again)
+        assert not shapes.fits(described_again)
+    shapes.decide_without_waiting(described_again, is_catalog_read=True)
 
-    assert shapes.fits(again)
-    assert not shapes.needs_catalog_read(again)
+    assert shapes.fits(described_again)
+    assert not shapes.needs_catalog_read(described_again)
 
 
 class Schema:
-    """What is read when a row doesn't fit."""
+    """A schema that is read when a row doesn't fit."""
 
     def __init__(self, title: int) -> None:
         self._title = title
-        self.room: Room | None = None
+        self.harness: HubHarness | None = None
         self.times = 0
 
     async def read(self) -> bool:
-        assert self.room is not None
+        assert self.harness is not None
         self.times += 1
         if self.times == 1:
             found = collections(self._title)
-            await self.room.hub.replace_generation(found, lambda caller: caller)
+            await self.harness.hub.replace_generation(found, lambda caller: caller)
         return True
 
 
-def heard(sink: MemorySink) -> list[str]:
-    """Ids of records, and the collections of gaps."""
-    told = [json.loads(data) for _, name, data in sink.events() if name != "PB_CONNECT"]
+def received(sink: MemorySink) -> list[str]:
+    """Return ids of records, and reason and collections of gaps, in the order received."""
+    messages = [json.loads(data) for _, name, data in sink.events() if name != "PB_CONNECT"]
     return [
         one["record"]["id"] if "record" in one else f"{one['reason']} {one['collections']}"
-        for one in told
+        for one in messages
     ]
 
 
-async def test_the_schema_is_read_before_anything_is_made_of_a_row_that_does_not_fit() -> None:
-    """Once, and what came before the row was handed out already."""
+async def test_the_schema_is_read_before_a_row_that_does_not_fit_is_evaluated() -> None:
+    """Once for all such rows. Events before them aren't delayed."""
     schema = Schema(OTHER)
-    async with open_room(read_schema=schema.read) as room:
-        schema.room = room
-        connection, sink = room.connect()
-        await room.subscribe(connection, "posts/*", "PB_RESYNC")
-        room.commit(insert("1"), shapes=(AS_READ,))
-        room.commit(insert("2"), shapes=(ALTERED,))
-        room.commit(insert("3"), shapes=(ALTERED,))
-        await room.settled()
+    async with open_harness(read_schema=schema.read) as harness:
+        schema.harness = harness
+        connection, sink = harness.connect()
+        await harness.subscribe(connection, "posts/*", "PB_RESYNC")
+        harness.commit(insert("1"), shapes=(AS_READ,))
+        harness.commit(insert("2"), shapes=(ALTERED,))
+        harness.commit(insert("3"), shapes=(ALTERED,))
+        await harness.until_delivered()
 
-    assert heard(sink) == ["1", "2", "3"]
+    assert received(sink) == ["1", "2", "3"]
     assert schema.times == 1
 
 
-async def test_rows_that_do_not_fit_after_that_either_are_a_gap() -> None:
-    """Also where the schema can't be read; of all that the transaction changed, and no more."""
-    async with open_room() as room:
-        connection, sink = room.connect()
-        await room.subscribe(connection, "posts/*", "notes/*", "PB_RESYNC")
-        room.commit(insert("1"), insert("n", table=NOTES), shapes=(ALTERED,))
-        room.commit(insert("2"), shapes=(ALTERED,))
-        room.commit(insert("3"), shapes=(AS_READ,))
-        await room.settled()
+async def test_rows_that_still_do_not_fit_are_a_gap() -> None:
+    """Of all tables that the transaction changed, and of no others.
 
-    assert heard(sink) == ["schema ['notes', 'posts']", "schema ['posts']", "3"]
+    Also if the schema can't be read.
+    """
+    async with open_harness() as harness:
+        connection, sink = harness.connect()
+        await harness.subscribe(connection, "posts/*", "notes/*", "PB_RESYNC")
+        harness.commit(insert("1"), insert("n", table=NOTES), shapes=(ALTERED,))
+        harness.commit(insert("2"), shapes=(ALTERED,))
+        harness.commit(insert("3"), shapes=(AS_READ,))
+        await harness.until_delivered()
+
+    assert received(sink) == ["schema ['notes', 'posts']", "schema ['posts']", "3"]
 
 
-async def test_who_comes_back_to_rows_of_an_earlier_schema_is_told_of_a_gap() -> None:
-    """From within their transaction too; what is behind them is heard."""
+async def test_resuming_from_before_rows_of_an_earlier_schema_is_notified_of_a_gap() -> None:
+    """Also from a position within their transaction; events after it are received."""
     schema = Schema(OTHER)
-    async with open_room(read_schema=schema.read) as room:
-        schema.room = room
-        before = room.commit(insert("1"), insert("2"), shapes=(AS_READ,))
-        await room.settled()
-        room.commit(insert("3"), shapes=(ALTERED,))
-        await room.settled()
-        connection, sink = room.connect(last_event_id=at(before, 1))
-        await room.subscribe(connection, "posts/*", "PB_RESYNC")
+    async with open_harness(read_schema=schema.read) as harness:
+        schema.harness = harness
+        before = harness.commit(insert("1"), insert("2"), shapes=(AS_READ,))
+        await harness.until_delivered()
+        harness.commit(insert("3"), shapes=(ALTERED,))
+        await harness.until_delivered()
+        connection, sink = harness.connect(last_event_id=at(before, 1))
+        await harness.subscribe(connection, "posts/*", "PB_RESYNC")
         await sink.wait_for(3)
 
-    assert heard(sink) == ["schema ['posts']", "3"]
+    assert received(sink) == ["schema ['posts']", "3"]

@@ -32,7 +32,16 @@ from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
 from pgrealtime.service.parts import ServiceParts
 from pgrealtime.service.reload import Reloader
-from tests.unit.hub.room import COLLECTIONS, NOTES, PEOPLE, POSTS, Room, insert, open_room, update
+from tests.unit.hub.harness import (
+    COLLECTIONS,
+    NOTES,
+    PEOPLE,
+    POSTS,
+    HubHarness,
+    insert,
+    open_harness,
+    update,
+)
 
 SECRET = "made up for the tests, and long enough"
 
@@ -58,16 +67,16 @@ def configured(
     **sections: object,
 ) -> Config:
     """Return a configuration of the test collections, with some keys changed."""
-    everyone = {"list_rule": "", "view_rule": ""}
+    public = {"list_rule": "", "view_rule": ""}
     collections = {
-        "posts": {"table": "public.posts", **everyone, **(posts or {})},
-        "notes": {"table": "public.notes", **everyone},
+        "posts": {"table": "public.posts", **public, **(posts or {})},
+        "notes": {"table": "public.notes", **public},
         "people": {
             "table": "public.people",
             "type": "auth",
             "auth_rule": "",
             "login": LOGIN,
-            **everyone,
+            **public,
             **(people or {}),
         },
     }
@@ -79,9 +88,9 @@ def configured(
 
 @dataclass
 class Running:
-    """A service without a database, with the configuration and schema that it reads next."""
+    """A service without a database, with the configuration and the schema that it reads next."""
 
-    room: Room
+    harness: HubHarness
     parts: ServiceParts
     reloading: Reloader
     config: Config
@@ -96,7 +105,7 @@ def _no_stream(*_: object) -> NoReturn:
     raise AssertionError("the tables are the same")
 
 
-async def _no_dry_run(_world: AppliedConfig) -> None:
+async def _no_check(_applied: AppliedConfig) -> None:
     _no_stream()
 
 
@@ -106,24 +115,25 @@ async def _no_slot() -> None:
 
 @asynccontextmanager
 async def running() -> AsyncIterator[Running]:
+    """A running service, whose stream is never opened again."""
     config = configured()
     collections = build_collections(config.collections, CATALOG)
     logins = {name: one.login for name, one in config.collections.items()}
-    world = AppliedConfig(config=config, collections=collections)
-    async with open_room() as room:
-        pool = QueryPool()  # never opened: nobody answers
+    applied = AppliedConfig(config=config, collections=collections)
+    async with open_harness() as harness:
+        pool = QueryPool()  # never opened: every query fails
         accounts = AccountLoader(pool)
         login = LoginService(config.auth.login, accounts)
-        intake = Intake(room.changelog, room.hub, max_size=1000)
+        intake = Intake(harness.changelog, harness.hub, max_size=1000)
         executor = QueryExecutor(pool)
         parts = ServiceParts(
             executor=executor,
-            changelog=room.changelog,
+            changelog=harness.changelog,
             replication_reader=ReplicationReader(
-                _no_stream, intake, tables=world.streamed_tables, advance_slot=_no_slot
+                _no_stream, intake, tables=applied.streamed_tables, advance_slot=_no_slot
             ),
             intake=intake,
-            hub=room.hub,
+            hub=harness.hub,
             authenticator=Authenticator(config.auth, collections, accounts, logins=logins),
             login_service=login,
             own_records=OwnRecordRenderer(executor, collections, nulls="null"),
@@ -135,17 +145,17 @@ async def running() -> AsyncIterator[Running]:
             return made.catalog
 
         reloading = Reloader(
-            world,
+            applied,
             parts,
             read_config=lambda: ParsedConfig(
                 config=made.config, locations=ConfigLocations(source="test.yaml")
             ),
             read_catalog=read_catalog,
             open_stream=_no_stream,
-            check_stream=_no_dry_run,
+            check_stream=_no_check,
             schema_mismatch=asyncio.Event(),
         )
-        made = Running(room, parts, reloading, config, CATALOG)
+        made = Running(harness, parts, reloading, config, CATALOG)
         try:
             yield made
         finally:
@@ -153,7 +163,7 @@ async def running() -> AsyncIterator[Running]:
 
 
 @pytest.mark.parametrize(
-    ("rules", "heard"),
+    ("rules", "received"),
     [
         ({}, {"posts/*", "posts/a"}),
         ({"list_rule": None}, {"posts/a"}),
@@ -164,24 +174,26 @@ async def running() -> AsyncIterator[Running]:
     ],
 )
 async def test_each_rule_counts_from_the_next_event_on(
-    rules: Mapping[str, object], heard: set[str]
+    rules: Mapping[str, object], received: set[str]
 ) -> None:
+    """List rules for topics of the collection, view rules for topics of a record."""
     async with running() as service:
-        room = service.room
-        connection, sink = room.connect()
-        await room.subscribe(connection, "posts/*", "posts/a", "notes/*")
+        harness = service.harness
+        connection, sink = harness.connect()
+        await harness.subscribe(connection, "posts/*", "posts/a", "notes/*")
         assert await service.reload(configured(posts=rules))
-        room.commit(update("a", "new"), insert("n", table=NOTES))
-        await room.settled()
-        assert {name for _, name, _ in sink.events()[1:]} == {*heard, "notes/*"}
+        harness.commit(update("a", "new"), insert("n", table=NOTES))
+        await harness.until_delivered()
+        assert {name for _, name, _ in sink.events()[1:]} == {*received, "notes/*"}
 
         assert await service.reload(configured())
-        room.commit(update("a", "newer"))
+        harness.commit(update("a", "newer"))
         events = await sink.wait_for(len(sink.events()) + 2)
         assert {name for _, name, _ in events[-2:]} == {"posts/*", "posts/a"}
 
 
-async def test_who_signs_in_is_judged_and_shown_by_the_new_rules() -> None:
+async def test_logins_are_decided_by_the_new_auth_rule() -> None:
+    """The ``auth_rule`` in force decides whether a login is accepted."""
     row: Row = {"id": "ann", "email": "ann@example.com", "key": "k"}
 
     async def may_sign_in(service: Running) -> bool:
@@ -195,11 +207,13 @@ async def test_who_signs_in_is_judged_and_shown_by_the_new_rules() -> None:
         assert await service.reload(configured(people={"auth_rule": None}))
         assert not await may_sign_in(service)
         assert await service.reload(configured(people={"auth_rule": "email ~ 'example'"}))
-        with pytest.raises(DatabaseUnreachableError):  # it is asked, and there is no database
+        with pytest.raises(DatabaseUnreachableError):  # the new rule needs a query
             await may_sign_in(service)
 
 
 async def test_the_login_takes_its_new_settings() -> None:
+    """A new limit of attempts is in force for the next attempt."""
+
     async def outcome(service: Running) -> str:
         users = service.parts.authenticator.find_user_collection("people")
         assert users is not None
@@ -220,7 +234,8 @@ async def test_the_login_takes_its_new_settings() -> None:
     assert after == ["login_failed", "login_failed", "login_refused"]
 
 
-async def test_how_people_log_in_and_what_is_read_of_them_is_taken_from_the_collections() -> None:
+async def test_login_and_rule_columns_are_taken_from_the_new_collections() -> None:
+    """Identity columns, and the columns of users' rows that rules read, are the new ones."""
     async with running() as service:
         authenticator = service.parts.authenticator
         before = authenticator.find_user_collection("people")
@@ -239,7 +254,7 @@ async def test_how_people_log_in_and_what_is_read_of_them_is_taken_from_the_coll
 async def test_a_new_password_ends_the_login_s_tokens_after_a_reload_too(
     key: str, *, is_still_ann: bool
 ) -> None:
-    """And any other change of the row doesn't."""
+    """A change of the token key makes the caller a guest; other changes of the row don't."""
     async with running() as service:
         users = service.parts.authenticator.find_user_collection("people")
         assert users is not None
@@ -248,22 +263,23 @@ async def test_a_new_password_ends_the_login_s_tokens_after_a_reload_too(
             trust_digest=_login_trust_digest(service.config.auth.login, users),
             token_key_digest=digest_token_key("k1"),
         )
-        connection, _ = service.room.connect()
-        await service.room.subscribe(connection, "posts/*", caller=ann)
+        connection, _ = service.harness.connect()
+        await service.harness.subscribe(connection, "posts/*", caller=ann)
         assert await service.reload(configured(posts={"view_rule": None}))
         assert connection.caller == ann
         before: Row = {"id": "ann", "email": "ann@x", "key": "k1"}
         after: Row = {**before, "key": key}
-        service.room.commit(Update(PEOPLE, after, WholeRow(before)))
-        await service.room.settled()
+        service.harness.commit(Update(PEOPLE, after, WholeRow(before)))
+        await service.harness.until_delivered()
 
         assert isinstance(connection.caller.principal, AuthRecord) is is_still_ann
 
 
 async def test_policies_count_all_through_a_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And where the database can't say whether there are any: each question finds out then.
+    """Row security policies that exist are applied at every moment of a reload.
 
-    Those that come later count from the next look at the schema on.
+    So they are where the database can't say whether policies exist. Policies created later are
+    applied from the next reading of the schema on.
     """
     counted: list[bool] = []
 
@@ -271,12 +287,12 @@ async def test_policies_count_all_through_a_reload(monkeypatch: pytest.MonkeyPat
         pool, hub = service.parts.pool, service.parts.hub
         use = hub.replace_generation
 
-        async def noting(*args: Any, **more: Any) -> None:
+        async def recording(*args: Any, **more: Any) -> None:
             counted.append("'posts'" in pool.begin_sql())
             await use(*args, **more)
             counted.append("'posts'" in pool.begin_sql())
 
-        monkeypatch.setattr(hub, "replace_generation", noting)
+        monkeypatch.setattr(hub, "replace_generation", recording)
         assert await service.reload(configured(posts={"list_rule": "title = 'x'"}))
         counted.append("'posts'" in pool.begin_sql())
         pool.enable_row_security_for(())
@@ -286,7 +302,8 @@ async def test_policies_count_all_through_a_reload(monkeypatch: pytest.MonkeyPat
     assert counted == [True, True, True, True]
 
 
-async def test_tokens_count_by_the_issuers_of_now() -> None:
+async def test_tokens_count_by_the_issuers_in_force() -> None:
+    """The caller of a token whose issuer isn't configured is a guest."""
     issuer: dict[str, Any] = {"name": "app", "secret": SECRET, "superuser_when": {"role": "admin"}}
     claims = {"sub": "root", "role": "admin", "exp": time.time() + 60}
     token = jwt.encode(claims, SECRET, "HS256")
@@ -300,9 +317,10 @@ async def test_tokens_count_by_the_issuers_of_now() -> None:
 
 
 async def test_guests_are_ended_where_they_are_not_allowed_any_more() -> None:
+    """Their open connections are ended, and new calls of guests are refused."""
     async with running() as service:
-        connection, sink = service.room.connect()
-        await service.room.subscribe(connection, "posts/*")
+        connection, sink = service.harness.connect()
+        await service.harness.subscribe(connection, "posts/*")
         admit = service.parts.authenticator.authenticate_subscriber
         assert (await admit(None)).principal == GUEST
         assert await service.reload(configured(auth={"allow_guests": False}))
@@ -312,50 +330,51 @@ async def test_guests_are_ended_where_they_are_not_allowed_any_more() -> None:
 
 
 async def test_a_configuration_with_a_problem_changes_nothing() -> None:
-    """Not even where the rest of it is fine."""
+    """Also the valid parts of it don't apply."""
     async with running() as service:
-        room = service.room
-        connection, sink = room.connect()
-        await room.subscribe(connection, "posts/*", "notes/*")
+        harness = service.harness
+        connection, sink = harness.connect()
+        await harness.subscribe(connection, "posts/*", "notes/*")
         with capture_logs() as logged:
             bad = configured(
                 posts={"list_rule": None}, people={"view_rule": "nothing = 1"}, auth={"issuers": []}
             )
             assert not await service.reload(bad)
-        room.commit(insert("a"), insert("n", table=NOTES))
+        harness.commit(insert("a"), insert("n", table=NOTES))
         events = await sink.wait_for(3)
 
     assert [name for _, name, _ in events[1:]] == ["posts/*", "notes/*"]
-    (said,) = logged
-    assert (said["event"], said["code"]) == ("config.rejected", "config_invalid")
-    assert "collections.people.view_rule" in "".join(said["problems"])
+    (entry,) = logged
+    assert (entry["event"], entry["code"]) == ("config.rejected", "config_invalid")
+    assert "collections.people.view_rule" in "".join(entry["problems"])
 
 
 async def test_what_needs_a_restart_is_said() -> None:
+    """A warning names the changed sections that only a restart applies."""
     async with running() as service:
         with capture_logs() as logged:
             assert await service.reload(configured(server={"port": 1}))
 
-    said = [one for one in logged if one["event"] == "config.restart_needed"]
-    assert [one["sections"] for one in said] == [["server"]]
+    entry = [one for one in logged if one["event"] == "config.restart_needed"]
+    assert [one["sections"] for one in entry] == [["server"]]
 
 
 def test_a_collection_that_its_table_does_not_fit_any_more_is_locked() -> None:
-    """By every rule, whichever of them is invalid; the other collections stay as they are."""
+    """One invalid rule locks all rules of its collection; other collections stay as they are."""
     table = TABLES[POSTS]
     renamed = replace(table, columns=(table.columns[0], replace(table.columns[1], name="name")))
     catalog = replace(CATALOG, tables={**TABLES, POSTS: renamed})
 
-    world = fit_to_schema(configured(posts={"view_rule": "title = 't'"}), catalog)
+    applied = fit_to_schema(configured(posts={"view_rule": "title = 't'"}), catalog)
 
-    locked = world.collections["posts"]
+    locked = applied.collections["posts"]
     assert (locked.list_rule, locked.view_rule) == (None, None)
-    assert [fault.path for fault in world.problems] == ["collections.posts.view_rule"]
-    assert world.collections["notes"].list_rule == ""
-    assert set(world.streamed_tables) == set(TABLES)
+    assert [fault.path for fault in applied.problems] == ["collections.posts.view_rule"]
+    assert applied.collections["notes"].list_rule == ""
+    assert set(applied.streamed_tables) == set(TABLES)
 
 
-# What a row that doesn't fit is waited for
+# Reading the schema for a row that doesn't fit it
 
 
 async def _nothing(*_: object) -> None:
@@ -374,13 +393,16 @@ def _with_title(oid: int) -> Catalog:
 
 def _title(service: Running) -> int:
     """Return the type in which the title of posts is evaluated."""
-    column = service.room.hub._progress.generation.collections["posts"].table.find_column("title")
+    column = service.harness.hub._progress.generation.collections["posts"].table.find_column(
+        "title"
+    )
     assert column is not None
     return column.type.oid
 
 
 @asynccontextmanager
 async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    """A running service that reads the schema on request."""
     async with running() as service:
         monkeypatch.setattr(service.parts.replication_reader, "switch", _nothing)
         monkeypatch.setattr(service.parts.pool, "drain", _nothing)
@@ -394,34 +416,36 @@ async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
             await asyncio.wait([watch])
 
 
-async def test_the_schema_of_now_is_in_force_when_it_was_asked_for(
+async def test_the_present_schema_is_in_force_after_a_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At once, not at the next interval."""
+    """It is read at once, not at the next interval."""
     async with watching(monkeypatch) as service:
         service.catalog = _with_title(4711)
         began = time.monotonic()
         assert await service.reloading.wait_for_schema_refresh()
         assert time.monotonic() - began < 1
         assert _title(service) == 4711
-        assert await service.reloading.wait_for_schema_refresh(), "nothing is new"
+        assert await service.reloading.wait_for_schema_refresh(), "the schema is the same"
 
 
-async def test_who_asks_for_the_schema_hears_that_it_can_not_be_read(
+async def test_a_failed_reading_of_the_schema_is_reported_to_the_waiting_task(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """``wait_for_schema_refresh`` returns False."""
+
     async def fail(_config: Config) -> NoReturn:
-        raise DatabaseUnreachableError("nobody answers")
+        raise DatabaseUnreachableError("no answer")
 
     async with watching(monkeypatch) as service:
         monkeypatch.setattr(service.reloading, "_read_catalog", fail)
         assert not await service.reloading.wait_for_schema_refresh()
 
 
-async def test_a_look_that_began_before_it_was_asked_for_does_not_count(
+async def test_a_reading_that_began_before_the_request_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It may have read the schema from before the row."""
+    """It may have read the schema from before the row, so another reading is waited for."""
     reading, go_on = asyncio.Event(), asyncio.Event()
 
     async def read(_config: Config) -> Catalog:

@@ -1,4 +1,4 @@
-"""Tables as a catalogue would describe them."""
+"""Tables as read from a catalogue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table(
     leaves: tuple[str, ...] = (),
     oid: int = 1000,
 ) -> Table:
-    """A table in schema public; columns and key are names apart by blanks."""
+    """Return a table in schema public. Names of columns and of the key are separated by blanks."""
     names = tuple(columns.split())
     whole = identity is ReplicaIdentity.FULL
     return Table(

@@ -1,4 +1,4 @@
-"""Whole transactions or none, within a bound."""
+"""The assembler returns whole transactions, within a bound of memory."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ def assembler(max_size: int = 1000) -> TransactionAssembler:
 
 
 def whole(*changes: Insert | Update | Delete | Truncate, size: int) -> Transaction:
+    """Return the transaction that all tests assemble."""
     return Transaction(Xid(7), LSN(32), 1234, changes, size)
 
 
 def feed(*messages: Message) -> Transaction | OversizedTransaction | None:
-    """Feed a begin, the messages and a commit, of one byte each."""
+    """Feed a begin, the messages and a commit of one byte each; return the transaction."""
     target = assembler()
     assert [target.feed(message, 1) for message in (BEGIN, *messages)] == [None] * (
         len(messages) + 1
@@ -66,6 +67,7 @@ def test_transaction_without_changes_is_dropped() -> None:
 
 
 def test_nothing_of_one_transaction_is_in_the_next() -> None:
+    """A commit clears the assembler."""
     target = assembler()
     for message in (BEGIN, RowChange(INSERT, None), COMMIT, BEGIN):
         target.feed(message, 1)
@@ -84,6 +86,7 @@ def test_nothing_of_one_transaction_is_in_the_next() -> None:
     ],
 )
 def test_impossible_order_is_refused(messages: tuple[Message, ...]) -> None:
+    """Such a stream can't be trusted."""
     target = assembler()
 
     for message in messages[:-1]:
@@ -93,6 +96,7 @@ def test_impossible_order_is_refused(messages: tuple[Message, ...]) -> None:
 
 
 def test_transaction_beyond_the_bound_leaves_only_its_tables() -> None:
+    """Its changes are released at once."""
     target = assembler(max_size=25)
     target.feed(BEGIN, 1)
     target.feed(RowChange(INSERT, None), 20)
@@ -105,8 +109,8 @@ def test_transaction_beyond_the_bound_leaves_only_its_tables() -> None:
     )
 
 
-def test_what_a_change_takes_beside_its_payload_counts_for_the_bound() -> None:
-    """A row of short values takes many times its message in memory."""
+def test_memory_of_a_change_in_addition_to_its_payload_counts_for_the_bound() -> None:
+    """A row of short values takes many times its payload in memory."""
     target = assembler(max_size=1000)
     target.feed(BEGIN, 1)
     for _ in range(4):
@@ -126,6 +130,7 @@ def test_a_transaction_s_size_is_what_its_changes_take() -> None:
 
 
 def test_transaction_after_an_oversized_one_is_whole_again() -> None:
+    """The bound is of each transaction."""
     target = assembler(max_size=25)
     for message in (BEGIN, RowChange(INSERT, None), RowChange(INSERT, None), COMMIT):
         target.feed(message, 20)
@@ -136,7 +141,7 @@ def test_transaction_after_an_oversized_one_is_whole_again() -> None:
 
 
 def test_one_statement_truncates_a_partitioned_table_once() -> None:
-    """wal2json has a line for each leaf, pgoutput one message with all."""
+    """wal2json has a line for each leaf, pgoutput one message for all."""
     assert feed(
         TruncateMessage((PARTS,)),
         TruncateMessage((PARTS,)),
@@ -145,17 +150,20 @@ def test_one_statement_truncates_a_partitioned_table_once() -> None:
     ) == whole(Truncate(PARTS), Truncate(TAGS), size=6)
 
 
-def test_truncates_apart_are_told_apart() -> None:
+def test_separate_truncates_are_separate_changes() -> None:
+    """Two TRUNCATEs with another change between them are two changes."""
     assert feed(
         TruncateMessage((POSTS,)), RowChange(INSERT, None), TruncateMessage((POSTS, TAGS))
     ) == whole(Truncate(POSTS), INSERT, Truncate(POSTS), Truncate(TAGS), size=5)
 
 
-def gone(row: Row, leaf: TableName) -> RowChange:
+def deleted(row: Row, leaf: TableName) -> RowChange:
+    """Return the delete of a row in a leaf."""
     return RowChange(Delete(PARTS, Key(row)), leaf)
 
 
-def come(row: Row, leaf: TableName) -> RowChange:
+def inserted(row: Row, leaf: TableName) -> RowChange:
+    """Return the insert of a row in a leaf."""
     return RowChange(Insert(PARTS, row), leaf)
 
 
@@ -165,51 +173,56 @@ MOVE = Update(PARTS, NEW, Key(OLD))
 
 
 def test_move_between_partitions_is_an_update() -> None:
-    assert feed(gone(OLD, NORTH), come(NEW, SOUTH)) == whole(MOVE, size=4)
+    """PostgreSQL logs it as a delete in one leaf and an insert in another."""
+    assert feed(deleted(OLD, NORTH), inserted(NEW, SOUTH)) == whole(MOVE, size=4)
 
 
-def test_moves_of_many_rows_are_told_apart() -> None:
+def test_moves_of_many_rows_are_distinguished() -> None:
+    """Delete and insert are matched by the row's key."""
     other: Row = {"id": "2", "place": "n"}
     other_new: Row = {"id": "2", "place": "s"}
 
     assert feed(
-        gone(OLD, NORTH), gone(other, NORTH), come(NEW, SOUTH), come(other_new, SOUTH)
+        deleted(OLD, NORTH), deleted(other, NORTH), inserted(NEW, SOUTH), inserted(other_new, SOUTH)
     ) == whole(MOVE, Update(PARTS, other_new, Key(other)), size=6)
 
 
 def test_what_a_trigger_writes_amid_a_move_stays() -> None:
-    assert feed(gone(OLD, NORTH), RowChange(INSERT, None), come(NEW, SOUTH)) == whole(
+    """The change between delete and insert comes after the update."""
+    assert feed(deleted(OLD, NORTH), RowChange(INSERT, None), inserted(NEW, SOUTH)) == whole(
         MOVE, INSERT, size=5
     )
 
 
 def test_row_may_move_there_and_back() -> None:
-    assert feed(gone(OLD, NORTH), come(NEW, SOUTH), gone(NEW, SOUTH), come(OLD, NORTH)) == whole(
-        MOVE, Update(PARTS, OLD, Key(NEW)), size=6
-    )
+    """Two updates, in order."""
+    assert feed(
+        deleted(OLD, NORTH), inserted(NEW, SOUTH), deleted(NEW, SOUTH), inserted(OLD, NORTH)
+    ) == whole(MOVE, Update(PARTS, OLD, Key(NEW)), size=6)
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        pytest.param(gone(OLD, NORTH), come(OLD, NORTH), id="same leaf"),
-        pytest.param(gone(OLD, NORTH), come(NEW | {"id": "2"}, SOUTH), id="another record"),
-        pytest.param(gone({"place": "n"}, NORTH), come(NEW, SOUTH), id="key not logged"),
-        pytest.param(gone(OLD | {"id": None}, NORTH), come(NEW, SOUTH), id="key is null"),
-        pytest.param(come(OLD, NORTH), gone(OLD, NORTH), id="insert first"),
+        pytest.param(deleted(OLD, NORTH), inserted(OLD, NORTH), id="same leaf"),
+        pytest.param(deleted(OLD, NORTH), inserted(NEW | {"id": "2"}, SOUTH), id="another record"),
+        pytest.param(deleted({"place": "n"}, NORTH), inserted(NEW, SOUTH), id="key not logged"),
+        pytest.param(deleted(OLD | {"id": None}, NORTH), inserted(NEW, SOUTH), id="key is null"),
+        pytest.param(inserted(OLD, NORTH), deleted(OLD, NORTH), id="insert first"),
     ],
 )
 def test_delete_and_insert_that_are_no_move_stay_two(first: RowChange, second: RowChange) -> None:
+    """Only another leaf of the same table, and the same key, make a move."""
     assert feed(first, second) == whole(first.change, second.change, size=4)
 
 
 def test_row_that_left_one_partition_comes_to_another_in_a_later_transaction() -> None:
-    """A delete and a create: separate commits stay separate."""
+    """Changes of separate commits are never joined."""
     target = assembler()
-    for message in (BEGIN, gone(OLD, NORTH)):
+    for message in (BEGIN, deleted(OLD, NORTH)):
         target.feed(message, 1)
     first = target.feed(COMMIT, 1)
-    for message in (BEGIN, come(NEW, SOUTH)):
+    for message in (BEGIN, inserted(NEW, SOUTH)):
         target.feed(message, 1)
 
     assert first == whole(Delete(PARTS, Key(OLD)), size=3)
@@ -217,16 +230,16 @@ def test_row_that_left_one_partition_comes_to_another_in_a_later_transaction() -
 
 
 def test_row_deleted_after_another_use_of_its_key_has_not_moved() -> None:
-    """Only the next change of a key can complete a move."""
-    again = come(OLD, NORTH)
+    """Only the next change of the key can complete a move."""
+    inserted_again = inserted(OLD, NORTH)
 
-    assert feed(gone(OLD, NORTH), again, come(NEW, SOUTH)) == whole(
-        Delete(PARTS, Key(OLD)), again.change, Insert(PARTS, NEW), size=5
+    assert feed(deleted(OLD, NORTH), inserted_again, inserted(NEW, SOUTH)) == whole(
+        Delete(PARTS, Key(OLD)), inserted_again.change, Insert(PARTS, NEW), size=5
     )
 
 
 def test_a_transaction_has_each_shape_of_its_rows_once() -> None:
-    """And none of the transaction before."""
+    """And none of an earlier transaction."""
     first, second = (RowShape(POSTS, None, (("id", oid),)) for oid in (23, 25))
     target = assembler()
 

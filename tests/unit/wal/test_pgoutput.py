@@ -1,4 +1,4 @@
-"""Messages laid out as "Logical Replication Message Formats" has them, and what is made of them."""
+"""Messages as "Logical Replication Message Formats" documents them, and what they decode to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNCHANGED = object()
 def relation(
     name: str = "t", *columns: str, key: tuple[str, ...] = ("id",), oid: int = OID
 ) -> bytes:
-    """A description; columns are id, a, b if none are named."""
+    """Return a Relation message; columns are id, a, b if none are given."""
     names = columns or ("id", "a", "b")
     described = b"".join(
         struct.pack("!B", column in key) + column.encode() + b"\0" + struct.pack("!Ii", 25, -1)
@@ -33,6 +33,7 @@ def relation(
 
 
 def row(*values: object) -> bytes:
+    """Return TupleData."""
     return struct.pack("!H", len(values)) + b"".join(map(_value, values))
 
 
@@ -47,10 +48,12 @@ def _value(value: object) -> bytes:
 
 
 def change(kind: bytes, *parts: bytes, oid: int = OID) -> bytes:
+    """Return a message about a row."""
     return kind + struct.pack("!I", oid) + b"".join(parts)
 
 
 def decoder(*first: bytes) -> PgoutputDecoder:
+    """Return a decoder that has read the messages, by default the description of the table."""
     made = PgoutputDecoder([table("t", "id a b", oid=OID)])
     for message in first or (relation(),):
         assert made.decode(message) is None
@@ -58,7 +61,7 @@ def decoder(*first: bytes) -> PgoutputDecoder:
 
 
 def decode_change(made: PgoutputDecoder, message: bytes) -> Insert | Update | Delete:
-    """Return the change of a message about a table without partitions."""
+    """Return the change in a message about a table without partitions."""
     match made.decode(message):
         case RowChange(change=found, leaf=None):
             return found
@@ -67,16 +70,19 @@ def decode_change(made: PgoutputDecoder, message: bytes) -> Insert | Update | De
 
 
 def test_begin_has_the_transaction_id() -> None:
+    """LSN and time are taken from the Commit message."""
     assert decoder().decode(struct.pack("!cQqI", b"B", 32, 0, 744)) == Begin(Xid(744))
 
 
 def test_commit_has_its_end_and_time() -> None:
+    """PostgreSQL's clock starts in 2000; the commit time is in microseconds since 1970."""
     message = struct.pack("!cBQQq", b"C", 0, 16, 32, 5)
 
     assert decoder().decode(message) == Commit(LSN(32), 946_684_800_000_005)
 
 
 def test_insert_has_texts_and_nulls() -> None:
+    """Values are PostgreSQL's text, decoded from UTF-8."""
     message = change(b"I", b"N", row("1", None, "é\0x"[:1]))
 
     assert decode_change(decoder(), message) == Insert(T, {"id": "1", "a": None, "b": "é"})
@@ -93,6 +99,7 @@ def test_insert_has_texts_and_nulls() -> None:
     ],
 )
 def test_update_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeRow) -> None:
+    """An unchanged key isn't sent; it is taken from the new row."""
     message = change(b"U", *old, b"N", row("2", "x", "y"))
 
     assert decode_change(decoder(), message) == Update(T, {"id": "2", "a": "x", "b": "y"}, image)
@@ -106,16 +113,19 @@ def test_update_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeR
     ],
 )
 def test_delete_has_the_old_identity(old: tuple[bytes, ...], image: Key | WholeRow) -> None:
+    """The key, or the whole row with REPLICA IDENTITY FULL."""
     assert decode_change(decoder(), change(b"D", *old)) == Delete(T, image)
 
 
 def test_unchanged_toast_is_absent_and_not_null() -> None:
+    """The message marks the value as unchanged."""
     message = change(b"U", b"N", row("1", UNCHANGED, None))
 
     assert decode_change(decoder(), message) == Update(T, {"id": "1", "b": None}, Key({"id": "1"}))
 
 
 def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place() -> None:
+    """With REPLICA IDENTITY FULL the old row has the value."""
     message = change(b"U", b"O", row("1", "big", "old"), b"N", row("1", UNCHANGED, "new"))
 
     match decoder().decode(message):
@@ -126,7 +136,7 @@ def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place() -> None:
 
 
 def test_renamed_table_goes_on_under_the_name_we_know() -> None:
-    """The publication follows the table, and so do the rules, until the catalogue is read anew."""
+    """The publication follows a renamed table, as do rules until the catalogue is read again."""
     made = decoder(relation(), relation("renamed"))
 
     message = change(b"I", b"N", row("1", None, None))
@@ -134,6 +144,7 @@ def test_renamed_table_goes_on_under_the_name_we_know() -> None:
 
 
 def test_altered_table_is_read_as_it_was_described_last() -> None:
+    """After ALTER TABLE the stream describes the table again."""
     made = decoder(relation(), relation("t", "id", "new"))
 
     new = decode_change(made, change(b"I", b"N", row("1", "2")))
@@ -141,6 +152,7 @@ def test_altered_table_is_read_as_it_was_described_last() -> None:
 
 
 def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
+    """A partition may have the columns of its root in another order."""
     parts = table("parts", "id a b", leaves=("parts_1",))
     made = PgoutputDecoder([parts])
     made.decode(relation("parts_1", "b", "a", "id", oid=7))
@@ -154,6 +166,7 @@ def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
 
 
 def test_truncate_names_the_tables_that_are_ours() -> None:
+    """Other tables of the publication are left out."""
     made = decoder(relation(), relation("other", oid=8))
 
     assert made.decode(struct.pack("!cIBII", b"T", 2, 0, OID, 8)) == TruncateMessage((T,))
@@ -162,11 +175,13 @@ def test_truncate_names_the_tables_that_are_ours() -> None:
 
 @pytest.mark.parametrize("message", [b"Yxxxx", b"Oxxxx", b"Mxxxx"])
 def test_types_origins_and_logical_messages_are_nothing(message: bytes) -> None:
+    """They change no row."""
     assert decoder().decode(message) is None
 
 
 @pytest.mark.parametrize("kind", [b"I", b"U", b"D"])
 def test_changes_of_other_tables_are_nothing(kind: bytes) -> None:
+    """A publication may have more tables than the configuration."""
     made = decoder(relation(), relation("other", oid=8))
 
     assert made.decode(change(kind, b"N", row("1", "2", "3"), oid=8)) is None
@@ -185,7 +200,7 @@ def test_changes_of_other_tables_are_nothing(kind: bytes) -> None:
     ],
 )
 def test_unreadable_message_is_refused_without_being_quoted(message: bytes) -> None:
-    """An error text may end up in a log; a row may not."""
+    """An error's text may be logged; a row must not be."""
     with pytest.raises(UnexpectedMessageError) as caught:
         decoder().decode(message)
 
@@ -193,6 +208,7 @@ def test_unreadable_message_is_refused_without_being_quoted(message: bytes) -> N
 
 
 def test_publication_is_named_as_an_identifier_in_the_option() -> None:
+    """The server parses the option as a list of quoted identifiers."""
     assert start_replication_options('My "pub"') == {
         "proto_version": "1",
         "publication_names": '"My ""pub"""',
@@ -202,7 +218,7 @@ def test_publication_is_named_as_an_identifier_in_the_option() -> None:
 @pytest.mark.parametrize("columns", [3, 8, 40])
 @pytest.mark.parametrize("is_full", [False, True])
 def test_changes_are_counted_with_the_memory_that_they_take(columns: int, *, is_full: bool) -> None:
-    """The changelog is bounded by it, and the payload may be a sixth of that."""
+    """The changelog is bounded by it; the payload may be a sixth of that."""
     names = ("id", *(f"c{n}" for n in range(1, columns)))
     made = PgoutputDecoder([table("t", " ".join(names), oid=OID)])
     made.decode(relation("t", *names))
@@ -226,7 +242,7 @@ def test_changes_are_counted_with_the_memory_that_they_take(columns: int, *, is_
 
 
 def test_a_row_has_the_shape_that_its_table_was_described_with_last() -> None:
-    """Only a partition that is described again may have been detached meanwhile."""
+    """Only the partition that is described again may have been detached meanwhile."""
     message = change(b"I", b"N", row("1", "x"), oid=OID + 1)
     made = PgoutputDecoder([table("t", "id a", oid=OID, leaves=("t_1",))])
 

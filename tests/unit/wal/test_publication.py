@@ -1,4 +1,4 @@
-"""What may be published, and the SQL that publishes it; that it runs is proved on a server."""
+"""Which tables can be published, and the SQL for it. Integration tests run it on a server."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ GENERATED = replace(POSTS, columns=(POSTS.columns[0], replace(POSTS.columns[1], 
 def test_publication_names_its_tables(
     name: str, tables: list[Table], version: int, sql: str
 ) -> None:
+    """FOR TABLE for each table, so that the publication has no table created later."""
     assert publication_sql(name, tables, version) == sql
 
 
@@ -98,11 +99,12 @@ def test_publication_names_its_tables(
         pytest.param(
             replace(POSTS, partition_of=PARTS.name),
             "Take them out of the configuration.",
-            id="partition beside its root",
+            id="a partition and its root",
         ),
     ],
 )
 def test_table_that_would_lose_changes_is_refused_with_what_mends_it(bad: Table, hint: str) -> None:
+    """The error names the bad tables only, and its hint is the SQL that makes them fit."""
     good = replace(PARTS) if bad.name != PARTS.name else POSTS
     with pytest.raises(SetupError) as caught:
         check_tables([good, bad])
@@ -114,6 +116,7 @@ def test_table_that_would_lose_changes_is_refused_with_what_mends_it(bad: Table,
 
 
 def test_good_tables_pass() -> None:
+    """A table without a primary key may have REPLICA IDENTITY FULL."""
     check_tables([POSTS, PARTS, table("whole", "a b", key="", identity=ReplicaIdentity.FULL)])
 
 
@@ -157,6 +160,7 @@ EXACT = Publication(
 def test_publication_that_is_not_exact_is_refused_with_what_mends_it(
     found: Publication, detail: str
 ) -> None:
+    """Each deviation is named, and the hint creates the publication again."""
     with pytest.raises(SetupError) as caught:
         check_publication("p", found, [POSTS, PARTS], 170_000)
 
@@ -166,6 +170,7 @@ def test_publication_that_is_not_exact_is_refused_with_what_mends_it(
 
 
 def test_missing_publication_is_answered_with_the_sql_that_makes_it() -> None:
+    """The hint can be pasted."""
     with pytest.raises(SetupError) as caught:
         check_publication("p", None, [POSTS], 170_000)
 
@@ -174,11 +179,12 @@ def test_missing_publication_is_answered_with_the_sql_that_makes_it() -> None:
 
 
 def test_exact_publication_passes() -> None:
+    """A publication names a partitioned table by its leaves in the catalogue."""
     check_publication("p", EXACT, [POSTS, PARTS], 170_000)
 
 
 @pytest.mark.parametrize(
-    ("found", "missed"),
+    ("found", "missing"),
     [
         pytest.param(EXACT, (), id="none"),
         pytest.param(None, (POSTS, PARTS), id="dropped"),
@@ -201,13 +207,14 @@ def test_exact_publication_passes() -> None:
     ],
 )
 def test_what_is_not_published_is_missed(
-    found: Publication | None, missed: tuple[Table, ...]
+    found: Publication | None, missing: tuple[Table, ...]
 ) -> None:
-    assert tables_not_fully_published(found, [POSTS, PARTS]) == {table.name for table in missed}
+    """Of a running stream, only tables whose changes are missing are reported."""
+    assert tables_not_fully_published(found, [POSTS, PARTS]) == {table.name for table in missing}
 
 
 def test_whole_rows_need_their_generated_columns_published() -> None:
-    """From 18 on the server refuses the writers' updates otherwise."""
+    """From version 18 on the server otherwise refuses UPDATE on such a table."""
     whole = replace(GENERATED, replica_identity=ReplicaIdentity.FULL)
     found = replace(EXACT, tables=frozenset({whole.name}))
 

@@ -1,4 +1,4 @@
-"""When a server could take a walsender for a synchronous standby."""
+"""Whether a server could treat a walsender as a synchronous standby."""
 
 from __future__ import annotations
 
@@ -19,4 +19,5 @@ from pgrealtime.wal.visible_lsn import may_match_standby_names
     ],
 )
 def test_setting_is_matched_generously(setting: str, verdict: object) -> None:
+    """In doubt it could: waiting for visibility is only slower."""
     assert may_match_standby_names(setting, "pgrealtime") is verdict

@@ -1,4 +1,4 @@
-"""Lines as wal2json 2.6 on PostgreSQL 17 printed them, and what is made of them."""
+"""Lines as wal2json 2.6 on PostgreSQL 17 writes them, and the messages decoded from them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FULL = ReplicaIdentity.FULL
 HEAD = '"xid":744,"timestamp":"2026-11-24 12:37:04.08778+00","lsn":"0/1945F30"'
 
 ID = ("id", "23", '"1"')
-"""A column as it is printed: name, type's oid, value."""
+"""A column in a line: name, oid of its type, value as JSON."""
 
 
 def line(action: str, table: str = "t", **parts: list[tuple[str, str, str]]) -> str:
-    """A line about a table of schema public, with columns or identity or both."""
+    """Return a line about a table of schema public; ``parts`` are its columns and identity."""
     lists = "".join(f',"{name}":[{_printed(columns)}]' for name, columns in parts.items())
     return (
         f'{{"action":"{action}",{HEAD},"schema":"public","table":"{table}"{lists}'
@@ -40,12 +40,13 @@ def _printed(columns: list[tuple[str, str, str]]) -> str:
 def decode(
     text: str, *, columns: str = "id a b", identity: ReplicaIdentity = ReplicaIdentity.DEFAULT
 ) -> Message | None:
-    """What a line says, without the shape of its row."""
+    """Return the message decoded from a line, without the shape of its row."""
     message = Wal2JsonDecoder([table("t", columns, identity=identity)]).decode(text.encode())
     return replace(message, shape=None) if isinstance(message, RowChange) else message
 
 
 def test_begin_has_the_transaction_id() -> None:
+    """Its other members aren't used."""
     assert decode(f'{{"action":"B",{HEAD},"nextlsn":"0/1945F60"}}') == Begin(Xid(744))
 
 
@@ -58,6 +59,7 @@ def test_begin_has_the_transaction_id() -> None:
     ],
 )
 def test_commit_has_its_end_and_time(printed: str, microseconds: int) -> None:
+    """The commit time is in microseconds since 1970, also before that."""
     text = f'{{"action":"C","xid":7,"timestamp":"{printed}","nextlsn":"16/B374D848"}}'
 
     assert decode(text) == Commit(parse_lsn("16/B374D848"), microseconds)
@@ -91,7 +93,7 @@ def test_values_become_postgres_text(oid: str, value: str, text: str | None) -> 
 
 
 def test_column_that_the_catalogue_lacks_is_read() -> None:
-    """The table was altered since; the row is decoded as it was written."""
+    """The table was altered after the catalogue was read; the row has all that was written."""
     text = line("I", columns=[ID, ("new", "16", "true")])
 
     assert decode(text, columns="id") == RowChange(Insert(T, {"id": "1", "new": "t"}), None)
@@ -117,6 +119,7 @@ WHOLE = [ID, ("a", "25", "null"), ("b", "25", '"y"')]
 def test_old_image_is_what_was_logged(
     identity: ReplicaIdentity, old: list[tuple[str, str, str]], image: OldImage
 ) -> None:
+    """The line decides, where the replica identity changed after the catalogue was read."""
     new = [("id", "23", '"2"'), ("a", "25", '"x"'), ("b", "25", '"y"')]
     update = line("U", columns=new, identity=old)
     delete = line("D", identity=old)
@@ -128,6 +131,7 @@ def test_old_image_is_what_was_logged(
 
 
 def test_unchanged_toast_is_absent_and_not_null() -> None:
+    """wal2json leaves the column out."""
     text = line("U", columns=[ID, ("a", "25", "null")], identity=[ID])
 
     assert decode(text) == RowChange(Update(T, {"id": "1", "a": None}, Key({"id": "1"})), None)
@@ -135,6 +139,7 @@ def test_unchanged_toast_is_absent_and_not_null() -> None:
 
 @pytest.mark.parametrize("added", [[], ["c"]], ids=["catalogued", "with a column that is new"])
 def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place(added: list[str]) -> None:
+    """With REPLICA IDENTITY FULL the old row has the value."""
     more = [(name, "25", '"more"') for name in added]
     text = line(
         "U",
@@ -151,6 +156,7 @@ def test_unchanged_toast_is_filled_from_a_whole_old_row_in_its_place(added: list
 
 
 def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
+    """A partition may have the columns of its root in another order."""
     parts = table("parts", "id a b", leaves=("parts_1",))
     text = line("I", "parts_1", columns=[("b", "25", '"2"'), ("new", "25", '"3"'), ID])
 
@@ -163,6 +169,7 @@ def test_leaf_goes_by_its_root_in_the_roots_column_order() -> None:
 
 
 def test_truncate_names_the_table() -> None:
+    """wal2json has a line for each table."""
     assert decode(line("T")) == TruncateMessage((T,))
 
 
@@ -179,7 +186,8 @@ def test_truncate_names_the_table() -> None:
         pytest.param(line("T", "other"), id="truncate elsewhere"),
     ],
 )
-def test_what_is_not_ours_is_nothing(text: str) -> None:
+def test_lines_about_other_tables_are_ignored(text: str) -> None:
+    """Logical messages, and tables that weren't asked for."""
     assert decode(text) is None
 
 
@@ -197,7 +205,7 @@ def test_what_is_not_ours_is_nothing(text: str) -> None:
     ],
 )
 def test_unreadable_line_is_refused_without_being_quoted(text: str) -> None:
-    """An error text may end up in a log; a row may not."""
+    """An error's text may be logged; a row must not be."""
     with pytest.raises(UnexpectedMessageError) as caught:
         decode(text)
 
@@ -205,13 +213,14 @@ def test_unreadable_line_is_refused_without_being_quoted(text: str) -> None:
 
 
 def test_names_are_escaped_for_add_tables() -> None:
-    """Else a dot, a comma or an asterisk would name other tables; proved on a server elsewhere."""
+    """Otherwise a dot, comma or asterisk selects other tables, as an integration test shows."""
     odd = table("We.ird, \"T'\\*", "id")
 
     assert start_replication_options([odd])["add-tables"] == "public.We\\.ird\\,\\ \\\"T\\'\\\\\\*"
 
 
 def test_partitioned_table_is_added_by_its_leaves() -> None:
+    """The WAL has changes of leaves only."""
     parts = table("parts", "id", leaves=("parts_2", "parts_1"))
 
     assert start_replication_options([parts, table("a", "id")])["add-tables"] == (
@@ -220,19 +229,20 @@ def test_partitioned_table_is_added_by_its_leaves() -> None:
 
 
 def test_no_tables_add_none() -> None:
-    """wal2json takes an empty list as none, and a missing one as all."""
+    """wal2json takes an empty list as no table, and a missing option as all tables."""
     assert start_replication_options([])["add-tables"] == ""
     assert Wal2JsonDecoder([]).decode(b'{"action":"B","xid":1}') == Begin(Xid(1))
 
 
 def shapes(*lines: str, columns: str = "id a b") -> list[RowShape | None]:
+    """Return the shapes of the rows in the lines."""
     decoder = Wal2JsonDecoder([table("t", columns)])
     messages = [decoder.decode(text.encode()) for text in lines]
     return [one.shape for one in messages if isinstance(one, RowChange)]
 
 
 def test_rows_alike_have_one_shape_and_others_another() -> None:
-    """Types count, and names, also where a column has the name of another table's."""
+    """Names and types count, also where another table has a column of the same name."""
     alike, retyped = line("I", columns=WHOLE), [*WHOLE[:2], ("b", "3802", '"{}"')]
     found = shapes(alike, line("I", columns=retyped), alike, line("D", identity=[ID]))
     renamed = shapes(line("I", columns=WHOLE), line("I", columns=[*WHOLE[:2], ("c", "25", '""')]))
@@ -248,7 +258,7 @@ def test_rows_alike_have_one_shape_and_others_another() -> None:
 
 
 def test_a_value_that_only_the_old_row_has_counts_with_its_type() -> None:
-    """Of a long one that the update left alone, and that FULL logs."""
+    """A long value that the update left unchanged, logged by REPLICA IDENTITY FULL."""
     (found,) = shapes(line("U", columns=[ID, WHOLE[1]], identity=WHOLE))
 
     assert found is not None

@@ -1,4 +1,4 @@
-"""A database as the hub sees it, in which commits are decoded and become visible in any order."""
+"""A simulated database for a hub, whose commits are decoded and become visible in any order."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from pgrealtime.rule_queries.live_rows import LiveRow
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
-from tests.unit.hub.room import (
+from tests.unit.hub.harness import (
     COLLECTIONS,
     LOGINS,
     NOTES,
     POSTS,
-    GivenDatabase,
+    FakeDatabase,
     MemorySink,
     delete,
     insert,
 )
 
 WINDOW = 4000
-"""Bytes of the changelog; a change counts 100."""
+"""Bytes that the changelog may have; a change counts 100."""
 
 
 @dataclass(eq=False)
 class Commit:
-    """A transaction of the database."""
+    """A transaction of the simulated database."""
 
     number: int
     history: int
@@ -61,51 +61,51 @@ class Commit:
 
     @property
     def emptied(self) -> frozenset[str]:
-        """Collections of which more is missing than events can tell."""
+        """Collections that lose more rows, or get more, than events say: only a gap covers that."""
         every = self.changes if self.is_oversized else ()
         truncates = [c for c in self.changes if isinstance(c, Truncate)]
         return frozenset(change.table.name for change in (*every, *truncates))
 
 
 @dataclass(frozen=True)
-class Happening:
-    """What a subscriber hears of a change, and where it stands in the stream."""
+class ExpectedEvent:
+    """An event that subscribers of its record receive, and its place in the order of events."""
 
     commit: Commit
-    place: tuple[int, Cursor, int]
-    """History, cursor, and which of the change's events."""
+    order_key: tuple[int, Cursor, int]
+    """History, cursor, and index among the change's events."""
     collection: str
     record_id: str
 
 
 class Sink(MemorySink):
-    """Remembers what readers could see when a gap was told."""
+    """Records which commits were visible whenever a gap was notified."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: Simulation) -> None:
         super().__init__()
-        self._world = world
+        self._simulation = world
         self.seen_at: dict[int, frozenset[Commit]] = {}
-        """By the length of the data before: what was visible when PB_RESYNC was written."""
+        """By the offset at which PB_RESYNC was written, the commits visible then."""
 
     def write(self, data: bytes) -> None:
         if b"\nevent:PB_RESYNC\n" in data:
-            self.seen_at[len(self.data)] = self._world.visible
+            self.seen_at[len(self.data)] = self._simulation.visible
         super().write(data)
 
 
-class Database(GivenDatabase):
-    """Answers late, with what was so at some moment between question and answer."""
+class Database(FakeDatabase):
+    """Answers after a delay, with the state at some moment between call and return."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: Simulation) -> None:
         super().__init__()
-        self._world = world
+        self._simulation = world
 
     async def fetch_snapshot(self) -> tuple[str, str, bool]:
-        await self._world.moment()
-        if self._world.rng.random() < self._world.failing:
-            raise DatabaseUnreachableError("nobody answers")
-        row = self._world.snapshot()
-        await self._world.moment()
+        await self._simulation.random_delay()
+        if self._simulation.rng.random() < self._simulation.failing:
+            raise DatabaseUnreachableError("no answer")
+        row = self._simulation.snapshot()
+        await self._simulation.random_delay()
         return row
 
     async def answer_questions(
@@ -113,47 +113,51 @@ class Database(GivenDatabase):
     ) -> frozenset[str]:
         while questions := evaluation.questions():
             for question in questions:
-                await self._world.moment()
+                await self._simulation.random_delay()
                 if budget is not None:
-                    budget.spend(self._world.rng.choice([0.0, 0.0, self._world.slowness]))
+                    budget.spend(self._simulation.rng.choice([0.0, 0.0, self._simulation.slowness]))
                     question.is_postponed = budget.is_spent()
                 assert isinstance(question, PairQuestion)
                 if not question.is_postponed:
-                    question.accept([(place,) for place in range(len(question.pairs))])
+                    question.accept([(index,) for index in range(len(question.pairs))])
             evaluation.resume()
             if budget is not None and budget.is_spent():
                 break
         return frozenset()
 
-    async def verify_assumptions(self, _belief: CatalogAssumptions) -> bool:
+    async def verify_assumptions(self, _assumptions: CatalogAssumptions) -> bool:
         return True
 
     async def fetch_live_rows(
         self, _events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
-        await self._world.moment()
+        await self._simulation.random_delay()
         return {}, frozenset()
 
 
 @dataclass
-class World:
-    """The database, the relay in small, and a hub."""
+class Simulation:
+    """A database, a minimal replication reader, and a hub.
+
+    What a test does with it is chosen by ``rng`` alone, so that a seed repeats a run.
+    """
 
     rng: random.Random
     is_gated: bool = False
-    """Whether commits may be decoded long before they are visible, and the hub knows."""
+    """Whether commits may be decoded long before they are visible, as with a synchronous standby;
+    the hub then waits for their visibility."""
     commits: list[Commit] = field(default_factory=list)
-    happenings: dict[str, Happening] = field(default_factory=dict)
-    """By what is written in the row."""
+    expected_events: dict[str, ExpectedEvent] = field(default_factory=dict)
+    """By tag: the text in the row by which the event is recognized."""
     failing: float = 0.0
-    """How often the database gives no snapshot."""
+    """The share of snapshot queries that fail."""
     slowness: float = 0.0
-    """Seconds that filters' questions take now and then."""
+    """Seconds that a third of the filter questions take."""
     history: int = 0
     wal_end: int = 100
 
     def __post_init__(self) -> None:
-        # Far enough that the 32 bits of the stream overflow now and then.
+        # The last two overflow 32 bits, in which the stream has transaction ids.
         self.next_xid = self.rng.choice([1000, (1 << 32) - 5, (5 << 32) - 9])
         self._undecoded: deque[Commit] = deque()
         self.changelog = MemoryChangelog(LSN(100), max_bytes=WINDOW, max_age_seconds=1.0)
@@ -179,8 +183,8 @@ class World:
     def _epoch(self) -> str:
         return f"{self.history:06x}"
 
-    async def moment(self) -> None:
-        """Let others go first, for as long as it happens to take."""
+    async def random_delay(self) -> None:
+        """Yield to other tasks for a random time, perhaps none."""
         match self.rng.randrange(6):
             case 0 | 1:
                 return
@@ -192,7 +196,7 @@ class World:
             case _:
                 await asyncio.sleep(self.rng.choice([0.001, 0.02, 0.5]))
 
-    # --- writing
+    # --- Writing transactions
 
     @property
     def visible(self) -> frozenset[Commit]:
@@ -205,11 +209,11 @@ class World:
         return [c for c in self.commits if c.history == self.history and not c.is_visible]
 
     def snapshot(self) -> tuple[str, str, bool]:
-        """As Postgres makes it."""
-        going_on = sorted(commit.xid for commit in self._invisible())
+        """Return the answer of a snapshot query, as PostgreSQL computes it."""
+        in_progress = sorted(commit.xid for commit in self._invisible())
         done = [c.xid for c in self.commits if c.history == self.history and c.is_visible]
         xmax = max([*done, self._first_xid - 1]) + 1
-        xip = [xid for xid in going_on if xid < xmax]
+        xip = [xid for xid in in_progress if xid < xmax]
         text = f"{min([*xip, xmax])}:{xmax}:{','.join(map(str, xip))}"
         return text, format_lsn(LSN(self.wal_end)), False
 
@@ -238,7 +242,7 @@ class World:
         record_id = self.rng.choice(["a", "b", tag])
         match self.rng.randrange(12):
             case 0:
-                return Insert(table, {"id": tag})  # its title has to be looked up
+                return Insert(table, {"id": tag})  # its title has to be read from the table
             case 1:
                 new: Row = {"id": f"{record_id}!", "title": f"{tag}+"}
                 return Update(table, new, WholeRow({"id": record_id, "title": tag}))
@@ -253,18 +257,18 @@ class World:
         self.wal_end += self.rng.choice([10, 50])
         commit.end_lsn = self.wal_end
         self._undecoded.append(commit)
-        # Without a synchronous standby the time between is far shorter than a round trip.
+        # Without a synchronous standby it becomes visible far sooner than a query takes.
         commit.is_visible = commit.is_visible or (not self.is_gated and bool(commit.emptied))
 
     def reveal(self) -> None:
-        """Let one of the commits be seen; any of them."""
+        """Make one of the committed transactions visible, in any order."""
         if hidden := [c for c in self._invisible() if c.end_lsn]:
             self.rng.choice(hidden).is_visible = True
 
-    # --- the relay
+    # --- Reading the replication stream
 
     def decode(self) -> bool:
-        """Append the next commit if the relay would; return whether it did."""
+        """Append the next commit unless the changelog is full; return whether it was appended."""
         if not self.hub.is_stream_up or not self._undecoded:
             return False
         commit = self._undecoded[0]
@@ -273,7 +277,7 @@ class World:
         if waiting and waiting + size > WINDOW:
             return False
         if self.changelog.size_bytes + size > WINDOW:
-            self._let_settle()
+            self._make_delivered_visible()
         self._undecoded.popleft()
         xid, end_lsn = Xid(commit.xid % (1 << 32)), LSN(commit.end_lsn)
         if commit.is_oversized:
@@ -282,11 +286,11 @@ class World:
         else:
             entry = Transaction(xid, end_lsn, 0, commit.changes, size)
             self.changelog.append(entry, 0.0, self.hub.head)
-            self._note(commit)
+            self._expect_events(commit)
         self.hub.wake()
         return True
 
-    def _note(self, commit: Commit) -> None:
+    def _expect_events(self, commit: Commit) -> None:
         for ordinal, change in enumerate(commit.changes, start=1):
             match change:
                 case Insert(new=row):
@@ -297,27 +301,32 @@ class World:
                     rows = []
                 case _:
                     rows = [change.old.row]
-            for part, row in enumerate(rows):
+            for event_index, row in enumerate(rows):
                 record_id = row["id"] or ""
-                place = (self.history, Cursor(LSN(commit.end_lsn), ordinal), part)
+                order_key = (self.history, Cursor(LSN(commit.end_lsn), ordinal), event_index)
                 tag = row.get("title") or record_id
-                self.happenings[tag] = Happening(commit, place, change.table.name, record_id)
+                self.expected_events[tag] = ExpectedEvent(
+                    commit, order_key, change.table.name, record_id
+                )
 
-    def _let_settle(self) -> None:
-        """What is trimmed has been visible for long, unless it waits for a standby."""
+    def _make_delivered_visible(self) -> None:
+        """Make delivered commits visible, unless they wait for a standby.
+
+        Entries leave the changelog long after their commit, so by then they are visible.
+        """
         for commit in self._invisible():
             if not self.is_gated and 0 < commit.end_lsn <= self.hub.head.lsn:
                 commit.is_visible = True
 
     def expire(self) -> None:
-        self._let_settle()
+        self._make_delivered_visible()
         self.changelog.expire(1e9, self.hub.head)
 
     def lose_stream(self) -> None:
         self.hub.stream_lost()
 
     def regain_stream(self) -> None:
-        """With another slot: making it waits for every transaction that is open."""
+        """Start the stream with another slot: creating it waits for every open transaction."""
         if self.hub.is_stream_up:
             return
         for commit in self._invisible():
@@ -331,11 +340,11 @@ class World:
         self.hub.wake()
 
     async def fail_over(self) -> None:
-        """Another primary goes on from an earlier place, and knows nothing of what came after."""
+        """Continue with another primary: its WAL ends elsewhere, and unseen commits are lost."""
         self.hub.stream_lost()
         lost = self._invisible()
         self.commits = [commit for commit in self.commits if commit not in lost]
-        # Nobody can tell what else there was: a change that no event will ever tell of.
+        # What else the lost history had isn't known: of these changes there will be no event.
         unknown = (insert("?", "?"), insert("?", "?", NOTES))
         other = Commit(self._number(), self.history, 0, unknown, end_lsn=1, is_visible=True)
         self.commits.append(other)
@@ -345,11 +354,11 @@ class World:
         self._first_xid = self.next_xid
         self.wal_end += self.rng.choice([-120, -30, 500])
         self.wal_end = max(self.wal_end, 100)
-        await self.moment()
+        await self.random_delay()
         self.changelog.restart(LSN(self.wal_end))
         self.hub.stream_started(self._epoch())
         self.hub.wake()
 
     async def reload(self) -> None:
-        """Take the same collections anew, in other objects."""
+        """Make the same collections the next generation, as other objects."""
         await self.hub.replace_generation(COLLECTIONS, lambda caller: caller, logins=LOGINS)

@@ -1,4 +1,4 @@
-"""A hub with everything real but the sockets and the server: sinks in memory, given snapshots."""
+"""A hub for tests without sockets and without a server: clients in memory and a fake database."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _collection(name: TableName) -> Collection:
 
 
 def _people() -> Collection:
-    """An auth collection whose addresses only their owners see."""
+    """An auth collection whose e-mail addresses are shown only to their owners."""
     columns = tuple(
         Column(name=n, attribute_number=i, type=TEXT)
         for i, n in enumerate(("id", "email", "key"), 1)
@@ -116,22 +116,23 @@ COLLECTIONS = Collections((_collection(POSTS), _collection(NOTES), _people()))
 
 
 class MemorySink:
-    """A client that takes everything at once, or nothing while ``is_stuck``."""
+    """A client in memory: it takes bytes as they are written, or none while ``is_stuck``."""
 
     def __init__(self) -> None:
         self.data = b""
         self.writes = 0
         self.taken = 0
+        """Bytes of ``data`` that the client has taken."""
         self._added = 0
         self.is_stuck = False
         self.overhead = 0
-        """Bytes that each write is longer than what was written."""
+        """Bytes that the transport adds to each write, as the head of a chunk."""
         self.state = "open"
         self._arrived = asyncio.Event()
         self._unstuck = asyncio.Event()
 
     def write(self, data: bytes) -> None:
-        assert self.state == "open", "written to after its end"
+        assert self.state == "open", "written after the end of the connection"
         self.data += data
         self.writes += 1
         self._added += self.overhead
@@ -143,7 +144,7 @@ class MemorySink:
         self.taken, self._added = len(self.data), 0
 
     def forget(self) -> None:
-        """Begin anew: what was taken is no message any more."""
+        """Discard what was received."""
         self.data = b""
         self._take()
 
@@ -169,12 +170,12 @@ class MemorySink:
         self._unstuck.set()
 
     def messages(self) -> list[str]:
-        """Every message so far, heartbeats aside."""
+        """Return every message so far, without heartbeats."""
         text = "\n".join(line for line in self.data.decode().split("\n") if line != ":")
         return [message + "\n\n" for message in text.split("\n\n") if message]
 
     def events(self) -> list[tuple[str, str, str]]:
-        """Id line's value, event name and data of every message so far."""
+        """Return id, event name and data of every message so far."""
         found = []
         for message in self.messages():
             lines = dict(line.split(":", 1) for line in message.strip().split("\n"))
@@ -182,11 +183,15 @@ class MemorySink:
         return found
 
     def _holds(self, count: int) -> bool:
-        """Whether there are so many events; of a long backlog few are parsed before the last."""
+        """Whether at least ``count`` messages were received.
+
+        Blank lines are counted first, so that a long backlog is parsed only when it is nearly
+        complete.
+        """
         return self.data.count(b"\n\n") >= count and len(self.events()) >= count
 
     async def wait_for(self, count: int) -> list[tuple[str, str, str]]:
-        """The events, once there are so many."""
+        """Return all messages, once there are ``count`` of them."""
         async with asyncio.timeout(DEADLINE):
             while not self._holds(count):
                 self._arrived.clear()
@@ -206,8 +211,8 @@ class MemorySink:
                 await self._arrived.wait()
 
 
-class NoRows(ReadSession):
-    """What a read session finds in empty tables."""
+class EmptyReadSession(ReadSession):
+    """A read session on empty tables."""
 
     snapshot = Snapshot(1, 1, frozenset())
     insert_lsn = LSN(0)
@@ -222,48 +227,52 @@ class NoRows(ReadSession):
         return []
 
     async def answer_questions(self, evaluation: PendingEvaluation) -> None:
-        assert not evaluation.questions(), "nothing to ask"
+        assert not evaluation.questions(), "no rule of these tests needs the database"
 
 
-class GivenDatabase:
-    """Answers snapshots as told; rules of these tests never need it."""
+class FakeDatabase:
+    """A database with a given snapshot. Rules of these tests need no query."""
 
     def __init__(self) -> None:
         self.snapshot_text = "1000000:1000000:"
         self.insert_lsn = "0/0"
-        self._asked = asyncio.Semaphore(0)
+        self._snapshot_queries = asyncio.Semaphore(0)
         self.gate: asyncio.Event | None = None
-        self.is_away = False
-        self.is_borne_out = True
-        """Whether the catalogue says of tables what is believed of them."""
+        """If given, snapshot queries wait for it."""
+        self.is_unreachable = False
+        """Whether every query fails because the database can't be reached."""
+        self.confirms_assumptions = True
+        """Whether the catalogue confirms what is assumed of tables."""
         self.undecided: frozenset[str] = frozenset()
-        """Collections about which nobody can be asked."""
+        """Collections whose questions get no answer."""
         self.fault: Exception | None = None
-        """What judging raises."""
+        """Raised by every evaluation."""
         self.rows_gate: asyncio.Event | None = None
-        """What a row that the WAL left columns out of waits for; so a test holds up judging."""
-        self.is_holding = asyncio.Event()
+        """If given, reading live rows waits for it. Evaluation reads the live row where the WAL
+        left columns out, so a test can stop it there."""
+        self.is_at_rows_gate = asyncio.Event()
+        """Set when a read of live rows waits at ``rows_gate``."""
 
     async def fetch_snapshot(self) -> tuple[str, str, bool]:
-        self._asked.release()
+        self._snapshot_queries.release()
         if self.gate is not None:
             await self.gate.wait()
-        if self.is_away:
-            raise DatabaseUnreachableError("nobody answers")
+        if self.is_unreachable:
+            raise DatabaseUnreachableError("no answer")
         return self.snapshot_text, self.insert_lsn, False
 
-    async def asked_again(self, times: int) -> None:
-        """Return when a snapshot was asked for so many times more."""
-        while self._asked.locked() is False:
-            await self._asked.acquire()
+    async def wait_for_snapshot_queries(self, times: int) -> None:
+        """Return after ``times`` further snapshot queries."""
+        while self._snapshot_queries.locked() is False:
+            await self._snapshot_queries.acquire()
         async with asyncio.timeout(DEADLINE):
             for _ in range(times):
-                await self._asked.acquire()
+                await self._snapshot_queries.acquire()
 
     async def answer_questions(
         self, evaluation: PendingEvaluation, _budget: TimeBudget | None = None
     ) -> frozenset[str]:
-        assert not evaluation.questions(), "nothing to ask"
+        assert not evaluation.questions(), "no rule of these tests needs the database"
         if self.fault is not None:
             raise self.fault
         return self.undecided
@@ -271,27 +280,29 @@ class GivenDatabase:
     def read_session(
         self, _xids: Sized[Xid], _seconds: float | None = None
     ) -> AbstractAsyncContextManager[ReadSession]:
-        return nullcontext(NoRows())
+        return nullcontext(EmptyReadSession())
 
-    async def verify_assumptions(self, _belief: CatalogAssumptions) -> bool:
-        if self.is_away:
-            raise DatabaseUnreachableError("nobody answers")
-        return self.is_borne_out
+    async def verify_assumptions(self, _assumptions: CatalogAssumptions) -> bool:
+        if self.is_unreachable:
+            raise DatabaseUnreachableError("no answer")
+        return self.confirms_assumptions
 
     async def fetch_live_rows(
         self, _events: Sequence[Event]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         if self.rows_gate is not None:
-            self.is_holding.set()
+            self.is_at_rows_gate.set()
             await self.rows_gate.wait()
         return {}, frozenset()
 
 
 @dataclass
-class Room:
+class HubHarness:
+    """A running hub, with the changelog and the database that a test controls."""
+
     hub: Hub
     changelog: MemoryChangelog
-    database: GivenDatabase
+    database: FakeDatabase
     _end: int = 100
     sinks: list[MemorySink] = field(default_factory=list)
 
@@ -321,7 +332,7 @@ class Room:
         size: int = 100,
         shapes: tuple[RowShape, ...] = (),
     ) -> Transaction:
-        """Append a transaction and let the hub know, as the relay would."""
+        """Append a transaction and wake the hub, as the replication reader does."""
         self._end += 100
         made = Transaction(
             xid=Xid(self._end if xid is None else xid),
@@ -335,8 +346,8 @@ class Room:
         self.hub.wake()
         return made
 
-    async def settled(self) -> None:
-        """Wait until the hub has delivered all there is."""
+    async def until_delivered(self) -> None:
+        """Wait until the head is the changelog's: everything was delivered to LIVE connections."""
         async with asyncio.timeout(DEADLINE):
             while self.hub.head < self.changelog.end_cursor:
                 self.hub.progressed.clear()
@@ -357,19 +368,19 @@ def delete(record_id: str, title: str = "t") -> Delete:
 
 
 @asynccontextmanager
-async def open_room(
+async def open_harness(
     *,
     is_up: bool = True,
     max_size: int = 1_000_000,
     max_age: float = 300.0,
-    database: GivenDatabase | None = None,
+    database: FakeDatabase | None = None,
     clock: Callable[[], float] = time.monotonic,
     read_schema: Callable[[], Awaitable[bool]] | None = None,
     **limits: object,
-) -> AsyncIterator[Room]:
-    """A hub whose tasks run; ``limits`` are RealtimeConfig's, in seconds and bytes."""
+) -> AsyncIterator[HubHarness]:
+    """Run a hub. ``limits`` are keys of ``RealtimeConfig``, in seconds and bytes."""
     changelog = MemoryChangelog(LSN(100), max_bytes=max_size, max_age_seconds=max_age)
-    database = database or GivenDatabase()
+    database = database or FakeDatabase()
     hub = Hub(
         changelog,
         database,
@@ -384,7 +395,7 @@ async def open_room(
         hub.stream_started("abcdef")
     tasks = [asyncio.create_task(hub.run()), asyncio.create_task(hub.run_timers())]
     try:
-        yield Room(hub, changelog, database)
+        yield HubHarness(hub, changelog, database)
     finally:
         for task in tasks:
             task.cancel()
@@ -394,5 +405,5 @@ async def open_room(
 
 
 def at(transaction: Transaction, ordinal: int) -> str:
-    """The position after a change, as ids carry it."""
+    """Return the position after a change, as message ids have it."""
     return f"abcdef-{transaction.end_lsn:016x}-{ordinal:08x}"
