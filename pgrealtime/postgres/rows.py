@@ -30,8 +30,8 @@ def rows_by_key_statement(
 
     Ids are compared in the key's built-in type, so that the primary key's index is used. A key of
     another type (citext, enum; a domain counts as what it is made of) is compared as text: exactly,
-    but without the index. ``compares_own_type`` compares by the operator of its own type, so that an
-    enum's index is used (citext is compared as text all the same): only for ids that were read from
+    but without the index. ``compares_own_type`` compares by the operator of its own type, so that
+    an enum's index is used (citext is compared as text all the same): only for ids read from
     the table, since an enum refuses what is no value of it. The table is ``t`` in the extra
     expressions.
     """

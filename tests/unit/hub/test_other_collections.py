@@ -64,15 +64,15 @@ async def test_collections_that_cannot_be_used_leave_all_as_it_was(
     def fail(_collections: Collections) -> None:
         raise ValueError("no")
 
-    async with open_room() as room:
-        sink = await subscribed(room, "posts/*", caller=ANN)
-        monkeypatch.setattr(room.hub, "_make_generation", fail)
+    async with open_harness() as harness:
+        sink = await subscribed(harness, "posts/*", caller=ANN)
+        monkeypatch.setattr(harness.hub, "_make_generation", fail)
         with pytest.raises(ValueError, match="no"):
-            await use(room, LOCKED, lambda _caller: Caller())
-        assert room.hub._registry.callers.revalidate(ANN) == ANN
-        room.commit(insert("a"))
-        await room.settled()
-    assert heard(sink) == [("posts/*", "a")]
+            await replace_collections(harness, LOCKED, lambda _caller: Caller())
+        assert harness.hub._registry.callers.revalidate(ANN) == ANN
+        harness.commit(insert("a"))
+        await harness.until_delivered()
+    assert received(sink) == [("posts/*", "a")]
 
 
 async def test_rules_are_in_force_from_the_next_event_on() -> None:
