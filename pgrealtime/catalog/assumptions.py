@@ -1,4 +1,8 @@
-"""Catalogue facts that the decoding of rows relies on, and the query that confirms them."""
+"""What decoding a row assumes of the catalogue, and the query that confirms it.
+
+wal2json names the partition of a row but not its root, from which it may have been detached, and no
+decoder describes composite types. ``hub.entry_checks`` has the query run before rows are delivered.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,18 @@ _NO_ATTRIBUTES = sql.SQL("SELECT ''::pg_catalog.text WHERE false")
 
 
 class CatalogAssumptions(Struct, frozen=True):
-    """Partition roots and attributes of composite types that the decoding of rows relies on."""
+    """What is assumed of the tables and types of a batch of rows."""
 
     partition_roots: Mapping[TableName, int]
-    """Partitions, with the oids of their roots."""
+    """By partition, the oid of its root."""
     composite_attributes: Mapping[int, tuple[str, ...]]
-    """The attributes of composite types, by the types' oids."""
+    """By the oid of a composite type, the names of its attributes in order."""
 
     def statement(self) -> sql.Composed:
-        """Return the query whose single row is passed to ``is_confirmed_by``.
+        """Return the query whose single row is given to ``is_confirmed_by``.
 
-        It runs once for each batch of rows; only the part with the attributes needs planning.
+        It runs once for each batch of rows, so it is kept cheap to plan: only the part for
+        attributes scans tables.
         """
         roots = [
             _PARTITION_ROOT.format(leaf=sql.Literal(sql.Identifier(*leaf).as_string()))

@@ -1,12 +1,12 @@
 """Which changes in the changelog affected a given row after a given transaction.
 
 A row read from the table now may be newer than the event it is read for. ``hub.evaluation``
-(columns that the WAL left out), ``hub.state.caller_check`` (callers' rows) and
-``expand.link_history`` (links in junction tables) ask here what was done to the row since, and use
-of the live row only what no later change can have altered.
+(columns that the WAL left out), ``hub.state.callers`` (callers' rows) and
+``expand.link_history`` (links in junction tables) look up here which changes the row had since, and
+use of the live row only what no later change can have altered.
 
-A table is indexed on the first question about it, each changelog entry once, so tables that are
-never asked about cost nothing.
+A table is indexed at the first look-up in it, each changelog entry once, so a table without
+look-ups costs nothing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TableHistory:
         self._write_order: deque[tuple[LSN, str]] = deque()
         """One entry for each in ``_writes``, oldest first: which values ``trim`` must visit."""
         self._unknown_row_writes: deque[RowWrite] = deque()
-        """Writes whose row isn't known, oldest first: truncations, missing changes, old images
+        """Writes that may concern any row, oldest first: truncations, missing changes, old images
         without the column."""
         self._extend_lock = asyncio.Lock()
         """Held by ``extend``, which yields between reading entries and advancing the indexed range:
@@ -87,8 +87,8 @@ class TableHistory:
         """Return the writes that may concern a row and are later than ``after``, oldest first.
 
         Call it after ``extend(after)`` returned True. What the changelog has discarded since then
-        is discarded here as well, and stands in the answer as one unknown write: the caller may
-        have awaited in between, and must not take a shortened list for a whole one.
+        is discarded here as well, and is represented by one write of an unknown row: the caller may
+        have awaited in between, and must not take a shortened list for a complete one.
         """
         writes = _writes_after(self._writes.get(value, ()), after)
         of_any = _writes_after(self._unknown_row_writes, after)
@@ -192,7 +192,7 @@ class TableHistory:
 
 
 def _writes_after(writes: Sequence[RowWrite], after: LSN) -> list[RowWrite]:
-    """Return the writes after an LSN, most often few of many: from the end back."""
+    """Return the writes after an LSN. Searched from the end: most often they are few of many."""
     later = list(takewhile(lambda write: write.end_lsn > after, reversed(writes)))
     later.reverse()
     return later
@@ -224,7 +224,7 @@ one is evaluated in many slices, and connections that catch up read different on
 
 
 class RowHistory:
-    """One ``TableHistory`` for each table and column that was asked about.
+    """A ``TableHistory`` for each table and column in which rows are looked up.
 
     ``wait_for_lsn`` waits for the changelog to contain an LSN. Without it nothing is waited for.
     """
@@ -234,15 +234,15 @@ class RowHistory:
         self._wait_for_lsn = wait_for_lsn
         self._tables: dict[LookupColumn, TableHistory] = {}
         self._streamed_since: dict[TableName, LSN] = {}
-        """Of the tables that the stream carries, from where the changelog has their changes."""
+        """By table that the stream carries, the LSN from which the changelog has its changes."""
 
     def set_streamed_tables(self, tables: Iterable[TableName]) -> None:
         """Record which tables the stream carries from now on, and discard all indexes.
 
-        Called when collections come into force: tables and key columns may be others.
+        Called when a generation comes into force: its tables and key columns may be others.
         """
         before, now = self._streamed_since, self._changelog.end_cursor.lsn
-        # At first the changelog has nothing of the time before.
+        # The first tables are streamed since the changelog began.
         new = now if before else LSN(0)
         self._streamed_since = {table: before.get(table, new) for table in tables}
         self._tables.clear()
