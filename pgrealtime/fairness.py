@@ -4,8 +4,6 @@
 take turns. Used by ``api``, ``auth`` and ``hub``.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,5 @@
 """PostgreSQL's snapshots: which transactions a reader sees, and the read point made of one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgrealtime.lsn import LSN, Xid, parse_lsn

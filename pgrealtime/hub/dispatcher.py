@@ -4,11 +4,10 @@ One task runs ``Dispatcher.run``; feed wakes it through ``hub.hub``. A connectio
 or cannot receive a slice with the others, reads it from the changelog by itself: ``hub.catchup``.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Collection as Sized
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -20,15 +19,15 @@ from pgrealtime.hub.connections.connection import LIVE, Connection, Group, conne
 from pgrealtime.hub.delivery.compose import ComposedMessages, MessageComposer, enqueue_messages
 from pgrealtime.hub.delivery.enrichment import NO_ENRICHMENT, Enrichment, needs_of_groups
 from pgrealtime.hub.entry_checks import EntryChecks
-from pgrealtime.hub.evaluation.slice_result import EvaluationGap, SliceResult, gap_xids
-from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.events.slices import (
+from pgrealtime.hub.evaluation.evaluator import EvaluationGap, SliceResult, gap_xids
+from pgrealtime.hub.events.event import (
     LIVE_SLICE_CHANGES,
+    Event,
     Slice,
     delivery_ranges,
     split_into_slices,
 )
-from pgrealtime.hub.state.caller_check import CallerCheck
+from pgrealtime.hub.state.callers import CallerCheck
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
@@ -39,41 +38,33 @@ from pgrealtime.observe.redact import raise_location
 log = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class Dispatcher:
     """Delivers the changelog to the LIVE connections.
 
     It writes ``progress``; ``hub.hub`` does when a history or a generation begins.
     """
 
-    def __init__(
-        self,
-        changelog: Changelog,
-        progress: DispatchProgress,
-        registry: ConnectionRegistry,
-        *,
-        visibility: VisibilityTracker,
-        entry_checks: EntryChecks,
-        gap_notifier: GapNotifier,
-        catch_up: CatchUpTasks,
-        clock: Callable[[], float],
-    ) -> None:
-        self._changelog = changelog
-        self._progress = progress
-        self._registry = registry
-        self._visibility = visibility
-        self._entry_checks = entry_checks
-        self._gap_notifier = gap_notifier
-        self._catch_up = catch_up
-        self._clock = clock
-        self._delivered_upto = changelog.end_cursor
-        """Where the messages end that were delivered last; the head may be before that."""
-        self._checked_upto: Cursor | None = None
-        """Where the entries end that may be evaluated, of those being dispatched."""
-        self._account_deletions: Sequence[Event] = ()
-        """Deletions of accounts that were delivered and not yet applied to their connections."""
-        self._changelog_appended = asyncio.Event()
-        self.progressed = asyncio.Event()
-        """Set whenever the head has moved; a waiter clears it first."""
+    changelog: Changelog
+    progress: DispatchProgress
+    registry: ConnectionRegistry
+    visibility: VisibilityTracker
+    entry_checks: EntryChecks
+    gap_notifier: GapNotifier
+    catch_up: CatchUpTasks
+    clock: Callable[[], float]
+    progressed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever the head has moved; a waiter clears it first."""
+    _changelog_appended: asyncio.Event = field(default_factory=asyncio.Event)
+    _delivered_upto: Cursor = field(init=False)
+    """Where the messages end that were delivered last; the head may be before that."""
+    _checked_upto: Cursor | None = None
+    """Where the entries end that may be evaluated, of those being dispatched."""
+    _account_deletions: Sequence[Event] = ()
+    """Deletions of accounts that were delivered and not yet applied to their connections."""
+
+    def __post_init__(self) -> None:
+        self._delivered_upto = self.changelog.end_cursor
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -93,34 +84,34 @@ class Dispatcher:
     def _has_undispatched(self) -> bool:
         """Whether the changelog has entries after the head; ``_dispatch`` finds why it raises."""
         try:
-            return self._progress.head < self._changelog.end_cursor
+            return self.progress.head < self.changelog.end_cursor
         except Exception:  # noqa: BLE001 (see _dispatch)
             return True
 
     async def _dispatch(self) -> None:
         """Deliver some entries. After an error that is no single connection's all catch up."""
-        revision = self._progress.revision
+        revision = self.progress.revision
         try:
             await self._dispatch_entries()
         except Exception as error:  # noqa: BLE001 (one row, rule or client may not end all)
             log.error("dispatch.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (at says where)
-            if self._progress.revision == revision:
+            if self.progress.revision == revision:
                 # Entries after that may not be visible yet, or have another schema.
-                self._fall_behind_all(self._checked_upto or self._changelog.end_cursor)
+                self._fall_behind_all(self._checked_upto or self.changelog.end_cursor)
         finally:
             self._checked_upto = None
 
     def _fall_behind_all(self, upto: Cursor) -> None:
         """Let every connection read by itself what was not delivered up to a cursor."""
-        progress = self._progress
+        progress = self.progress
         # Behind the last message that was enqueued: no connection receives it again.
-        progress.advance(max(progress.head, self._delivered_upto))
-        for connection in self._registry.live_connections():
-            with self._registry.closing_on_error(connection):
+        progress.head = max(progress.head, self._delivered_upto)
+        for connection in self.registry.live_connections():
+            with self.registry.closing_on_error(connection):
                 self._fall_behind(connection)
         self._apply_account_deletions()
         # Changes of accounts up to there may not have been remembered.
-        self._registry.callers.forget_changes_upto(upto.lsn)
+        self.registry.callers.forget_changes_upto(upto.lsn)
         # The entries up to there are skipped here. Connections read them one by one, and an error
         # in one's task closes no other.
         progress.restart(upto)
@@ -128,47 +119,42 @@ class Dispatcher:
 
     def _apply_account_deletions(self) -> None:
         for event in self._account_deletions:
-            for connection in list(self._registry.callers.connections_of(event)):
+            for connection in list(self.registry.callers.connections_of(event)):
                 if connection.cursor >= event.cursor:
-                    self._registry.apply_caller_change(connection, event)
+                    self.registry.apply_caller_change(connection, event)
         self._account_deletions = ()
 
     def restart(self) -> None:
         """Begin at the changelog's head: another history has begun."""
-        self._delivered_upto = self._changelog.end_cursor
+        self._delivered_upto = self.changelog.end_cursor
         self._account_deletions = ()
 
     def settle(self) -> None:
         """Run what waits for the head to move and for no slice to be in evaluation."""
         self.progressed.set()
-        self._progress.end_evaluation()
-        if self._registry.subscriptions_with_read_point:
-            self._registry.clear_passed_read_points()
-        self._catch_up.make_caught_up_live()
+        self.progress.end_evaluation()
+        if self.registry.subscriptions_with_read_point:
+            self.registry.clear_passed_read_points()
+        self.catch_up.make_caught_up_live()
 
     # --- slices -----------------------------------------------------------------------------
 
     async def _dispatch_entries(self) -> None:
-        progress, registry = self._progress, self._registry
+        progress, registry = self.progress, self.registry
         revision, generation = progress.revision, progress.generation
-        entries = self._changelog.read(
-            progress.head, self._changelog.end_cursor, LIVE_SLICE_CHANGES
-        )
+        entries = self.changelog.read(progress.head, self.changelog.end_cursor, LIVE_SLICE_CHANGES)
         # Before the first await: a subscribe call may fetch its snapshot meanwhile, and uses it
         # only if it sees all that was recorded here up to the connection's cursor.
-        self._visibility.record_delivered(entries)
-        entries = await self._entry_checks.leading_valid(entries)
+        self.visibility.record_delivered(entries)
+        entries = await self.entry_checks.leading_valid(entries)
         if progress.revision != revision:
             return  # the loop reads them again, from where the head is then
         if entries:
             self._checked_upto = Cursor(entries[-1].end_lsn, END_ORDINAL)
+        collections, fits = generation.collections, generation.shape_checker.fits
+        changes = registry.callers.changes_a_caller
         for slice_ in split_into_slices(
-            entries,
-            progress.head,
-            generation.collections,
-            registry.callers.changes_a_caller,
-            LIVE_SLICE_CHANGES,
-            fits=generation.shape_checker.fits,
+            entries, progress.head, collections, changes, LIVE_SLICE_CHANGES, fits=fits
         ):
             # From here on catching up may read the slice, and a connection that has caught up
             # becomes LIVE after it only: this evaluation may have passed its groups already.
@@ -178,7 +164,8 @@ class Dispatcher:
             # After delivery: a deleted account's connections receive its deletion as its own
             # record's, and what follows as guests.
             self._apply_to_live_callers(slice_.account_events, "delete")
-            self._advance_head(slice_)
+            progress.head = slice_.end_cursor
+            self.settle()
             self._account_deletions = ()
             # The loop is shared with the feed, catching up and HTTP.
             await asyncio.sleep(0)
@@ -187,23 +174,19 @@ class Dispatcher:
 
     async def _dispatch_slice(self, slice_: Slice, revision: int) -> bool:
         """Evaluate and deliver a slice; return whether all of it was delivered."""
-        self._progress.generation.report_unknown_columns(slice_.events)
+        self.progress.generation.report_unknown_columns(slice_.events)
         self._apply_account_changes(slice_)
         result = await self._evaluate(slice_)
         enrichment = await self._enrich(slice_, result)
-        subscribed = self._progress.generation.subscription_counts
+        subscribed = self.progress.generation.subscription_counts
         if causes := gap_xids(slice_.gap, slice_.events, result, subscribed):
             # A client that is notified of a gap reloads at once and must find its changes.
-            await self._visibility.wait_until_visible(causes)
+            await self.visibility.wait_until_visible(causes)
         return await self._compose_and_deliver(slice_, result, enrichment, revision)
-
-    def _advance_head(self, slice_: Slice) -> None:
-        self._progress.advance(slice_.end_cursor)
-        self.settle()
 
     def _apply_account_changes(self, slice_: Slice) -> None:
         """Apply a slice's changes of accounts, and gaps in them, before it is evaluated."""
-        callers, gap = self._registry.callers, slice_.gap
+        callers, gap = self.registry.callers, slice_.gap
         # A subscribe call that was authenticated before this change may be carried out after it;
         # its caller is then brought up to date by what is remembered here.
         for event in slice_.account_events:
@@ -213,10 +196,9 @@ class Dispatcher:
             return
         if gap.xid is not None and gap.reason in {"truncate", "schema"}:
             # The other gaps are logged where they arise.
-            log.warning(
-                "replication.gap", reason=gap.reason, collections=sorted(gap.collections or ())
-            )
-        collections = self._progress.generation.collections.items()
+            names = sorted(gap.collections or ())
+            log.warning("replication.gap", reason=gap.reason, collections=names)
+        collections = self.progress.generation.collections.items()
         # Calls whose callers were read before the gap are refused: their rows may have changed.
         if any(collection.type == "auth" and gap.affects(name) for name, collection in collections):
             callers.forget_changes_upto(gap.cursor.lsn)
@@ -225,31 +207,26 @@ class Dispatcher:
         for event in account_events:
             if event.action == action:
                 for connection in self._live_connections_of(event):
-                    self._registry.apply_caller_change(connection, event)
+                    self.registry.apply_caller_change(connection, event)
 
     def _live_connections_of(self, account_event: Event) -> list[Connection]:
-        connections = self._registry.callers.connections_of(account_event)
+        connections = self.registry.callers.connections_of(account_event)
         return [connection for connection in connections if connection.state is LIVE]
 
     async def _evaluate(self, slice_: Slice) -> SliceResult:
         """Evaluate a slice, without the connections whose filters are slow or may be."""
-        generation, isolated = self._progress.generation, self._catch_up.isolated
+        generation, isolated = self.progress.generation, self.catch_up.isolated
         if generation.matcher.trials.has_untried:
             self._isolate(isolated.with_untried_filters(slice_.events), ())
         result = await generation.evaluator.evaluate_in_chunks(slice_.events)
-        if result.over_budget_groups or result.expensive_groups:
-            self._isolate(
-                connections_of(result.over_budget_groups), connections_of(result.expensive_groups)
-            )
+        late, slow = result.over_budget_groups, result.expensive_groups
+        if late or slow:
+            self._isolate(connections_of(late), connections_of(slow))
         return result
 
     async def _enrich(self, slice_: Slice, result: SliceResult) -> Enrichment:
-        """Load related data of the records.
-
-        Connections fall behind if their expands are slow, or if their callers have changed in the
-        database since the slice.
-        """
-        enricher = self._progress.generation.enricher
+        """Load related data. Connections with slow expands, or changed callers, fall behind."""
+        enricher = self.progress.generation.enricher
         if not enricher.needs_enrichment(slice_.events, result):
             return NO_ENRICHMENT
         check = self._caller_check_for(slice_, result)
@@ -273,16 +250,12 @@ class Dispatcher:
             receivers = {*_connections_with_viewers(result.hits, viewers), *connections_of(groups)}
             return (connection for connection in receivers if connection.state is LIVE)
 
-        return CallerCheck(
-            self._registry.callers,
-            self._progress.generation,
-            events=slice_.events,
-            find_connections=connections,
-        )
+        generation = self.progress.generation
+        return CallerCheck(self.registry.callers, generation, slice_.events, connections)
 
     def _isolate(self, late: Iterable[Connection], slow: Iterable[Connection]) -> None:
         """Continue without connections that are late; the filters of ``slow`` took the time."""
-        isolated = self._catch_up.isolated
+        isolated = self.catch_up.isolated
         for connection in slow:
             isolated.isolate_with_backoff(connection)
         for connection in late:
@@ -296,25 +269,18 @@ class Dispatcher:
     async def _compose_and_deliver(
         self, slice_: Slice, result: SliceResult, enrichment: Enrichment, revision: int
     ) -> bool:
-        """Deliver an evaluated slice in bounded parts; return whether all of it was delivered.
-
-        It was not if the revision changed.
-        """
-        progress, events = self._progress, slice_.events
-        composer = MessageComposer(
-            progress.generation.renderer,
-            events,
-            result.hits,
-            enrichment,
-            send_buffer_bytes=self._registry.send_budget.per_connection_bytes,
-        )
+        """Deliver an evaluated slice in bounded parts; return False if the revision changed."""
+        progress, events = self.progress, slice_.events
+        max_bytes = self.registry.send_budget.per_connection_bytes
+        renderer = progress.generation.renderer
+        composer = MessageComposer(renderer, events, result.hits, enrichment, max_bytes)
         for indexes in delivery_ranges(events, result.hits):
             stop = indexes.start
             while stop < indexes.stop or not indexes:
                 composed = await composer.compose(range(stop, indexes.stop))
                 if composed.failed_indexes:
                     # Their subscribers are notified of a gap, and must find them on reloading.
-                    await self._visibility.wait_until_visible(
+                    await self.visibility.wait_until_visible(
                         events[index].xid for index in composed.failed_indexes
                     )
                 # Nothing is awaited from here to the write. Under another revision these groups are
@@ -327,7 +293,7 @@ class Dispatcher:
                 if stop == len(events):
                     break
                 # A connection that falls behind in the next part reads on from here.
-                progress.advance(events[stop - 1].cursor)
+                progress.head = events[stop - 1].cursor
                 await asyncio.sleep(0)
         return True
 
@@ -356,10 +322,10 @@ class Dispatcher:
         gap = slice_.gap if is_last else None
         if gap is not None or evaluation_gap is not None:
             # Also those whose topics no event matched: the gap may hide one that matches.
-            receivers = self._registry.live_connections()
+            receivers = self.registry.live_connections()
             for connection in receivers:
-                with self._registry.closing_on_error(connection):
-                    self._gap_notifier.notify_slice(connection, gap, evaluation_gap, end_cursor)
+                with self.registry.closing_on_error(connection):
+                    self.gap_notifier.notify_slice(connection, gap, evaluation_gap, end_cursor)
         # After the gap: a client that breaks off in between must not resume behind it.
         self._write_cursor_events(receivers, end_cursor)
         return stop
@@ -367,7 +333,7 @@ class Dispatcher:
     def _write_cursor_events(self, connections: Sequence[Connection], cursor: Cursor) -> None:
         for connection in connections:
             if connection.has_cursor_topic and connection.state is LIVE:
-                with self._registry.closing_on_error(connection):
+                with self.registry.closing_on_error(connection):
                     connection.write_cursor_event(cursor)
 
     def _flush(
@@ -377,7 +343,7 @@ class Dispatcher:
         evaluation_gap: EvaluationGap | None,
     ) -> None:
         """Write what is queued for connections; those whose send buffer is full fall behind."""
-        now, budget = self._clock(), self._registry.send_budget
+        now, budget = self.clock(), self.registry.send_budget
         limit = budget.limit_bytes()
         for connection in receivers:
             try:
@@ -389,20 +355,19 @@ class Dispatcher:
                 if not fits or not size:  # nothing is queued if it was excluded from the part
                     self._fall_behind(connection)
                     continue
-                position_limit = self._gap_notifier.position_limit(connection, evaluation_gap)
-                connection.write(connection.encode_queued(events, position_limit))
-                connection.mark_event_sent(now)
+                position_limit = self.gap_notifier.position_limit(connection, evaluation_gap)
+                connection.write_queued(events, position_limit, now)
                 if buffered + size >= budget.counted_from_bytes:
                     # The less is free, the less the next ones may have waiting.
                     budget.update(connection)
                     limit = budget.limit_bytes()
             except Exception as error:  # noqa: BLE001 (as closing_on_error, which is slower)
-                self._registry.close_failed(connection, error)
+                self.registry.close_failed(connection, error)
 
     def _fall_behind(self, connection: Connection) -> None:
         """Let a LIVE connection read on from the head, which is before what is being delivered."""
-        connection.fall_behind(self._progress.head)
-        self._catch_up.start_task(connection)
+        connection.fall_behind(self.progress.head)
+        self.catch_up.start_task(connection)
 
 
 def _connections_with_viewers(
@@ -411,12 +376,10 @@ def _connections_with_viewers(
     """Return the connections of subscriptions among the hits that have one of the viewers."""
     if not viewers:
         return set()
-    render_groups = {
-        render_group
+    return {
+        subscription.connection
         for group in {group for groups in hits for group in groups}
         for render_group in group.render_groups
         if render_group.render_key[2] in viewers
-    }
-    return {
-        subscription.connection for render_group in render_groups for subscription in render_group
+        for subscription in render_group
     }

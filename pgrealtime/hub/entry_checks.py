@@ -1,19 +1,18 @@
 """Holds entries of the changelog back until they may be evaluated; called by the dispatcher."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import structlog
 
 from pgrealtime.changelog.base import Entry
 from pgrealtime.changes import Transaction
 from pgrealtime.errors import PgRealtimeError
-from pgrealtime.hub.evaluation.queries import HubQueries
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.visibility import VisibilityTracker
+from pgrealtime.rule_queries.executor import QueryExecutor
 
 log = structlog.get_logger(__name__)
 
@@ -23,23 +22,17 @@ _CATALOG_RETRY_SECONDS = 1.0
 """Between two queries of the catalogue if the first failed."""
 
 
+@dataclass(slots=True, eq=False)
 class EntryChecks:
     """Decides which entries may be evaluated with the generation in force."""
 
-    def __init__(
-        self,
-        executor: HubQueries,
-        progress: DispatchProgress,
-        visibility: VisibilityTracker,
-        refresh_schema: Callable[[], Awaitable[bool]] | None,
-    ) -> None:
-        self._executor = executor
-        self._progress = progress
-        self._visibility = visibility
-        self._refresh_schema = refresh_schema
-        self.waits_for_visibility = False
-        """Whether entries wait until their transactions are visible. With synchronous standbys a
-        commit is in the WAL before it is visible."""
+    executor: QueryExecutor
+    progress: DispatchProgress
+    visibility: VisibilityTracker
+    refresh_schema: Callable[[], Awaitable[bool]] | None
+    waits_for_visibility: bool = False
+    """Whether entries wait until their transactions are visible. With synchronous standbys a commit
+    is in the WAL before it is visible."""
 
     async def leading_valid(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Return the first of the entries, those whose rows have the shape that the catalogue says.
@@ -48,15 +41,15 @@ class EntryChecks:
         then its rows are evaluated by the new schema, or become a gap. The caller must check the
         revision, for another generation may be in force on return.
         """
-        revision, generation = self._progress.revision, self._progress.generation
+        revision, generation = self.progress.revision, self.progress.generation
         shapes, definitions = generation.shape_checker, generation.catalog_assumptions
         if self.waits_for_visibility:
-            await self._visibility.wait_for_entries(entries)
-            if self._progress.revision != revision:
+            await self.visibility.wait_for_entries(entries)
+            if self.progress.revision != revision:
                 return entries
         # After the wait: what a visible transaction altered is in the catalogue that is read here.
         holds = await self._verify_assumptions(entries)
-        if self._progress.revision != revision:
+        if self.progress.revision != revision:
             return entries
         for index, entry in enumerate(entries):
             if not isinstance(entry, Transaction):
@@ -68,17 +61,17 @@ class EntryChecks:
                 # These go first, by the generation in force: reading the schema may replace it.
                 return entries[:index]
             # The rows may have been committed together with what altered their table.
-            await self._visibility.wait_until_visible([entry.xid])
+            await self.visibility.wait_until_visible([entry.xid])
             is_read = await self._read_schema()
             shapes.decide_without_waiting(entry, is_catalog_read=is_read, is_catalog_stale=is_stale)
             return entries[:1]
         return entries
 
     async def _read_schema(self) -> bool:
-        if self._refresh_schema is not None:
+        if self.refresh_schema is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SCHEMA_TIMEOUT_SECONDS):
-                    return await self._refresh_schema()
+                    return await self.refresh_schema()
         return False
 
     async def _verify_assumptions(self, entries: Sequence[Entry]) -> bool:
@@ -86,11 +79,11 @@ class EntryChecks:
 
         Returns only once the catalogue has answered, or another revision is in force.
         """
-        revision = self._progress.revision
-        assumptions = self._progress.generation.catalog_assumptions.assumptions_for(entries)
-        while assumptions is not None and self._progress.revision == revision:
+        revision = self.progress.revision
+        assumptions = self.progress.generation.catalog_assumptions.assumptions_for(entries)
+        while assumptions is not None and self.progress.revision == revision:
             try:
-                return await self._executor.verify_assumptions(assumptions)
+                return await self.executor.verify_assumptions(assumptions)
             except Exception as error:  # noqa: BLE001 (nothing may be delivered before)
                 reason = error.message if isinstance(error, PgRealtimeError) else repr(type(error))
                 log.warning("definitions.unknown", error=reason)

@@ -1,17 +1,13 @@
 """The hub: what feed, API and service call, and how its parts are put together.
 
-Everything here runs on one event loop. The dispatcher reads the changelog in slices, evaluates each
-and delivers it to the LIVE connections. Every other connection reads on from the changelog at its
-own cursor: after a break, when slow, after a subscribe call.
+Everything here runs on one event loop. The dispatcher delivers to the LIVE connections; every other
+one reads on from the changelog by itself.
 """
-
-from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from collections.abc import Collection as Sized
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.changelog.base import Changelog
@@ -20,98 +16,77 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
-from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.connections.output import ResponseWriter
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.hub.entry_checks import EntryChecks
-from pgrealtime.hub.evaluation.queries import HubQueries
-from pgrealtime.hub.events.slices import GapNotice
-from pgrealtime.hub.state.epochs import ResumableEpochs
+from pgrealtime.hub.events.event import GapNotice
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.generation import Generation
-from pgrealtime.hub.state.progress import DispatchProgress
-from pgrealtime.hub.state.registry import ConnectionRegistry, HubCounters
-from pgrealtime.hub.state.settings import HubSettings
-from pgrealtime.hub.state.timeouts import ConnectionTimeouts
+from pgrealtime.hub.state.progress import DispatchProgress, HubSettings, ResumableEpochs
+from pgrealtime.hub.state.registry import ConnectionRegistry, ConnectionTimeouts, HubCounters
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.hub.subscribe import SubscribeCalls
 from pgrealtime.lsn import Cursor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubCallbacks:
-    """What the hub asks of the feed and of the reload, which are built after it."""
-
-    on_schema_mismatch: Callable[[], None] = lambda: None
-    """Called when a row doesn't have the shape that the catalogue says."""
-    wait_for_changelog: WaitForLSN | None = None
-    """Waits until the changelog holds what was committed up to an LSN."""
-    refresh_schema: Callable[[], Awaitable[bool]] | None = None
-    """Returns once the current schema, or a later one, is in force; False if it wasn't read."""
+from pgrealtime.rule_queries.executor import QueryExecutor
 
 
 class Hub:
-    """Delivers the changelog to connections, by ``collections`` until the first reload."""
+    """Delivers the changelog to connections, by ``collections`` until the first reload.
+
+    The feed and the reload, built after it, are reached by callbacks: ``on_schema_mismatch`` is
+    called when a row doesn't have the shape that the catalogue says, ``wait_for_changelog`` waits
+    until the changelog holds what was committed up to an LSN, and ``refresh_schema`` returns once
+    the current schema, or a later one, is in force; False if it wasn't read.
+    """
 
     def __init__(
         self,
         changelog: Changelog,
-        executor: HubQueries,
+        executor: QueryExecutor,
         collections: Collections,
         settings: HubSettings,
         *,
-        callbacks: HubCallbacks | None = None,
+        on_schema_mismatch: Callable[[], None] = lambda: None,
+        wait_for_changelog: WaitForLSN | None = None,
+        refresh_schema: Callable[[], Awaitable[bool]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        callbacks = callbacks or HubCallbacks()
-        limits = settings.limits
         self.counters = HubCounters()
         self._changelog = changelog
         self._executor = executor
         self._settings = settings
-        self._on_schema_mismatch = callbacks.on_schema_mismatch
-        self._row_history = RowHistory(changelog, callbacks.wait_for_changelog)
+        self._on_schema_mismatch = on_schema_mismatch
+        self._row_history = RowHistory(changelog, wait_for_changelog)
         self._progress = progress = DispatchProgress(
             changelog.end_cursor, self._make_generation(collections)
         )
         self._epochs = ResumableEpochs(settings.epoch, changelog, can_resume=settings.can_resume)
-        self._visibility = VisibilityTracker(executor.fetch_snapshot, progress, clock)
+        self._visibility = visibility = VisibilityTracker(executor.fetch_snapshot, progress, clock)
         self._registry = registry = ConnectionRegistry(
             progress, self._epochs, settings, self.counters, clock
         )
-        self._timeouts = ConnectionTimeouts(progress, registry, limits, clock)
-        self._gap_notifier = GapNotifier(progress, registry, clock)
+        self._timeouts = ConnectionTimeouts(progress, registry, settings.limits, clock)
+        self._gap_notifier = gap_notifier = GapNotifier(progress, registry, clock)
         self._catch_up = CatchUpTasks(
-            changelog,
-            progress,
-            registry,
-            visibility=self._visibility,
-            gap_notifier=self._gap_notifier,
-            settings=settings,
-            clock=clock,
+            changelog, progress, registry, visibility, gap_notifier, settings=settings, clock=clock
         )
-        self._entry_checks = EntryChecks(
-            executor, progress, self._visibility, callbacks.refresh_schema
+        self._entry_checks = EntryChecks(executor, progress, visibility, refresh_schema)
+        checks, catch_up = self._entry_checks, self._catch_up
+        self._dispatcher = dispatcher = Dispatcher(
+            changelog, progress, registry, visibility, checks, gap_notifier, catch_up, clock
         )
-        self._dispatcher = Dispatcher(
-            changelog,
-            progress,
-            registry,
-            visibility=self._visibility,
-            entry_checks=self._entry_checks,
-            gap_notifier=self._gap_notifier,
-            catch_up=self._catch_up,
-            clock=clock,
+        self._subscribe_calls = calls = SubscribeCalls(
+            changelog, progress, registry, visibility, catch_up, settings.limits, clock
         )
-        self._subscribe_calls = SubscribeCalls(
-            changelog,
-            progress,
-            registry,
-            self._visibility,
-            self._catch_up,
-            same_address=limits.same_address,
-            clock=clock,
+        # What feed, API and service use of the parts directly; the rest is below.
+        self.run, self.wake, self.progressed = (
+            dispatcher.run,
+            dispatcher.wake,
+            dispatcher.progressed,
         )
+        self.subscribe, self.unmatchable_topics = calls.subscribe, calls.unmatchable_topics
+        self.open_connection, self.connections = registry.open, registry.connections
+        self.remove_connection = partial(registry.remove, reason="client")
+        self.gaps_notified = gap_notifier.notified
 
     def _make_generation(self, collections: Collections) -> Generation:
         self._row_history.set_streamed_tables(reachable_tables(collections))
@@ -131,15 +106,6 @@ class Hub:
     def head(self) -> Cursor:
         """Everything up to here was delivered to the LIVE connections."""
         return self._progress.head
-
-    @property
-    def progressed(self) -> asyncio.Event:
-        """Set whenever the head has moved; a waiter clears it first."""
-        return self._dispatcher.progressed
-
-    def wake(self) -> None:
-        """Dispatch on: the changelog has new entries."""
-        self._dispatcher.wake()
 
     def stream_started(self, epoch: str) -> None:
         """Connect the connections that waited: the replication stream is being read.
@@ -178,53 +144,12 @@ class Hub:
                 self._gap_notifier.notify(connection, GapNotice(None, "unknown", head))
         self._dispatcher.settle()
 
-    # --- called by the API --------------------------------------------------------------------
-
-    def open_connection(
-        self,
-        writer: ResponseWriter,
-        *,
-        address: str,
-        last_event_id: str | None,
-        position: str | None,
-    ) -> Connection:
-        """Add a connection whose response head was sent.
-
-        The positions are the header ``Last-Event-ID`` and the query parameter ``lastEventId``, of
-        which ``""`` asks for positions from now on. Subscribe calls must come from ``address``.
-        """
-        return self._registry.open(writer, address, (last_event_id, position))
-
-    def remove_connection(self, connection: Connection) -> None:
-        """Remove a connection whose client has gone. Idempotent."""
-        self._registry.remove(connection, "client")
-
-    async def subscribe(
-        self, client_id: str, topics: Sequence[str], caller: Caller, address: str
-    ) -> None:
-        """Replace a connection's topics and caller; see ``SubscribeCalls.subscribe``."""
-        await self._subscribe_calls.subscribe(client_id, topics, caller, address)
-
-    def unmatchable_topics(self, client_id: str) -> frozenset[str]:
-        """Return the topics of a connection that no event can match for its caller now."""
-        return self._subscribe_calls.unmatchable_topics(client_id)
-
     # --- called by the service ----------------------------------------------------------------
-
-    @property
-    def connections(self) -> Sized[Connection]:
-        """The open connections."""
-        return self._registry.connections
 
     @property
     def subscription_counts(self) -> Mapping[str, int]:
         """Numbers of subscriptions that an event can match, by collection."""
         return self._progress.generation.subscription_counts
-
-    @property
-    def gaps_notified(self) -> Mapping[str, int]:
-        """How often a connection was notified of a gap, or closed for it, by the gap's reason."""
-        return self._gap_notifier.notified
 
     @property
     def is_stream_up(self) -> bool:
@@ -272,10 +197,6 @@ class Hub:
 
         self._progress.when_idle(replace)
         await replaced
-
-    async def run(self) -> None:
-        """Deliver the changelog to the LIVE connections, for ever."""
-        await self._dispatcher.run()
 
     async def run_timers(self) -> None:
         """Apply timeouts, send heartbeats and trim what has become visible, for ever."""

@@ -5,19 +5,18 @@ after it, it catches up from its cursor. The work is done in chunks, for a call 
 topics and the loop is shared with all other connections.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import structlog
 
 from pgrealtime.auth.principal import GUEST, Caller, is_same_principal
 from pgrealtime.changelog.base import Changelog
+from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.fairness import FairLock
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
@@ -39,32 +38,19 @@ _LOGGED_TOPIC_CHARACTERS = 200
 """Characters of a topic that are logged."""
 
 
+@dataclass(slots=True, eq=False)
 class SubscribeCalls:
-    """Carries out subscribe calls, one at a time for each connection.
+    """Carries out subscribe calls, one at a time for each connection."""
 
-    With ``same_address`` a call must come from the address of its connection.
-    """
-
-    def __init__(
-        self,
-        changelog: Changelog,
-        progress: DispatchProgress,
-        registry: ConnectionRegistry,
-        visibility: VisibilityTracker,
-        catch_up: CatchUpTasks,
-        *,
-        same_address: bool,
-        clock: Callable[[], float],
-    ) -> None:
-        self._changelog = changelog
-        self._progress = progress
-        self._registry = registry
-        self._visibility = visibility
-        self._catch_up = catch_up
-        self._same_address = same_address
-        self._clock = clock
-        self._work_lock = FairLock()
-        """Held by the one call that uses the loop for long work."""
+    changelog: Changelog
+    progress: DispatchProgress
+    registry: ConnectionRegistry
+    visibility: VisibilityTracker
+    catch_up: CatchUpTasks
+    limits: RealtimeConfig
+    clock: Callable[[], float]
+    _work_lock: FairLock = field(default_factory=FairLock)
+    """Held by the one call that uses the loop for long work."""
 
     async def subscribe(
         self, client_id: str, topic_texts: Sequence[str], caller: Caller, address: str
@@ -72,16 +58,14 @@ class SubscribeCalls:
         """Replace a connection's topics and caller; on return the promise of a 204 holds.
 
         The client id may end with a position after a dot; empty and repeated topics are skipped.
-
-        Raises:
-            SubscriptionError: ``client_unknown``, ``address_mismatch``, ``authorization_mismatch``,
-                ``stream_away``; or, as ``SubscriptionLimitError``, too many topics of a kind. The
-                connection's topics and caller are unchanged then.
+        Raises ``SubscriptionError`` with the code ``client_unknown``, ``address_mismatch``,
+        ``authorization_mismatch`` or ``stream_away``, or, as ``SubscriptionLimitError``, for too
+        many topics of a kind. The connection's topics and caller are unchanged then.
         """
-        connection = self._registry.find(client_id)
+        connection = self.registry.find(client_id)
         if connection is None:
             raise SubscriptionError("unknown client id", code="client_unknown")
-        if self._same_address and connection.address != address:
+        if self.limits.same_address and connection.address != address:
             raise SubscriptionError("another address", code="address_mismatch")
         async with connection.lock:
             # Not before: while this waited for the lock, the connection may have been closed and
@@ -96,24 +80,22 @@ class SubscribeCalls:
                     connection, list(dict.fromkeys(filter(None, topic_texts))), caller
                 )
             except SubscriptionLimitError as error:
-                self._registry.counters.refused_subscribe_calls += 1
+                self.registry.counters.refused_subscribe_calls += 1
                 log.info("subscription.refused", connection=connection.id, limit=error.limit_name)
                 raise
             except SubscriptionError as error:
                 if error.error_code == "stream_away":
                     # Its client must call again: it does so when it has reconnected.
-                    connection.mark_answered(self._clock(), close_reason="stream_away")
+                    connection.mark_answered(self.clock(), close_reason="stream_away")
                 raise
-            connection.mark_answered(self._clock())
+            connection.mark_answered(self.clock())
 
     def unmatchable_topics(self, client_id: str) -> frozenset[str]:
         """Return the topics of a connection that no event can match for its caller now."""
-        connection = self._registry.find(client_id)
-        if connection is None:
-            return frozenset()
+        connection = self.registry.find(client_id)
         return frozenset(
             name
-            for name, subscription in connection.subscriptions.items()
+            for name, subscription in (connection.subscriptions if connection else {}).items()
             if subscription.group is None
             and not subscription.topic.collection_name_or_id.startswith("PB_")
         )
@@ -121,10 +103,10 @@ class SubscribeCalls:
     async def _replace_topics(
         self, connection: Connection, topic_texts: list[str], caller: Caller
     ) -> None:
-        if not self._registry.is_stream_up:
+        if not self.registry.is_stream_up:
             raise SubscriptionError("the stream is interrupted", code="stream_away")
         with self._delivery_paused(connection) as is_first:
-            topics = await self._progress.generation.parse_topics(
+            topics = await self.progress.generation.parse_topics(
                 topic_texts, caller, self._work_lock, connection.network
             )
             # After the topics are compiled, which may take seconds: all that this snapshot sees is
@@ -137,15 +119,15 @@ class SubscribeCalls:
     @contextmanager
     def _delivery_paused(self, connection: Connection) -> Iterator[bool]:
         """Deliver nothing to the connection in the block; yield whether it has no topics yet."""
-        self._catch_up.prevent_going_live(connection)
-        is_first = connection.begin_call(self._progress.head)
+        self.catch_up.prevent_going_live(connection)
+        is_first = connection.begin_call(self.progress.head)
         try:
             yield is_first
         finally:
             # Also after an error: the topics before the call are in force again, and what was not
             # delivered for them meanwhile is read from the cursor.
-            if connection.end_call(self._progress.head):
-                self._catch_up.start_task(connection)
+            if connection.end_call(self.progress.head):
+                self.catch_up.start_task(connection)
 
     async def _fetch_read_point(
         self, connection: Connection, topic_texts: list[str], *, is_first: bool
@@ -159,19 +141,19 @@ class SubscribeCalls:
             return None
         loses_position = False
         if is_first and connection.is_resuming:
-            if connection.cursor <= self._changelog.end_cursor:
+            if connection.cursor <= self.changelog.end_cursor:
                 return None
             # The position is another process's that is ahead of this one, or it was sent before
             # the database was restored. The end of the WAL tells which.
-            newest = await self._visibility.fetch_read_point(_START)
+            newest = await self.visibility.fetch_read_point(_START)
             if connection.cursor.lsn <= newest.insert_lsn:
                 return None
             loses_position = True
         if is_first:
             # Nothing was delivered to it, so nothing can be out of order: begin at the head. Before
             # the fetch, whose snapshot must see all that is before the cursor.
-            connection.start_at(self._progress.head, loses_position=loses_position)
-        return await self._visibility.fetch_read_point(connection.cursor)
+            connection.start_at(self.progress.head, loses_position=loses_position)
+        return await self.visibility.fetch_read_point(connection.cursor)
 
     # --- replacing the subscriptions ----------------------------------------------------------
 
@@ -218,9 +200,9 @@ class SubscribeCalls:
         # change together.
         reason, is_first = connection.pending_gap_reason, connection.first_call_answered_at is None
         if topics and is_first and (connection.is_resuming or reason):
-            self._registry.counters.resume_outcomes[reason or "resumed"] += 1
+            self.registry.counters.resume_outcomes[reason or "resumed"] += 1
         connection.accept_call(topics, caller.read_point)
-        self._registry.callers.set_caller(connection, current)
+        self.registry.callers.set_caller(connection, current)
 
     def _current_caller(self, connection: Connection, caller: Caller) -> Caller:
         """Return the caller as of the connection's cursor and the configuration in force.
@@ -228,13 +210,12 @@ class SubscribeCalls:
         Both may have changed since the caller was authenticated. Raises ``SubscriptionError`` if
         the changes since then are not known any more.
         """
-        callers = self._registry.callers
+        callers = self.registry.callers
         try:
             caller = callers.caller_at(caller, connection.cursor)
         except LookupError as error:
-            raise SubscriptionError("the caller's row may have changed", code="stream_away") from (
-                error
-            )
+            reason = "the caller's row may have changed"
+            raise SubscriptionError(reason, code="stream_away") from error
         return replace(callers.revalidate(caller), read_point=None)
 
     async def _run_in_chunks(self, connection: Connection, steps: Generator[None]) -> bool:
@@ -242,7 +223,7 @@ class SubscribeCalls:
 
         If not, steps may be left. Raises ``SubscriptionError`` if the connection was closed.
         """
-        revision = self._progress.revision
+        revision = self.progress.revision
         with closing(steps):
             # The calls of most clients have few topics: these need neither the lock nor a pause.
             if not any(True for _ in islice(steps, _STEPS_PER_CHUNK - 1, _STEPS_PER_CHUNK)):
@@ -252,10 +233,10 @@ class SubscribeCalls:
                 async with self._work_lock.acquire_for_loop_work(connection.network) as yield_timer:
                     # Both may have changed while it waited for its turn. A closed connection's
                     # subscriptions were unbound already.
-                    if not connection.is_closed() and self._progress.revision == revision:
+                    if not connection.is_closed() and self.progress.revision == revision:
                         is_done = not any(yield_timer.is_due() for _ in steps)
                 _require_open(connection)
-                if self._progress.revision != revision:
+                if self.progress.revision != revision:
                     return False
             return True
 
@@ -278,30 +259,32 @@ class SubscribeCalls:
         unmatchable: defaultdict[str, list[str]] = defaultdict(list)
         for name, topic in topics.items():
             subscription = Subscription(connection, topic, View(), "")
-            previous_subscription = previous.get(name)
-            subscription.set_read_point(
-                previous_subscription.read_point if previous_subscription else read_point
-            )
-            self._registry.add_read_point(subscription)
+            before = previous.get(name)
+            subscription.set_read_point(before.read_point if before else read_point)
+            self.registry.add_read_point(subscription)
             # Before it is bound: a refusal unbinds all that the connection has.
             connection.add_subscription(name, subscription)
-            reason = self._progress.generation.bind_subscription(subscription, caller)
+            reason = self.progress.generation.bind_subscription(subscription, caller)
             if reason:
                 unmatchable[reason].append(name)
             yield
-        _log_unmatchable(connection, unmatchable)
+        for reason, names in unmatchable.items():
+            # The first one's text, without its options: they may hold a token.
+            text = names[0].partition("?")[0][:_LOGGED_TOPIC_CHARACTERS]
+            id_, count = connection.id, len(names)
+            log.info("subscription.mute", connection=id_, reason=reason, topics=count, topic=text)
 
     def _unbind_steps(self, connection: Connection) -> Generator[None]:
-        generation = self._progress.generation
+        generation = self.progress.generation
         subscriptions = iter(connection.take_subscriptions().values())
         try:
             for subscription in subscriptions:
-                self._registry.unbind(subscription, generation)
+                self.registry.unbind(subscription, generation)
                 yield
         finally:
             # All at once if the connection was closed or another generation is in force.
             for subscription in subscriptions:
-                self._registry.unbind(subscription, generation)
+                self.registry.unbind(subscription, generation)
 
     def _restore_steps(
         self, connection: Connection, previous: Mapping[str, Subscription]
@@ -310,27 +293,15 @@ class SubscribeCalls:
         if connection.is_closed():
             return
         yield from self._unbind_steps(connection)
-        with self._registry.closing_on_error(connection):
+        with self.registry.closing_on_error(connection):
             for name, subscription in previous.items():
                 connection.add_subscription(name, subscription)
                 if subscription.group is None:
-                    self._progress.generation.bind_subscription(subscription, connection.caller)
-                self._registry.add_read_point(subscription)
+                    self.progress.generation.bind_subscription(subscription, connection.caller)
+                self.registry.add_read_point(subscription)
                 yield
 
 
 def _require_open(connection: Connection) -> None:
     if connection.is_closed():
         raise SubscriptionError("unknown client id", code="client_unknown")
-
-
-def _log_unmatchable(connection: Connection, topics_by_reason: Mapping[str, Sequence[str]]) -> None:
-    for reason, topics in topics_by_reason.items():
-        log.info(
-            "subscription.mute",
-            connection=connection.id,
-            reason=reason,
-            topics=len(topics),
-            # The first one's, without its options: they may hold a token.
-            topic=topics[0].partition("?")[0][:_LOGGED_TOPIC_CHARACTERS],
-        )

@@ -5,11 +5,8 @@ of rules in them, ``session`` is such a transaction for several questions, and `
 rows.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
@@ -47,10 +44,8 @@ class QueryExecutor:
     """Asks PostgreSQL in transactions that bring their own settings.
 
     ``on_schema_mismatch`` is called when PostgreSQL refuses a query as if the schema were another,
-    ``on_statement_seconds`` with the seconds that each statement about rules took.
-
-    Attributes:
-        outage: Whether the database is away, as far as questions tell.
+    ``on_statement_seconds`` with the seconds that each statement about rules took. ``outage`` says
+    whether the database is away, as far as questions tell.
     """
 
     def __init__(
@@ -63,30 +58,18 @@ class QueryExecutor:
         self._pool = pool
         self.outage = DatabaseOutage(time.monotonic)
         self._unanswered = UnansweredQuestions(on_schema_mismatch)
+        self.unanswered_counts = self._unanswered.counts
         self._rounds = QuestionRounds(self._unanswered, on_statement_seconds)
         self._live_rows = LiveRowReader(pool, self.outage, self._unanswered)
         self._may_have_standbys = True
 
-    @property
-    def unanswered_counts(self) -> Counter[tuple[str, str]]:
-        """What was denied for want of an answer (``UnansweredQuestions.counts``)."""
-        return self._unanswered.counts
-
     async def fetch_snapshot(self) -> tuple[str, str, bool]:
-        """Return the row of ``SNAPSHOT_QUERY``.
-
-        Raises:
-            DatabaseUnreachableError: There was no answer.
-        """
+        """Return the row of ``SNAPSHOT_QUERY``; raises ``DatabaseUnreachableError``."""
         snapshot, insert_lsn, is_in_recovery = await self._fetch_row(SNAPSHOT_QUERY)
         return snapshot, insert_lsn, is_in_recovery
 
     async def verify_assumptions(self, assumptions: CatalogAssumptions) -> bool:
-        """Return whether the catalogue says what rows presume of it.
-
-        Raises:
-            DatabaseUnreachableError: There was no answer.
-        """
+        """Return whether the catalogue confirms them; raises ``DatabaseUnreachableError``."""
         roots, attributes = await self._fetch_row(assumptions.statement())
         return assumptions.is_confirmed_by(roots, attributes)
 
@@ -162,18 +145,13 @@ class QueryExecutor:
         """Open a snapshot that sees the transactions, for several questions.
 
         ``max_seconds`` bounds the snapshot and all questions together; None leaves the timeout of
-        each statement.
-
-        Raises:
-            psycopg.Error: There is no connection; or it broke.
-            PoolTimeout: Every connection is in use.
-            TimeoutError: A transaction stays invisible, or the seconds are over.
+        each statement. Raises ``psycopg.Error`` (no connection, or it broke), ``PoolTimeout``
+        (every connection is in use), ``TimeoutError`` (a transaction stays invisible, or the
+        seconds are over).
         """
-        budget = (
-            TimeBudget()
-            if max_seconds is None
-            else TimeBudget(is_limited=True, max_seconds=max_seconds)
-        )
+        budget = TimeBudget()
+        if max_seconds is not None:
+            budget = TimeBudget(is_limited=True, max_seconds=max_seconds)
         began, begin_timeout = time.perf_counter(), asyncio.timeout(max_seconds)
         async with begin_timeout, self._pool.session() as connection:
             transaction = BudgetedTransaction(self._pool, connection, xids, budget)
@@ -187,21 +165,15 @@ class QueryExecutor:
     async def fetch_live_rows(
         self, images: Sequence[IncompleteRow]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
-        """Return what the tables hold now of the columns that row images lack.
-
-        See ``LiveRowReader.fetch``.
-        """
+        """Return the columns that row images lack, as they are now; see ``LiveRowReader.fetch``."""
         return await self._live_rows.fetch(images)
 
 
 def _lift_timeout(timeout: asyncio.Timeout) -> None:
-    """Let a timeout no longer expire.
+    """Let a timeout no longer expire; raises ``TimeoutError`` if it has.
 
     ``asyncio.wait_for``, by which the pool waits, drops a cancellation that arrives together with
     the result (before Python 3.12). Then the timeout has expired and this task was not told.
-
-    Raises:
-        TimeoutError: It has expired.
     """
     if timeout.expired():
         raise TimeoutError("no snapshot in time")

@@ -3,12 +3,11 @@
 ``hub.evaluation.toast`` decides which of the columns read are what they were at the event.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import psycopg
@@ -53,7 +52,6 @@ class IncompleteRow(Protocol):
     @property
     def missing_columns(self) -> frozenset[str]:
         """Names of the columns that it lacks."""
-        ...
 
 
 class LiveRow(NamedTuple):
@@ -67,17 +65,15 @@ class LiveRow(NamedTuple):
     """Where the WAL ended then: all that the snapshot sees commits before."""
 
 
+@dataclass(slots=True, eq=False)
 class LiveRowReader:
     """Reads live rows, in snapshots that see the transactions that wrote the images."""
 
-    def __init__(
-        self, pool: QueryPool, outage: DatabaseOutage, unanswered: UnansweredQuestions
-    ) -> None:
-        self._pool = pool
-        self._outage = outage
-        self._unanswered = unanswered
-        self._unreadable_until: dict[str, float] = {}
-        """By collection, until when its rows aren't read: a statement timed out twice."""
+    pool: QueryPool
+    outage: DatabaseOutage
+    unanswered: UnansweredQuestions
+    unreadable_until: dict[str, float] = field(default_factory=dict)
+    """By collection, until when its rows aren't read: a statement timed out twice."""
 
     async def fetch(
         self, images: Sequence[IncompleteRow]
@@ -97,7 +93,7 @@ class LiveRowReader:
                 rows = await self._fetch_with_retries(images_of_one)
             except (psycopg.Error, PoolTimeout, TimeoutError) as error:
                 log.warning("live_row.failed", collection=name, error=message_without_values(error))
-                self._unanswered.counts[name, "rows_unread"] += 1
+                self.unanswered.counts[name, "rows_unread"] += 1
                 unread.add(name)
             else:
                 live_rows.update({(name, record_id): row for record_id, row in rows.items()})
@@ -106,16 +102,16 @@ class LiveRowReader:
     async def _fetch_with_retries(self, images: Sequence[IncompleteRow]) -> dict[str, LiveRow]:
         """Read rows of one collection; retry where another attempt may succeed."""
         collection = images[0].collection
-        if time.monotonic() < self._unreadable_until.get(collection.name, 0.0):
+        if time.monotonic() < self.unreadable_until.get(collection.name, 0.0):
             raise TimeoutError("the table couldn't be read in time a moment ago")
         missing = frozenset[str]().union(*(image.missing_columns for image in images))
         columns = [column.name for column in collection.table.columns if column.name in missing]
         is_repeated = False
-        for retry_delay in self._outage.retry_delays():
+        for retry_delay in self.outage.retry_delays():
             try:
                 rows = await self._fetch(images, columns)
             except psycopg.errors.UndefinedColumn as error:
-                self._unanswered.check_schema_mismatch(error)
+                self.unanswered.check_schema_mismatch(error)
                 if is_repeated:
                     raise
                 existing = await self._fetch_existing_columns(collection)
@@ -123,22 +119,22 @@ class LiveRowReader:
                 is_repeated = True
             except TIMEOUT_ERRORS:
                 if is_repeated:
-                    self._unreadable_until[collection.name] = time.monotonic() + _UNREADABLE_SECONDS
+                    self.unreadable_until[collection.name] = time.monotonic() + _UNREADABLE_SECONDS
                     raise
                 is_repeated = True
             except psycopg.Error as error:
-                self._unanswered.check_schema_mismatch(error)
+                self.unanswered.check_schema_mismatch(error)
                 if retry_delay is None or not is_connection_error(error):
                     raise
                 await asyncio.sleep(retry_delay)
             else:
-                self._outage.record_answer()
+                self.outage.record_answer()
                 return rows
         raise TimeoutError("the table changes all the time")  # pragma: no cover
 
     async def _fetch_existing_columns(self, collection: Collection) -> frozenset[str]:
         name = sql.Identifier(*collection.table.name).as_string()
-        async with self._pool.connection() as connection:
+        async with self.pool.connection() as connection:
             cursor = await connection.execute(_EXISTING_COLUMNS_QUERY, (name,))
             return frozenset([column async for (column,) in cursor])
 
@@ -146,20 +142,17 @@ class LiveRowReader:
         self, images: Sequence[IncompleteRow], columns: Sequence[str]
     ) -> dict[str, LiveRow]:
         collection = images[0].collection
+        names = [collection.key.name, *columns]
         statement = rows_by_key_statement(
-            collection.table,
-            collection.key,
-            [collection.key.name, *columns],
-            _XMIN,
-            compares_own_type=True,
+            collection.table, collection.key, names, _XMIN, compares_own_type=True
         )
         ids = list({image.record_id: None for image in images})
         xids = {image.xid for image in images}
         for retry_delay in visibility_retry_delays():
             # A connection for each attempt: a standby that lags keeps commits invisible for
             # seconds, and logins and snapshots share the few connections of the pool.
-            async with self._pool.session() as connection:
-                transaction = ReadTransaction(self._pool, connection, xids)
+            async with self.pool.session() as connection:
+                transaction = ReadTransaction(self.pool, connection, xids)
                 if await transaction.try_begin():
                     texts = await transaction.fetch_texts(statement, {"ids": ids})
                     await transaction.finish()
@@ -168,9 +161,8 @@ class LiveRowReader:
         else:
             raise TimeoutError("a commit stays invisible")
         rows: dict[str, LiveRow] = {}
+        snapshot, insert_lsn = transaction.snapshot, transaction.insert_lsn
         for key, *values, xmin in texts:
             row: Row = dict(zip(columns, values, strict=True))
-            rows[key or ""] = LiveRow(
-                int(xmin or 0), row, transaction.snapshot, transaction.insert_lsn
-            )
+            rows[key or ""] = LiveRow(int(xmin or 0), row, snapshot, insert_lsn)
         return rows

@@ -5,8 +5,6 @@ The rule engine says what it must know (``Evaluation.questions``), continues wit
 ``QuestionRounds``: the executor and the read sessions of the service, and ``explain``.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -41,31 +39,23 @@ class PendingEvaluation(Protocol):
     @property
     def xids(self) -> Collection[Xid]:
         """The transactions that the answering snapshot must see."""
-        ...
 
     def questions(self) -> list[Question]:
         """Return what must be asked now; nothing if all is known."""
-        ...
 
     def resume(self) -> None:
         """Continue once the questions have been asked."""
-        ...
 
 
 class UnansweredQuestions:
-    """Counts what was denied for want of an answer, and logs each reason once.
-
-    ``on_schema_mismatch`` is called when PostgreSQL refuses a query as if the schema were another.
-
-    Attributes:
-        counts: By collection and kind: ``timeout`` and ``error`` count statements; ``suspended``,
-            ``unknown_rows``, ``unreachable`` and ``rows_unread`` what was not asked.
-    """
+    """Counts what was denied for want of an answer, and logs each reason once."""
 
     def __init__(
         self, on_schema_mismatch: Callable[[], None] = lambda: None, *, is_logged: bool = True
     ) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
+        """By collection and kind: ``timeout`` and ``error`` count statements; ``suspended``,
+        ``unknown_rows``, ``unreachable`` and ``rows_unread`` what was not asked."""
         self._on_schema_mismatch = on_schema_mismatch
         self._is_logged = is_logged
         self._logged_reasons: set[tuple[str, str]] = set()
@@ -95,14 +85,7 @@ class UnansweredQuestions:
 
 
 class BudgetedTransaction(ReadTransaction):
-    """A read transaction with a budget for all its statements.
-
-    Attributes:
-        budget: Seconds of PostgreSQL for all statements together.
-        timeouts_left: Statements that may still time out before a timeout opens its subject's
-            breaker at once, and the others' timeouts are shortened (unless the snapshot is kept: a
-            timeout is set as a transaction begins).
-    """
+    """A read transaction with a budget of seconds for all its statements together."""
 
     def __init__(
         self,
@@ -116,6 +99,9 @@ class BudgetedTransaction(ReadTransaction):
         super().__init__(pool, connection, xids, keeps_snapshot=keeps_snapshot)
         self.budget = budget or TimeBudget()
         self.timeouts_left = _TOLERATED_TIMEOUTS_PER_TRANSACTION
+        """Statements that may still time out before a timeout opens its subject's breaker at once,
+        and the others' timeouts are shortened (unless the snapshot is kept: a timeout is set as a
+        transaction begins)."""
 
     @property
     def statement_seconds(self) -> float:
@@ -146,18 +132,15 @@ class QuestionRounds:
     ) -> None:
         """Answer an evaluation's questions until there are none left, or the budget is spent.
 
-        ``questions`` is the first round, if the evaluation was asked for it already.
-
-        Raises:
-            psycopg.Error: The connection broke.
+        ``questions`` is the first round, if the evaluation was asked for it already. Raises
+        ``psycopg.Error`` if the connection broke.
         """
         if questions is None:
             questions = evaluation.questions()
+        was_slow = self._breakers.has_timed_out
         while questions and not transaction.budget.is_spent():
             # Those that were slow before come last: they use up the timeouts that are tolerated.
-            for question in sorted(
-                questions, key=lambda one: self._breakers.has_timed_out(one.subject)
-            ):
+            for question in sorted(questions, key=lambda one: was_slow(one.subject)):
                 question.is_postponed = not await self._ask_or_split(transaction, question)
             evaluation.resume()
             questions = evaluation.questions()

@@ -4,8 +4,6 @@ Related records, live rows and callers' own rows are read in one ``ReadSession``
 them are of one moment. ``QueryExecutor.read_session`` opens it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection as Sized
 from collections.abc import Iterable, Mapping
@@ -66,11 +64,8 @@ class ReadSession:
         """Return a query's rows in the stream's text forms; None if it fails.
 
         A query that times out is run once more, unless one failed before in this session: a lock
-        may be gone the second time.
-
-        Raises:
-            psycopg.Error: The connection broke.
-            TimeoutError: The session's seconds are over.
+        may be gone the second time. Raises ``psycopg.Error`` if the connection broke,
+        ``TimeoutError`` if the session's seconds are over.
         """
         transaction = self._transaction
         for is_last in (self._has_failed, True):
@@ -112,7 +107,6 @@ class ReadSessionFactory(Protocol):
         self, xids: Sized[Xid], max_seconds: float | None = None
     ) -> AbstractAsyncContextManager[ReadSession]:
         """Open a snapshot that sees the transactions; see ``QueryExecutor.read_session``."""
-        ...
 
 
 async def fetch_rows_by_id(
@@ -124,13 +118,10 @@ async def fetch_rows_by_id(
     """
     names = [column.name for column in collection.table.columns]
     key = collection.key
-    canonical = [
-        text
-        for text in (canonical_id(record_id, key.type) for record_id in ids)
-        if text is not None
-    ]
+    canonical = (canonical_id(record_id, key.type) for record_id in ids)
+    statement = rows_by_key_statement(collection.table, key, names)
     texts = await session.fetch_texts(
-        rows_by_key_statement(collection.table, key, names), {"ids": canonical}
+        statement, {"ids": [text for text in canonical if text is not None]}
     )
     if texts is None:
         return None

@@ -7,8 +7,6 @@ derives the budget of clients' filters from ``TimeBudget`` (``hub.evaluation.fil
 keeps breakers of its own for connections (``hub.state.isolation``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, MutableMapping
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -45,10 +43,8 @@ class TimeBudget:
         self.used_seconds = 0.0
 
     def is_spent(self) -> bool:
-        """Whether what isn't answered yet must not be waited for.
-
-        A method, not a property: the value changes between awaits, which mypy would not see.
-        """
+        """Whether what isn't answered yet must not be waited for."""
+        # Not a property: the value changes between awaits, which mypy would not see.
         return self.is_limited and self.used_seconds >= self.max_seconds
 
     def spend(self, seconds: float) -> None:
@@ -99,11 +95,8 @@ class CircuitBreakers(Generic[Q]):
         timeouts.count += 1
         if not is_tolerated:
             timeouts.count = max(timeouts.count, _TOLERATED_TIMEOUTS + 1)
-        doublings = timeouts.count - _TOLERATED_TIMEOUTS - 1
-        seconds = (
-            0.0
-            if doublings < 0
-            else min(_FIRST_OPEN_SECONDS * 2 ** min(doublings, 30), _LONGEST_OPEN_SECONDS)
-        )
+        seconds, doublings = 0.0, timeouts.count - _TOLERATED_TIMEOUTS - 1
+        if doublings >= 0:
+            seconds = min(_FIRST_OPEN_SECONDS * 2 ** min(doublings, 30), _LONGEST_OPEN_SECONDS)
         timeouts.retry_at = now + seconds
         return seconds

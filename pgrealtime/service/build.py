@@ -28,8 +28,8 @@ from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
-from pgrealtime.hub.hub import Hub, HubCallbacks
-from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.metrics import Metrics
 from pgrealtime.postgres.connect import open_query_pool
@@ -154,11 +154,9 @@ def _build_parts(
         executor,
         collections,
         _hub_settings(config, applied),
-        callbacks=HubCallbacks(
-            on_schema_mismatch=on_schema_mismatch,
-            wait_for_changelog=lambda lsn: reader.wait_for_changelog(lsn),  # noqa: PLW0108 (made below)
-            refresh_schema=refresh_schema,
-        ),
+        on_schema_mismatch=on_schema_mismatch,
+        wait_for_changelog=lambda lsn: reader.wait_for_changelog(lsn),  # noqa: PLW0108 (made below)
+        refresh_schema=refresh_schema,
     )
     intake = Intake(changelog, hub, max_size=config.changelog.max_size)
     reader = ReplicationReader(

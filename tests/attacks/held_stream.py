@@ -26,7 +26,7 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.hub import Hub
-from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor

@@ -23,8 +23,8 @@ from pgrealtime.collections.build import build_collections
 from pgrealtime.config.model import CollectionConfig, RealtimeConfig
 from pgrealtime.expand import load
 from pgrealtime.hub.connections.connection import LIVE
-from pgrealtime.hub.events.slices import SLICE_CHANGES
-from pgrealtime.hub.state import caller_check
+from pgrealtime.hub.events.event import SLICE_CHANGES
+from pgrealtime.hub.state import callers as caller_check
 from tests.attacks.held_stream import World, world_of
 
 SCHEMA = """

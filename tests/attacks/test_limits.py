@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pgrealtime.hub.evaluation.quotas import (
+from pgrealtime.hub.evaluation.filter_limits import (
     REMOTE_FILTERS_PER_CONNECTION,
     UNINDEXED_FILTERS_PER_ADDRESS,
     UNINDEXED_FILTERS_PER_CONNECTION,

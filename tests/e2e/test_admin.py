@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pgrealtime import __version__
-from pgrealtime.hub.evaluation.quotas import REMOTE_FILTERS_PER_CONNECTION as COSTLY
+from pgrealtime.hub.evaluation.filter_limits import REMOTE_FILTERS_PER_CONNECTION as COSTLY
 from tests.conformance.http_client import Address, Request, send
 from tests.conformance.pgrealtime_server import command
 from tests.conformance.process import ServerProcess, free_port

@@ -84,14 +84,12 @@ class World:
     @property
     def executor(self) -> QueryExecutor:
         """The executor of the program's queries."""
-        executor = self.service.hub._executor
-        assert isinstance(executor, QueryExecutor)
-        return executor
+        return self.service.hub._executor
 
     def forget_slowness(self) -> None:
         """Reset what the program measured as slow: histories must not depend on earlier ones."""
         self.executor._rounds._breakers = CircuitBreakers(time.monotonic)
-        self.executor._live_rows._unreadable_until.clear()
+        self.executor._live_rows.unreadable_until.clear()
 
     def look(self) -> int:
         """Return the last commit that readers see."""

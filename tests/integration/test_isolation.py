@@ -12,7 +12,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 
-from pgrealtime.hub.evaluation.quotas import REMOTE_FILTERS_PER_CONNECTION as COSTLY
+from pgrealtime.hub.evaluation.filter_limits import REMOTE_FILTERS_PER_CONNECTION as COSTLY
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import Service, service
 

@@ -22,7 +22,7 @@ from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.hub import Hub
-from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor

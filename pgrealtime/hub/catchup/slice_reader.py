@@ -4,10 +4,9 @@ Connections at the same cursor often have the same topics: ``CatchUpCache`` keep
 one of them was just sent, for the others.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -20,17 +19,17 @@ from pgrealtime.hub.connections.group import RenderKey
 from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.delivery.compose import subscriptions_by_group
 from pgrealtime.hub.delivery.enrichment import NO_ENRICHMENT, Enrichment, EnrichmentNeed
+from pgrealtime.hub.evaluation.evaluator import SliceResult, gap_xids
 from pgrealtime.hub.evaluation.filter_limits import FilterBudget
-from pgrealtime.hub.evaluation.slice_result import SliceResult, gap_xids
-from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.events.slices import (
+from pgrealtime.hub.events.event import (
     SLICE_CHANGES,
+    Event,
     GapNotice,
     Slice,
     slice_prefix,
     split_into_slices,
 )
-from pgrealtime.hub.state.caller_check import CallerCheck, CallerCheckResult
+from pgrealtime.hub.state.callers import CallerCheck, CallerCheckResult
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
@@ -69,31 +68,22 @@ class EvaluatedSlice(Struct):
         )
 
 
+@dataclass(slots=True, eq=False)
 class SliceReader:
     """Reads slices from the changelog at connections' own cursors."""
 
-    def __init__(
-        self,
-        changelog: Changelog,
-        progress: DispatchProgress,
-        registry: ConnectionRegistry,
-        visibility: VisibilityTracker,
-    ) -> None:
-        self._changelog = changelog
-        self._progress = progress
-        self._registry = registry
-        self._visibility = visibility
+    changelog: Changelog
+    progress: DispatchProgress
+    registry: ConnectionRegistry
+    visibility: VisibilityTracker
 
     async def read(
         self, connection: Connection, max_events: int, budget: FilterBudget
     ) -> EvaluatedSlice:
-        """Evaluate the events after the connection's cursor; update its caller to that position.
-
-        The connection's lock is held.
-        """
+        """Evaluate what follows the cursor; update the caller to that. Its lock is held."""
         slice_ = slice_prefix(self._next_slice(connection), max_events)
         # Nothing beyond the dispatcher's target: each event is evaluated either there or here.
-        end = min(slice_.end_cursor, self._progress.evaluation_target)
+        end = min(slice_.end_cursor, self.progress.evaluation_target)
         events = [event for event in slice_.events if event.cursor <= end]
         evaluated = EvaluatedSlice(
             events,
@@ -101,7 +91,7 @@ class SliceReader:
             slice_.gap if slice_.gap is not None and slice_.gap.cursor <= end else None,
             end,
             budget,
-            self._progress.revision,
+            self.progress.revision,
             connection.subscriptions,
             SliceResult([()] * len(events)),
             NO_ENRICHMENT,
@@ -109,38 +99,33 @@ class SliceReader:
         # Before the evaluation; a deletion is applied once the slice was delivered.
         self.apply_caller_changes(connection, evaluated.account_events, "update")
         await self._evaluate(connection, evaluated)
-        subscribed = self._progress.generation.subscription_counts
+        subscribed = self.progress.generation.subscription_counts
         if causes := gap_xids(evaluated.gap, events, evaluated.result, subscribed):
             # A client that is notified of a gap reloads at once and must find its changes.
-            await self._visibility.wait_until_visible(causes)
+            await self.visibility.wait_until_visible(causes)
         return evaluated
 
     def _next_slice(self, connection: Connection) -> Slice:
         try:
-            entries = self._changelog.read(
-                connection.cursor, self._progress.evaluation_target, SLICE_CHANGES
-            )
+            target = self.progress.evaluation_target
+            entries = self.changelog.read(connection.cursor, target, SLICE_CHANGES)
         except ChangelogError:
             # It read too slowly for the changelog's window, and goes on from where that begins.
-            floor = self._changelog.floor
+            floor = self.changelog.floor
             return Slice([], GapNotice(None, "expired", floor), floor)
 
         def changes_caller(event: Event) -> bool:
             caller, read_point = connection.caller, connection.caller_read_point
-            return self._registry.callers.caller_after(event, caller, read_point) is not caller
+            return self.registry.callers.caller_after(event, caller, read_point) is not caller
 
         # The first slice of the entries only, so that all connections at a cursor read the same:
         # what follows may be split by a caller that this one changes.
-        generation = self._progress.generation
-        return next(
-            split_into_slices(
-                entries,
-                connection.cursor,
-                generation.collections,
-                changes_caller,
-                fits=generation.shape_checker.fits,
-            )
+        generation, cursor = self.progress.generation, connection.cursor
+        fits = generation.shape_checker.fits
+        slices = split_into_slices(
+            entries, cursor, generation.collections, changes_caller, fits=fits
         )
+        return next(slices)
 
     async def _evaluate(self, connection: Connection, evaluated: EvaluatedSlice) -> None:
         events, budget = evaluated.events, evaluated.budget
@@ -148,7 +133,7 @@ class SliceReader:
         if not events or not by_group:
             return
         # Both steps by one generation: a reload in between would not know these groups.
-        generation = self._progress.generation
+        generation = self.progress.generation
         evaluated.result = await generation.evaluator.evaluate(events, budget, by_group.keys())
         if not evaluated.result.over_budget_groups:
             await self._enrich(connection, evaluated, by_group, generation)
@@ -170,10 +155,7 @@ class SliceReader:
             )
 
         check = CallerCheck(
-            self._registry.callers,
-            generation,
-            events=events,
-            find_connections=lambda _viewers, _groups: [connection],
+            self.registry.callers, generation, events, lambda _viewers, _groups: [connection]
         )
         evaluated.enrichment = enrichment = await generation.enricher.try_enrich(
             events, evaluated.result, needs, check
@@ -195,7 +177,7 @@ class SliceReader:
         """Apply the events of one action to the connection's caller."""
         for event in account_events:
             if event.action == action:
-                self._registry.apply_caller_change(connection, event)
+                self.registry.apply_caller_change(connection, event)
 
 
 _MAX_AGE_SECONDS = 1.0
@@ -238,10 +220,8 @@ def catch_up_cache_key(connection: Connection, revision: int) -> CatchUpCacheKey
     (subscription,) = connection.subscriptions.values()
     if subscription.group is None or subscription.own_record_id:
         return None
-    if (
-        subscription.read_point is not None
-        and connection.cursor.lsn <= subscription.read_point.insert_lsn
-    ):
+    read_point = subscription.read_point
+    if read_point is not None and connection.cursor.lsn <= read_point.insert_lsn:
         return None
     return CatchUpCacheKey(revision, connection.cursor, subscription.group, subscription.render_key)
 

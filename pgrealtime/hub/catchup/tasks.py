@@ -5,8 +5,6 @@ reads slowly, and while its filters are slow. The dispatcher and subscribe calls
 which ends when the connection has reached the dispatcher's head and is LIVE.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 
@@ -25,14 +23,12 @@ from pgrealtime.hub.catchup.slice_reader import (
 from pgrealtime.hub.connections.connection import NO_MESSAGE_KEYS, Connection
 from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.delivery.compose import ConnectionMessages, compose_for_connection
-from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.events.slices import SLICE_CHANGES, GapNotice
-from pgrealtime.hub.state.caller_check import CallerCheckResult, may_account_have_changed
+from pgrealtime.hub.events.event import SLICE_CHANGES, Event, GapNotice
+from pgrealtime.hub.state.callers import CallerCheckResult, may_account_have_changed
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.isolation import IsolatedConnections
-from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.progress import DispatchProgress, HubSettings
 from pgrealtime.hub.state.registry import ConnectionRegistry
-from pgrealtime.hub.state.settings import HubSettings
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.observe.redact import raise_location
@@ -64,9 +60,9 @@ class CatchUpTasks:
         changelog: Changelog,
         progress: DispatchProgress,
         registry: ConnectionRegistry,
-        *,
         visibility: VisibilityTracker,
         gap_notifier: GapNotifier,
+        *,
         settings: HubSettings,
         clock: Callable[[], float],
     ) -> None:
@@ -176,10 +172,9 @@ class CatchUpTasks:
         # One such message at a time, so that none waits for ever. Clients that leave no room for
         # too long are dropped, the one with the largest send buffer first.
         async with self._send_budget.oversized_lock:
-            while not await self._send_budget.wait_for_room(
-                state.oversized_message_bytes, self._stall_timeout
-            ):
-                largest = self._send_budget.largest_connection()
+            budget, size = self._send_budget, state.oversized_message_bytes
+            while not await budget.wait_for_room(size, self._stall_timeout):
+                largest = budget.largest_connection()
                 if largest is not None:
                     self._registry.abort(largest)
             await self._deliver_next(connection, state)
@@ -276,14 +271,10 @@ class CatchUpTasks:
     async def _compose(
         self, connection: Connection, evaluated: EvaluatedSlice, max_bytes: int
     ) -> ConnectionMessages:
-        events = evaluated.events
+        renderer, events = self._progress.generation.renderer, evaluated.events
+        hits, enrichment = evaluated.result.hits, evaluated.enrichment
         messages = await compose_for_connection(
-            self._progress.generation.renderer,
-            connection,
-            events,
-            evaluated.result.hits,
-            evaluated.enrichment,
-            max_bytes=max_bytes,
+            renderer, connection, events, hits, enrichment, max_bytes=max_bytes
         )
         # The connection is notified of a gap, and its client must find them on reloading.
         if messages.failed_indexes:
@@ -336,8 +327,7 @@ class CatchUpTasks:
     ) -> None:
         if batch.event_indexes:
             connection.enqueue(batch)
-            connection.write(connection.encode_queued(events, position_limit))
-            connection.mark_event_sent(self._clock())
+            connection.write_queued(events, position_limit, self._clock())
             self._send_budget.update(connection)
 
     # --- what another connection was just sent ------------------------------------------------

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from pgrealtime.auth.principal import Caller
+from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.hub.connections.group import MemberGroup, MemberRenderGroup, RenderKey
 from pgrealtime.hub.connections.output import ConnectionOutput, ResponseWriter
 from pgrealtime.lsn import Cursor
@@ -22,11 +23,8 @@ from pgrealtime.networks import client_network
 from pgrealtime.protocol.frame import HEARTBEAT, connect_tail
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
-
-if TYPE_CHECKING:
-    from pgrealtime.expand.plan import ExpandViewer
-    from pgrealtime.rules.engine.plan import BoundPredicate
-    from pgrealtime.snapshot import ReadPoint
+from pgrealtime.rules.engine.plan import BoundPredicate
+from pgrealtime.snapshot import ReadPoint
 
 MessageKey: TypeAlias = tuple[int, bytes]
 """One message of a change: the index of its event among the change's events, and the topic."""
@@ -420,11 +418,8 @@ class Connection(ConnectionOutput):
         """Write PB_CURSOR if the position moved, else an SSE comment."""
         self.last_write_at = now
         # Before a pending gap is announced the position must not pass it.
-        if (
-            self.is_resumable
-            and not self.pending_gap_reason
-            and self._encode_position(cursor) != self.position
-        ):
+        is_position_sent = self.is_resumable and not self.pending_gap_reason
+        if is_position_sent and self._encode_position(cursor) != self.position:
             self.write_cursor_event(cursor)
         else:
             self.write(HEARTBEAT)
@@ -433,11 +428,8 @@ class Connection(ConnectionOutput):
 
     def messages_sent_of(self, change: Cursor) -> AbstractSet[MessageKey]:
         """Return the messages sent of a change that is not sent completely."""
-        return (
-            self._sent_of_change[1]
-            if self._sent_of_change is not None and self._sent_of_change[0] == change
-            else NO_MESSAGE_KEYS
-        )
+        started, sent = self._sent_of_change or (None, NO_MESSAGE_KEYS)
+        return sent if started == change else NO_MESSAGE_KEYS
 
     def record_messages_sent(self, change: Cursor, sent: AbstractSet[MessageKey]) -> None:
         """Note the messages sent of a change; none if it was sent completely."""

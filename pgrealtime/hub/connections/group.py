@@ -1,6 +1,8 @@
-"""Groups of subscriptions that are evaluated together, and those of them that share bytes."""
+"""Groups of subscriptions that are evaluated together, and their render groups, which share bytes.
 
-from __future__ import annotations
+``hub.evaluation.matcher`` puts subscriptions into groups; ``hub.delivery`` composes the messages of
+each render group once.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, TypeAlias, TypeVar
@@ -12,13 +14,13 @@ from pgrealtime.records.encode import View
 from pgrealtime.rules.engine.plan import BoundPredicate
 
 RenderKey: TypeAlias = tuple[bytes, View, ExpandViewer | None, BoundPredicate | None]
-"""What decides the bytes of a subscription's messages, its own record's excepted: the topic as
+"""What decides the bytes of a subscription's messages, except those of its own record: the topic as
 submitted, the view of records, the viewer of related records, and the manage rule."""
 
 
 MANY_CONNECTIONS = 50
-"""Live connections that make work shared: what so many ask for is done once for all of them,
-whatever it takes. If they were isolated, each would do it for itself."""
+"""If so many LIVE connections share a filter or an expand, it is evaluated once for all of them,
+also where that is slow: isolated, each of them would repeat the work."""
 
 
 class GroupMember(Protocol):
@@ -28,8 +30,7 @@ class GroupMember(Protocol):
 
     @property
     def render_key(self) -> RenderKey:
-        """What decides the bytes of its messages."""
-        ...
+        """See ``RenderKey``."""
 
 
 MemberT = TypeVar("MemberT", bound=GroupMember)
@@ -38,7 +39,7 @@ MemberT = TypeVar("MemberT", bound=GroupMember)
 class MemberRenderGroup(Generic[MemberT]):
     """Subscriptions of one group that receive the same bytes.
 
-    A single one is stored without a dict: most groups have one.
+    A single subscription is stored without a dict: most render groups have only one.
     """
 
     __slots__ = ("_by_owner", "_subscriptions", "batch", "composed_in", "render_key")
@@ -58,7 +59,7 @@ class MemberRenderGroup(Generic[MemberT]):
         return iter((self._subscriptions,))
 
     def subscriptions_of_owner(self, record_id: str) -> Iterable[MemberT]:
-        """Return the subscriptions whose own record it is: they receive its email."""
+        """Return the subscriptions whose caller the record is: they receive its e-mail address."""
         if self._by_owner is not None:
             return self._by_owner.get(record_id, ())
         return [subscription for subscription in self if subscription.own_record_id == record_id]
@@ -104,8 +105,9 @@ class MemberGroup(Generic[MemberT]):
         self.values = bound.values
         self.record_id = record_id
         self.shared_subscription_count = 0
-        """How many of its subscriptions are evaluated for all: those without a filter, and those
-        whose connections aren't isolated. Events find a group that has any."""
+        """How many of its subscriptions are evaluated with those of other connections: those
+        without a filter, and those whose connections aren't isolated. The index finds a group only
+        if it has any."""
         self._render_groups: (
             MemberRenderGroup[MemberT] | dict[RenderKey, MemberRenderGroup[MemberT]] | None
         ) = None
@@ -152,7 +154,7 @@ class MemberGroup(Generic[MemberT]):
         return self._render_groups.remove(subscription)
 
     def covers(self, event: Event) -> bool:
-        """Whether the event is about its topic's collection, and record if it names one."""
+        """Whether the event is of the topic's collection, and of its record if it names one."""
         return self.specialization.collection.name == event.collection.name and (
             self.record_id in {None, event.record_id}
         )

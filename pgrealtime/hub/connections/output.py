@@ -20,23 +20,18 @@ class ResponseWriter(Protocol):
 
     def write(self, data: bytes) -> None:
         """Buffer bytes of the event stream; never blocks."""
-        ...
 
     def buffered_bytes(self) -> int:
         """Bytes that were written and the kernel has not accepted yet."""
-        ...
 
     async def drain(self) -> None:
         """Wait until the buffer is low."""
-        ...
 
     def close(self) -> None:
         """End the response body in order, after what was written."""
-        ...
 
     def abort(self) -> None:
         """Drop the connection and what is buffered."""
-        ...
 
 
 @lru_cache(maxsize=4096)
@@ -127,21 +122,23 @@ class ConnectionOutput:
         """Whether a single message is queued, which cannot be divided."""
         return sum([len(batch.event_indexes) for batch in self._queued_batches]) == 1
 
-    def encode_queued(self, events: Sequence[Event], position_limit: Cursor | None = None) -> bytes:
-        """Return the queued messages as bytes and empty the queue; the position moves with them.
+    def write_queued(
+        self, events: Sequence[Event], position_limit: Cursor | None, now: float
+    ) -> None:
+        """Write the queued messages; the position moves with them.
 
-        The position stays before ``position_limit``, the start of a gap of which the client has yet
-        to be notified: if it breaks off in between, it is notified again.
+        It stays before ``position_limit``, the start of a gap of which the client has yet to be
+        notified: if it breaks off in between, it is notified again.
         """
-        if not self._queued_batches:
-            return b""
         batch = merge_batches(self._queued_batches)
         self._queued_batches = ()
         self.events_sent += len(batch.event_indexes)
-        if not self.is_resumable:
-            return self._id_prefix.join(batch.tails)
-        cursors = [events[index].cursor for index in batch.event_indexes]
-        return b"".join(self._with_positions(batch.tails[1:], cursors, position_limit))
+        if self.is_resumable:
+            cursors = [events[index].cursor for index in batch.event_indexes]
+            self.write(b"".join(self._with_positions(batch.tails[1:], cursors, position_limit)))
+        else:
+            self.write(self._id_prefix.join(batch.tails))
+        self.mark_event_sent(now)
 
     def _with_positions(
         self, tails: Sequence[bytes], cursors: Sequence[Cursor], position_limit: Cursor | None

@@ -4,8 +4,6 @@ The dispatcher and catching up check it before they write to a connection, and u
 A connection over its limit isn't written to: it catches up from the changelog as its client reads.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 
@@ -105,10 +103,6 @@ class SendBudget:
 
     def _refresh(self) -> None:
         self._refreshed_at = self._clock()
-        buffered = {connection: connection.writer.buffered_bytes() for connection in self._slow}
-        self._slow = {
-            slow: waiting
-            for slow, waiting in buffered.items()
-            if waiting >= self.counted_from_bytes
-        }
+        buffered = [(slow, slow.writer.buffered_bytes()) for slow in self._slow]
+        self._slow = {slow: size for slow, size in buffered if size >= self.counted_from_bytes}
         self._waiting_bytes = sum(self._slow.values())

@@ -5,8 +5,6 @@ next part. What is too much for one connection, or takes too long for one, it le
 connections read on from the changelog, and ``compose_for_connection`` composes for each alone.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
@@ -69,10 +67,7 @@ class ComposedMessages(Struct):
 
 
 class MessageComposer:
-    """Composes the messages of one slice.
-
-    One connection may be sent ``send_buffer_bytes`` of one change.
-    """
+    """Composes a slice's messages, of one change ``send_buffer_bytes`` at most for a connection."""
 
     def __init__(
         self,
@@ -80,7 +75,6 @@ class MessageComposer:
         events: Sequence[Event],
         hits: Sequence[Iterable[Group]],
         enrichment: Enrichment,
-        *,
         send_buffer_bytes: int,
     ) -> None:
         self._renderer = renderer
@@ -129,11 +123,9 @@ class MessageComposer:
                 render_group for group in self._hits[index] for render_group in group.render_groups
             ]
             if rendering.live_row_rendering is not None:
+                live = (group for group in self._hits[index] if group in rendering.live_row_groups)
                 self._live_row_render_groups = frozenset(
-                    receiver
-                    for group in self._hits[index]
-                    if group in rendering.live_row_groups
-                    for receiver in group.render_groups
+                    receiver for group in live for receiver in group.render_groups
                 )
             for count, render_group in enumerate(receivers):
                 if self._change_bytes > _CHANGE_BYTES:
@@ -161,9 +153,7 @@ class MessageComposer:
                 excluded.add(connection)
 
         def fewest_topics(render_group: RenderGroup) -> int:
-            return min(
-                (topic_counts[subscription.connection] for subscription in render_group), default=0
-            )
+            return min((topic_counts[member.connection] for member in render_group), default=0)
 
         # If not all fit, it is probably for connections with many topics that they don't.
         for render_group in sorted(render_groups[composed_count:], key=fewest_topics):
@@ -182,11 +172,7 @@ class MessageComposer:
             self._add_message(rendering, render_group)
             return
         # The client determines what ``fields`` cost: they are within a budget.
-        connections = [
-            subscription.connection
-            for subscription in render_group
-            if subscription.connection.state is LIVE
-        ]
+        connections = [one.connection for one in render_group if one.connection.state is LIVE]
         if not connections:
             return  # those that catch up compose it themselves
         if len(connections) >= MANY_CONNECTIONS:
@@ -208,12 +194,10 @@ class MessageComposer:
             batch = render_group.batch = MessageBatch()
             render_group.composed_in = composed
             composed.render_groups.append(render_group)
-        if (
-            rendering.live_row_rendering is not None
-            and render_group in self._live_row_render_groups
-        ):
-            rendering = rendering.live_row_rendering
-        tail = self._renderer.render_message(rendering, render_group.render_key)
+        live, key = rendering.live_row_rendering, render_group.render_key
+        if live is not None and render_group in self._live_row_render_groups:
+            rendering = live
+        tail = self._renderer.render_message(rendering, key)
         if not tail:
             composed.failed_indexes.append(index)
             return
@@ -222,12 +206,9 @@ class MessageComposer:
         if batch.size_bytes > self._largest_batch_bytes:  # noqa: PLR1730 (for each message; max() takes three times as long)
             self._largest_batch_bytes = batch.size_bytes
         for subscription in render_group.subscriptions_of_owner(rendering.event.record_id):
-            own_tail = self._renderer.render_message(
-                rendering, render_group.render_key, is_own_record=True
-            )
-            composed.own_record_batches.setdefault(subscription, MessageBatch()).add(
-                index, own_tail
-            )
+            own_tail = self._renderer.render_message(rendering, key, is_own_record=True)
+            own_batch = composed.own_record_batches.setdefault(subscription, MessageBatch())
+            own_batch.add(index, own_tail)
             size += len(own_tail)
         self._composed_bytes += size
         self._change_bytes += size
@@ -260,16 +241,14 @@ def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> lis
 
 
 def _batch_for_subscription(
-    shared_batch: MessageBatch,
+    batch: MessageBatch,
     subscription: Subscription,
     events: Sequence[Event],
     own_record_batches: Mapping[Subscription, MessageBatch],
 ) -> MessageBatch:
     """Return the shared batch, or a copy with the subscription's own record and read point."""
-    batch = shared_batch
-    if subscription in own_record_batches:
-        own_batch = own_record_batches[subscription]
-        batch = MessageBatch({**dict(batch.messages()), **dict(own_batch.messages())}.items())
+    if own := own_record_batches.get(subscription):
+        batch = MessageBatch((dict(batch.messages()) | dict(own.messages())).items())
     read_point = subscription.read_point
     if read_point is None:
         return batch

@@ -8,8 +8,9 @@ loaded is recorded in the slice's result, and clients are notified of it; no eve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Sized
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from typing import NamedTuple, TypeAlias
@@ -17,21 +18,24 @@ from weakref import WeakSet
 
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pgrealtime.changelog.row_history import RowHistory
-from pgrealtime.collections.model import Collections
+from pgrealtime.changes import Row
+from pgrealtime.collections.model import Collection, Collections, unpadded_id
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.expand.load import ExpandRequest, RelatedRecordLoader, RelatedRecords
 from pgrealtime.expand.plan import ExpandPlan, ExpandViewer, junction_hops
 from pgrealtime.expand.render import RenderRecord
 from pgrealtime.hub.connections.connection import LIVE, Group
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
-from pgrealtime.hub.delivery.live_row_events import CheckCallers, LiveRowEvent, LiveRowEvents
+from pgrealtime.hub.evaluation.evaluator import SliceResult, collection_names
+from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.evaluation.queries import HubQueries
-from pgrealtime.hub.evaluation.slice_result import SliceResult, collection_names
 from pgrealtime.hub.events.event import Event
 from pgrealtime.observe.redact import raise_location
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rules.engine.before_state import BeforeStates
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate
@@ -78,15 +82,11 @@ class _Needs(NamedTuple):
 
 
 class SliceEnricher:
-    """Enriches events by one generation's collections.
-
-    It counts in ``omitted_column_counts``, by collection, records that some group is shown
-    without a column.
-    """
+    """Enriches events by one generation's collections."""
 
     def __init__(
         self,
-        queries: HubQueries,
+        queries: QueryExecutor,
         collections: Collections,
         matcher: Matcher,
         render_record: RenderRecord,
@@ -158,15 +158,14 @@ class SliceEnricher:
             events, result, needs, live_rows, is_shared=is_shared
         )
         if unanswered:
-            related.failed.update(
-                (index, None) for index in needs.event_indexes if index in needs.managed_indexes
-            )
+            related.failed.update((index, None) for index in needs.managed_indexes)
         enrichment = Enrichment(needs.manage_evaluation, related, excluded_viewers=excluded)
         if result.partial_row_indexes or related.live_junction_ids:
             for index in {*result.partial_row_indexes, *related.live_junction_ids}:
-                self._count_omitted_columns(
-                    events[index], result.hits[index], live_rows.checked.get(index)
-                )
+                live = live_rows.checked.get(index)
+                complete_groups = frozenset[Group]() if live is None else live.groups
+                if not complete_groups.issuperset(result.hits[index]):
+                    self._omitted_column_counts[events[index].collection.name] += 1
             for index, live_row in live_rows.checked.items():
                 live_row.live_junction_ids = related.live_junction_ids.get(index)
             enrichment.live_row_events = live_rows.checked
@@ -193,14 +192,11 @@ class SliceEnricher:
             needs = list(find_needs(hits[index]))
             expands += ((index, viewer) for viewer, _ in needs if viewer is not None)
             if event.collection.manage_rule is not None and event.hides_email:
-                before_state = (
-                    self._before_states.state_before(event.transaction_changes)
-                    if event.action == "delete"
-                    else None
-                )
+                changes = event.transaction_changes if event.action == "delete" else None
+                before = None if changes is None else self._before_states.state_before(changes)
                 predicates = {predicate for _, predicate in needs if predicate is not None}
                 managed.add(index)
-                evaluation.add(index, event.collection, event.row, predicates, before_state)
+                evaluation.add(index, event.collection, event.row, predicates, before)
         return _Needs(received, expands, evaluation, frozenset(managed))
 
     async def _load_related(
@@ -219,13 +215,9 @@ class SliceEnricher:
             plans = _widely_used_plans(result.hits)
             rare = [request for request in needs.expands if request[1].plan not in plans]
             shared = [request for request in needs.expands if request[1].plan in plans]
+        indexes, load, check = needs.event_indexes, live_rows.load, live_rows.check_callers
         related = await self._related_loader.load_for_events(
-            events,
-            needs.event_indexes,
-            shared,
-            partial,
-            load_live_rows=live_rows.load,
-            check_viewers=live_rows.check_callers,
+            events, indexes, shared, partial, load_live_rows=load, check_viewers=check
         )
         excluded = frozenset[ExpandViewer]()
         if rare:
@@ -241,21 +233,17 @@ class SliceEnricher:
         related: RelatedRecords,
     ) -> frozenset[ExpandViewer]:
         """Add to ``related`` the expands that were quick before; return the other viewers."""
-        quick = [request for request in requests if request[1].plan in self._quick_plans]
-        excluded = frozenset(
-            viewer for _, viewer in requests if viewer.plan not in self._quick_plans
-        )
+        quick_plans = self._quick_plans
+        quick = [request for request in requests if request[1].plan in quick_plans]
+        excluded = frozenset(viewer for _, viewer in requests if viewer.plan not in quick_plans)
         if not quick:
             return excluded
+        seconds, check = _expand_seconds(len(events)), live_rows.check_callers
         loaded = await self._related_loader.load_expands_within(
-            _EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * len(events),
-            events,
-            quick,
-            partial_row_indexes,
-            check_viewers=live_rows.check_callers,
+            seconds, events, quick, partial_row_indexes, check_viewers=check
         )
         if loaded is None:
-            self._quick_plans.difference_update({viewer.plan for _, viewer in quick})
+            quick_plans.difference_update({viewer.plan for _, viewer in quick})
             return excluded.union(viewer for _, viewer in quick)
         related.expand_json |= loaded.expand_json
         related.failed |= loaded.failed
@@ -269,7 +257,7 @@ class SliceEnricher:
         If they took less than half the time that they may take of a slice that all wait for, they
         are loaded there from now on, also for other viewers with the same ``expand``.
         """
-        if 0 < seconds < (_EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * event_count) / 2:
+        if 0 < seconds < _expand_seconds(event_count) / 2:
             self._quick_plans.update(viewer.plan for viewer in viewers)
 
     def withhold_expands(
@@ -292,12 +280,9 @@ class SliceEnricher:
         if withheld:
             result.record_failed_enrichment(events, withheld)
 
-    def _count_omitted_columns(
-        self, event: Event, groups: Iterable[Group], live_row_event: LiveRowEvent | None
-    ) -> None:
-        complete_groups = () if live_row_event is None else live_row_event.groups
-        if any(group not in complete_groups for group in groups):
-            self._omitted_column_counts[event.collection.name] += 1
+
+def _expand_seconds(event_count: int) -> float:
+    return _EXPAND_SECONDS + _EXPAND_SECONDS_PER_CHANGE * event_count
 
 
 def needs_of_groups(groups: Iterable[Group]) -> Iterable[EnrichmentNeed]:
@@ -314,8 +299,104 @@ def _widely_used_plans(hits: Iterable[Iterable[Group]]) -> set[ExpandPlan]:
         for render_group in group.render_groups:
             viewer = render_group.render_key[2]
             if viewer is not None and counts[viewer.plan] < MANY_CONNECTIONS:
-                live = (
-                    None for subscription in render_group if subscription.connection.state is LIVE
-                )
+                live = (None for own in render_group if own.connection.state is LIVE)
                 counts[viewer.plan] += sum(1 for _ in islice(live, MANY_CONNECTIONS))
     return {plan for plan, count in counts.items() if count >= MANY_CONNECTIONS}
+
+
+CheckCallers: TypeAlias = Callable[
+    [ReadSession, Sized[ExpandViewer], Sized[Group]], Awaitable[frozenset[Group]]
+]
+"""Finds the viewers and groups whose callers have changed since, and who must not be shown what was
+read live; returns those of the groups (``hub.state.callers``)."""
+
+
+class LiveRowEvent(Struct):
+    """An event whose row has the columns of a live row where it lacks its own."""
+
+    event: Event
+    groups: frozenset[Group]
+    """The groups that may see the live row."""
+    live_junction_ids: Mapping[str, Sequence[str]] | None = None
+    """By field, the ids to which the live row leads through junction tables; None if it is known
+    to which the event's own row led."""
+
+
+@dataclass(slots=True, eq=False)
+class LiveRowEvents:
+    """The live row events of one slice; callers are checked at the end of each read session.
+
+    A column that the WAL left out, and whose value at the event can't be proved
+    (``evaluation.toast``), is shown only to groups whose rules admit the live row: they may know
+    what it holds. To all others the record is shown without the column.
+    """
+
+    matcher: Matcher
+    events: Sequence[Event]
+    hits: Sequence[Iterable[Group]]
+    find_changed_callers: CheckCallers
+    unchecked: dict[int, LiveRowEvent] = field(default_factory=dict)
+    checked: dict[int, LiveRowEvent] = field(default_factory=dict)
+    """By index of the event. Nothing is in it before its callers were checked: if the check fails,
+    no live row is shown."""
+
+    async def load(self, session: ReadSession, event_indexes: Sized[int]) -> None:
+        """Read live rows and find the groups that may see them."""
+        self.unchecked = {}  # the session may be a second attempt
+        events = {index: self.events[index] for index in event_indexes}
+        rows = await _fetch_rows(session, events.values())
+        loaded = [
+            (index, event, row)
+            for index, event in events.items()
+            if (row := rows.get((event.collection.name, event.record_id))) is not None
+            and event.action != "delete"
+        ]
+        budget = FilterBudget.for_slice(len(loaded))
+        evaluation = self.matcher.start_evaluation_of_pairs(
+            [(replace(event, row=row), self.hits[index]) for index, event, row in loaded],
+            datetime.now(UTC),
+            budget.work_budget,
+        )
+        await budget.run_in_process(evaluation)
+        await session.answer_questions(evaluation)
+        self.unchecked = {
+            index: LiveRowEvent(
+                replace(event, row=_without_email(event, row) | event.row), frozenset(groups)
+            )
+            for row_key, (index, event, row) in enumerate(loaded)
+            if (groups := evaluation.hits(row_key))
+        }
+
+    async def check_callers(self, session: ReadSession, viewers: Sized[ExpandViewer]) -> None:
+        """Check the callers of the viewers, and of the groups that would see live rows."""
+        groups = frozenset[Group]().union(*(live.groups for live in self.unchecked.values()))
+        withheld = await self.find_changed_callers(session, viewers, groups)
+        for live_row in self.unchecked.values():
+            live_row.groups -= withheld
+        self.checked.update(self.unchecked)
+        self.unchecked.clear()
+
+
+async def _fetch_rows(session: ReadSession, events: Iterable[Event]) -> dict[tuple[str, str], Row]:
+    """Return the whole live rows of the events' records, by collection name and record id."""
+    ids_by_collection: dict[str, tuple[Collection, dict[str, None]]] = {}
+    for event in events:
+        collection = event.collection
+        ids_by_collection.setdefault(collection.name, (collection, {}))[1][event.record_id] = None
+    rows: dict[tuple[str, str], Row] = {}
+    for name, (collection, ids) in ids_by_collection.items():
+        fetched = await fetch_rows_by_id(session, collection, ids) or {}
+        for record_id in ids:
+            row = fetched.get(unpadded_id(collection, record_id))
+            if row is not None:
+                rows[name, record_id] = row
+    return rows
+
+
+def _without_email(event: Event, row: Row) -> Row:
+    """Return the live row without the e-mail address, which the event's own columns decide."""
+    email = event.collection.fields_by_name.get("email")
+    column = email.column if email is not None and event.collection.type == "auth" else None
+    if column is None:
+        return row
+    return {name: text for name, text in row.items() if name != column.name}

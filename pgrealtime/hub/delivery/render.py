@@ -89,10 +89,7 @@ class RecordRenderer:
         request: RuleRequest,
         own_row: Row | None,
     ) -> None:
-        """Set view, viewer and manage rule of a subscription to a collection.
-
-        Raises ``RuleError`` if the manage rule can't be compiled.
-        """
+        """Set view, viewer and manage rule; raises ``RuleError`` for an invalid manage rule."""
         is_superuser = isinstance(request.principal, Superuser)
         view = View(
             sees_hidden=is_superuser, sees_email=is_superuser, fields=request.query.get("fields")
@@ -132,26 +129,17 @@ class RecordRenderer:
         self, rendering: EventRendering, view: View, viewer: ExpandViewer | None
     ) -> bytes:
         event, related = rendering.event, rendering.enrichment.related_records
-        ids = rendering.live_junction_ids
+        ids, index, name = rendering.live_junction_ids, rendering.event_index, event.collection.name
         if ids is None:
-            ids = related.junction_ids.get(rendering.event_index, _NO_IDS)
+            ids = related.junction_ids.get(index, _NO_IDS)
+        expand = None if viewer is None else related.expand_json.get((index, viewer))
         try:
-            return self._encoder(event.collection.name, view)(
-                event.row,
-                ids,
-                None
-                if viewer is None
-                else related.expand_json.get((rendering.event_index, viewer)),
-            )
+            return self._encoder(name, view)(event.row, ids, expand)
         except Exception as error:  # noqa: BLE001 (a row that can't be encoded is lost alone)
             # A value that isn't of the type that the catalogue gave the column when it was read.
             column = unencodable_column(event.collection, event.row, nulls=self._nulls)
-            log.error(  # noqa: TRY400 (a traceback may show the row)
-                "record.failed",
-                collection=event.collection.name,
-                column=column or None,
-                error=type(error).__name__,
-            )
+            kind = type(error).__name__
+            log.error("record.failed", collection=name, column=column or None, error=kind)  # noqa: TRY400 (a traceback may show the row)
             self._on_schema_mismatch()
             return b""
 

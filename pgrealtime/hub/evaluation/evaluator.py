@@ -2,29 +2,33 @@
 
 The dispatcher evaluates each slice once for all LIVE connections, catch-up evaluates for single
 ones. Rules come first and have no bound but ``statement_timeout``. Filters that ask PostgreSQL more
-than their rules do follow, within a budget: no connection may make the others wait.
+than their rules do follow, within a budget: no connection may make the others wait. A
+``SliceResult`` is delivered; connections are notified of the ``EvaluationGap`` in it
+(``hub.state.gaps``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection as Sized
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import structlog
+from msgspec import Struct
 
+from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.hub.connections.connection import Group
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.evaluation.queries import HubQueries
-from pgrealtime.hub.evaluation.slice_result import SliceResult, collection_names
 from pgrealtime.hub.evaluation.toast import RowCompleter
-from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.events.slices import SLICE_CHANGES
+from pgrealtime.hub.events.event import SLICE_CHANGES, Event, GapNotice
+from pgrealtime.lsn import Cursor, Xid
 from pgrealtime.observe.redact import raise_location
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import Specialization
 
 log = structlog.get_logger(__name__)
@@ -33,7 +37,7 @@ log = structlog.get_logger(__name__)
 class SliceEvaluator:
     """Evaluates events by one generation's collections."""
 
-    def __init__(self, queries: HubQueries, matcher: Matcher, completer: RowCompleter) -> None:
+    def __init__(self, queries: QueryExecutor, matcher: Matcher, completer: RowCompleter) -> None:
         self._queries = queries
         self._matcher = matcher
         self._completer = completer
@@ -41,10 +45,7 @@ class SliceEvaluator:
     async def evaluate(
         self, events: list[Event], budget: FilterBudget, only_groups: Sized[Group] | None = None
     ) -> SliceResult:
-        """Return the receivers of events in stream order, among some groups or all.
-
-        Fills in missing columns of the events' rows.
-        """
+        """Return the receivers of events in stream order, of some groups; complete their rows."""
         try:
             result = await self._evaluate(events, budget, only_groups)
         except Exception as error:  # noqa: BLE001 (a defect in one rule or row ends no connection)
@@ -116,13 +117,9 @@ class SliceEvaluator:
         deferred: Mapping[int, Sized[Group]],
     ) -> None:
         """Add what the filters decide that are evaluated last, as far as the budget allows."""
+        work = budget.work_budget
         filters = self._matcher.start_evaluation(
-            events,
-            now,
-            groups,
-            has_remote_filter=True,
-            work_budget=budget.work_budget,
-            deferred_groups=deferred,
+            events, now, groups, has_remote_filter=True, work_budget=work, deferred_groups=deferred
         )
         await budget.run_in_process(filters)
         result.undecided_collections |= await self._queries.answer_questions(filters, budget)
@@ -159,18 +156,163 @@ class SliceEvaluator:
         for group in result.over_budget_groups:
             if group.specialization.has_remote_filter:
                 counts[group.specialization] += group.shared_subscription_count
-        retried = {
-            group
-            for group in result.over_budget_groups
-            if counts[group.specialization] >= MANY_CONNECTIONS
-        }
+        late = result.over_budget_groups
+        retried = {group for group in late if counts[group.specialization] >= MANY_CONNECTIONS}
         if not retried:
             return
         # What the first attempt found of them is incomplete, and replaced by the second's.
-        result.hits = [
-            tuple(group for group in groups if group not in retried) for groups in result.hits
-        ]
+        result.hits = [tuple(group for group in hit if group not in retried) for hit in result.hits]
         result.over_budget_groups -= retried
         await self._add_filters(
             events, result, budget.for_shared_filters(), now, groups=retried, deferred={}
         )
+
+
+_NO_NAMES: frozenset[str] = frozenset()
+_NO_GROUPS: frozenset[Group] = frozenset()
+
+
+class SliceResult(Struct):
+    """The receivers of a slice's events; indexes are those of the events in the slice."""
+
+    hits: list[Iterable[Group]]
+    """Per event, the groups that receive it."""
+    undecided_collections: frozenset[str] = _NO_NAMES
+    """Names of collections whose rules could not be asked: connections that depend on the answers
+    may miss events of them."""
+    failed_collections: frozenset[str] = _NO_NAMES
+    """Names of collections of which any connection may miss events."""
+    over_budget_groups: frozenset[Group] = _NO_GROUPS
+    """Groups whose filters exceeded the budget: their connections must evaluate them alone."""
+    expensive_groups: frozenset[Group] = _NO_GROUPS
+    """Those of them whose own filters took that long in the process."""
+    unprovable_groups: frozenset[Group] = _NO_GROUPS
+    """Groups that may miss events, as their rules read columns whose values are unknown."""
+    incomplete_expands: frozenset[tuple[Group, ExpandViewer]] = frozenset()
+    """Groups' viewers who may miss related records."""
+    unproven_indexes: Sequence[int] = ()
+    """Events that the groups and viewers of the two sets above may miss."""
+    partial_row_indexes: Sequence[int] = ()
+    """Events whose rows lack columns."""
+    gap_indexes: Sequence[int] = ()
+    """All events that any connection may miss, ascending."""
+
+    def append(self, part: SliceResult) -> None:
+        """Append the result of the events that follow those of this one."""
+        first = len(self.hits)
+        self.hits += part.hits
+        self.undecided_collections |= part.undecided_collections
+        self.failed_collections |= part.failed_collections
+        self.over_budget_groups |= part.over_budget_groups
+        self.expensive_groups |= part.expensive_groups
+        self.unprovable_groups |= part.unprovable_groups
+        self.incomplete_expands |= part.incomplete_expands
+        self.unproven_indexes = _appended(self.unproven_indexes, part.unproven_indexes, first)
+        partial = _appended(self.partial_row_indexes, part.partial_row_indexes, first)
+        self.partial_row_indexes = partial
+        self.gap_indexes = _appended(self.gap_indexes, part.gap_indexes, first)
+
+    def record_unprovable(self, evaluation: Evaluation[int, Group]) -> None:
+        """Record the groups whose rules read missing columns; once no question is open."""
+        indexes, groups = evaluation.members_missing_columns()
+        self.unproven_indexes = [*self.unproven_indexes, *indexes]
+        self.unprovable_groups |= groups - self.over_budget_groups
+
+    def record_failed_enrichment(
+        self, events: Sequence[Event], failed: Iterable[tuple[int, ExpandViewer | None]]
+    ) -> None:
+        """Record what could not be loaded: an event's index, and who lacks it; None is everyone."""
+        viewers_by_index: defaultdict[int, set[ExpandViewer | None]] = defaultdict(set)
+        for index, viewer in failed:
+            viewers_by_index[index].add(viewer)
+        unprovable: set[Group] = set()
+        incomplete: set[tuple[Group, ExpandViewer]] = set()
+        for index, viewers in viewers_by_index.items():
+            groups = self.hits[index]
+            if None in viewers:
+                unprovable.update(groups)
+            incomplete.update(
+                (group, viewer)
+                for group in groups
+                for render_group in group.render_groups
+                if (viewer := render_group.render_key[2]) and viewer in viewers
+            )
+        self.unprovable_groups |= unprovable
+        self.incomplete_expands |= incomplete
+        self.unproven_indexes = [*self.unproven_indexes, *viewers_by_index]
+        self.update_gap_indexes(events)
+
+    def update_gap_indexes(self, events: Sequence[Event]) -> None:
+        """Derive ``gap_indexes`` from what was recorded so far."""
+        names = self.undecided_collections | self.failed_collections
+        if names or self.unproven_indexes:
+            unproven = frozenset(self.unproven_indexes)
+            self.gap_indexes = [
+                index
+                for index, event in enumerate(events)
+                if index in unproven or event.collection.name in names
+            ]
+
+    def gap_in(
+        self, events: Sequence[Event], event_indexes: range, failed_indexes: Sequence[int] = ()
+    ) -> EvaluationGap | None:
+        """Return what connections must be notified of for some of the events; None if nothing.
+
+        ``failed_indexes`` are, ascending, those that can't be rendered for some connection.
+        """
+        in_range = [index for index in self.gap_indexes if index in event_indexes]
+        if not in_range and not failed_indexes:
+            return None
+        names = collection_names(events[index] for index in in_range)
+        first = min([*in_range[:1], *failed_indexes[:1]])
+        has_unproven = any(index in event_indexes for index in self.unproven_indexes)
+        return EvaluationGap(
+            undecided_collections=self.undecided_collections & names,
+            failed_collections=(self.failed_collections & names)
+            | collection_names(events[index] for index in failed_indexes),
+            unprovable_groups=self.unprovable_groups if has_unproven else _NO_GROUPS,
+            incomplete_expands=self.incomplete_expands if has_unproven else frozenset(),
+            first_cursor=events[first].cursor,
+        )
+
+
+class EvaluationGap(Struct, frozen=True):
+    """Events that connections may miss and must be notified of; fields as of ``SliceResult``."""
+
+    undecided_collections: frozenset[str]
+    failed_collections: frozenset[str]
+    unprovable_groups: frozenset[Group]
+    incomplete_expands: frozenset[tuple[Group, ExpandViewer]]
+    first_cursor: Cursor
+    """Of the first event: no position may pass it before its connection is notified."""
+
+
+def gap_xids(
+    gap: GapNotice | None,
+    events: Sequence[Event],
+    result: SliceResult,
+    subscription_counts: Mapping[str, int],
+) -> set[Xid]:
+    """Return the transactions that must be visible before connections are notified of gaps.
+
+    A client that reloads when it is notified must see what it missed.
+    """
+    # Gaps of collections without subscriptions notify nobody, so nothing waits for them.
+    missed = (events[index] for index in result.gap_indexes)
+    xids = {event.xid for event in missed if subscription_counts.get(event.collection.name)}
+    if (
+        gap is not None
+        and gap.xid is not None
+        and any(map(subscription_counts.get, gap.collections or ()))
+    ):
+        xids.add(gap.xid)
+    return xids
+
+
+def collection_names(events: Iterable[Event]) -> frozenset[str]:
+    """Return the names of the events' collections."""
+    return frozenset(event.collection.name for event in events)
+
+
+def _appended(indexes: Sequence[int], more: Sequence[int], first: int) -> Sequence[int]:
+    return [*indexes, *(first + index for index in more)] if more else indexes

@@ -19,8 +19,12 @@ from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.connections.group import MemberGroup
-from pgrealtime.hub.evaluation.filter_limits import FilterTrials
-from pgrealtime.hub.evaluation.quotas import UnindexedFilters, check_remote_filters, check_topic
+from pgrealtime.hub.evaluation.filter_limits import (
+    FilterTrials,
+    UnindexedFilters,
+    check_remote_filters,
+    check_topic,
+)
 from pgrealtime.hub.events.event import Event
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.rules.engine.before_state import BeforeStates
@@ -63,11 +67,9 @@ class Matcher:
     ) -> str:
         """Put the subscription into its group; return why nothing can match, or ``""``.
 
-        ``caller_row`` has columns of the caller's own row, if it has one that is known.
-
-        Raises:
-            RuleError: The collection's rule can't be compiled.
-            SubscriptionLimitError: The connection, or its network, asks for too much.
+        ``caller_row`` has columns of the caller's own row, if it has one that is known. Raises
+        ``RuleError`` if the collection's rule can't be compiled, ``SubscriptionLimitError`` if the
+        connection or its network asks for too much.
         """
         topic = subscription.topic
         collection = self._collections.find(topic.collection_name_or_id)
@@ -171,24 +173,15 @@ class Matcher:
     ) -> Evaluation[int, Group]:
         """Return an evaluation of a slice's events by their indexes, of which no step is done yet.
 
-        It is either of the groups whose filters ask PostgreSQL more than their rules do, or of the
-        others.
-
-        Args:
-            events: In stream order.
-            now: With its zone; what macros such as ``@now`` mean.
-            only_groups: The only groups to evaluate; None is all.
-            has_remote_filter: Whether those that ask more.
-            work_budget: Bounds what filters do in the process; None is no bound.
-            deferred_groups: By index, groups that an earlier evaluation deferred, to evaluate as
-                well. None makes this one defer groups, if it has a budget.
+        It is of all groups, or ``only_groups``: either those whose filters ask PostgreSQL more than
+        their rules do (``has_remote_filter``), or the others. ``work_budget`` bounds what filters
+        do in the process. ``deferred_groups`` are those that an earlier evaluation deferred, by
+        index, to evaluate as well; None makes this one defer groups, if it has a budget.
         """
         evaluation: Evaluation[int, Group] = Evaluation(macro_values_at(now))
         if only_groups is not None:
             only_groups = [
-                group
-                for group in only_groups
-                if group.specialization.has_remote_filter == has_remote_filter
+                g for g in only_groups if g.specialization.has_remote_filter == has_remote_filter
             ]
         tables = self._remote_filter_tables if has_remote_filter else self._tables
         self._before_states.begin_batch()
@@ -218,25 +211,17 @@ class Matcher:
         return evaluation
 
     def _start_row(
-        self,
-        event: Event,
-        macro_values: MacroValues,
-        work_budget: FilterWorkBudget[Group] | None,
+        self, event: Event, macro_values: MacroValues, work_budget: FilterWorkBudget[Group] | None
     ) -> RowEvaluation[Group]:
         """Return the evaluation of an event's row, without any group yet.
 
         A delete may hold the replica identity alone: rules that read other columns deny it (the
         command check warns of that), and no connection is notified of a gap.
         """
-        is_delete = event.action == "delete"
-        changes = event.transaction_changes
+        row, missing, is_delete = event.row, event.missing_columns, event.action == "delete"
+        before = self._before_states.state_before(event.transaction_changes) if is_delete else None
         return RowEvaluation(
-            event.row,
-            event.missing_columns,
-            macro_values,
-            self._before_states.state_before(changes) if is_delete else None,
-            work_budget,
-            is_missing_column_unknown=not is_delete,
+            row, missing, macro_values, before, work_budget, is_missing_column_unknown=not is_delete
         )
 
     def start_evaluation_of_pairs(
@@ -256,10 +241,7 @@ class Matcher:
         def steps() -> Iterator[None]:
             for index, (event, groups) in enumerate(rows):
                 row: RowEvaluation[Group] = RowEvaluation(
-                    event.row,
-                    event.missing_columns,
-                    evaluation.macro_values,
-                    work_budget=work_budget,
+                    event.row, event.missing_columns, evaluation.macro_values, None, work_budget
                 )
                 row.deferred_members = {}
                 evaluation.rows[index] = row
@@ -304,12 +286,8 @@ class GroupTable:
         entry = self.by_record_id.get(record_id)
         if isinstance(entry, GroupTable):
             return entry.find(bound, None)
-        if entry is not None and (entry.specialization, entry.values) == (
-            bound.specialization,
-            bound.values,
-        ):
-            return entry
-        return None
+        key = bound.specialization, bound.values
+        return entry if entry is not None and (entry.specialization, entry.values) == key else None
 
     def add(self, group: Group) -> None:
         """Add a new group, of which no subscription is shared yet."""

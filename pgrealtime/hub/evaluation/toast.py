@@ -7,11 +7,11 @@ row's snapshot sees. Writers of a row wait for one another, so that its versions
 in stream order. The evaluator completes rows before it evaluates them.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
+
+from msgspec import Struct
 
 from pgrealtime.caches import WeightedCache
 from pgrealtime.changelog.row_history import CACHED_CHANGES, RowHistory, RowWrite, TableHistory
@@ -28,7 +28,7 @@ _NO_COLUMNS: frozenset[str] = frozenset()
 FetchLiveRows: TypeAlias = Callable[
     [Sequence[Event]], Awaitable[tuple[dict[tuple[str, str], LiveRow], frozenset[str]]]
 ]
-"""Reads live rows in snapshots that see the events' transactions (``HubQueries``)."""
+"""Reads live rows in snapshots that see the events' transactions (``QueryExecutor``)."""
 
 
 class CompletionResult(NamedTuple):
@@ -52,17 +52,14 @@ class _CompletableEvent(NamedTuple):
     """Columns of the live row that the event's own transaction didn't write again."""
 
 
-class _UndatedLiveRow:
+class _UndatedLiveRow(Struct):
     """A live row whose last writer isn't an event's own transaction, or is a subtransaction."""
 
-    __slots__ = ("collection", "events", "live_row", "record_id")
-
-    def __init__(self, event: Event, live_row: LiveRow) -> None:
-        self.collection = event.collection
-        self.record_id = event.record_id
-        self.live_row = live_row
-        self.events: list[_CompletableEvent] = []
-        """The events that it may complete, in stream order."""
+    collection: Collection
+    record_id: str
+    live_row: LiveRow
+    events: list[_CompletableEvent] = []
+    """The events that it may complete, in stream order."""
 
     @property
     def first_commit_lsn(self) -> LSN:
@@ -95,7 +92,8 @@ class RowCompleter:
             if live_row.writer_xid == event.xid:
                 _fill_columns(event, live_row, columns)
             elif columns:
-                row = undated.setdefault(record, _UndatedLiveRow(event, live_row))
+                new = _UndatedLiveRow(event.collection, event.record_id, live_row)
+                row = undated.setdefault(record, new)
                 row.events.append(_CompletableEvent(event, columns))
         if undated:
             await self._complete_undated(undated.values())
@@ -125,9 +123,8 @@ class RowCompleter:
             row.events = row.events[len(earlier) :]
             if row.events:
                 waiting.append(row)
-        if waiting and await self._row_history.wait_for_lsn(
-            max(row.live_row.insert_lsn for row in waiting)
-        ):
+        newest = max((row.live_row.insert_lsn for row in waiting), default=None)
+        if newest is not None and await self._row_history.wait_for_lsn(newest):
             histories = await self._table_histories(waiting)
             for row in waiting:
                 history = histories.get(row.collection.table.name)
@@ -248,10 +245,7 @@ def _last_writes(
             # Another row under the same id writes all columns, also those that its image lacks.
             # Generated columns are in no image, and count as written by any change of the row.
             is_same_row = isinstance(change, Update) and change.old.row.get(key) == record_id
-            columns = (
-                [*change.new, *collection.generated_columns]
-                if is_same_row
-                else collection.column_names
-            )
+            written_columns = [*change.new, *collection.generated_columns]
+            columns = written_columns if is_same_row else collection.column_names
             last_writes.setdefault(record_id, {}).update(dict.fromkeys(columns, ordinal))
     return last_writes

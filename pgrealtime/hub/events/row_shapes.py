@@ -1,11 +1,9 @@
 """Whether the stream's rows have the shapes for which the collections in force were built.
 
 A row may have been written under an earlier or a later definition of its table than the catalogue
-had when it was read. ``slices`` makes gaps of transactions that don't fit. Before the hub evaluates
+had when it was read. ``event`` makes gaps of transactions that don't fit. Before the hub evaluates
 those that may not fit, it has the catalogue read again, or queries it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -23,10 +21,7 @@ _REREAD_SECONDS = 5.0
 
 
 class ShapeChecker:
-    """Decides which row shapes fit one generation's collections, each shape once.
-
-    The junction tables between the collections are checked as well.
-    """
+    """Decides which shapes fit a generation's collections and junction tables, each shape once."""
 
     def __init__(self, collections: Collections, clock: Callable[[], float]) -> None:
         self._tables = reachable_tables(collections)
@@ -82,11 +77,8 @@ class ShapeChecker:
     def _shape_fits(self, shape: RowShape) -> bool:
         if shape in self._fitting_shapes:
             return True
-        if (
-            shape in self._unfit_shapes
-            or shape in self._reread_times
-            or not self._matches_catalog(shape)
-        ):
+        is_undecided = shape not in self._unfit_shapes and shape not in self._reread_times
+        if not (is_undecided and self._matches_catalog(shape)):
             return False
         if shape.description_count <= 0:
             self._store_decision(shape, is_fit=True)
@@ -97,13 +89,10 @@ class ShapeChecker:
         (self._fitting_shapes if is_fit else self._unfit_shapes).add(shape)
 
     def _clear_if_full(self) -> None:
-        if (
-            len(self._fitting_shapes) + len(self._unfit_shapes) + len(self._reread_times)
-            >= _MAX_SHAPES
-        ):
-            self._fitting_shapes.clear()
-            self._unfit_shapes.clear()
-            self._reread_times.clear()
+        known = self._fitting_shapes, self._unfit_shapes, self._reread_times
+        if sum(map(len, known)) >= _MAX_SHAPES:
+            for shapes in known:
+                shapes.clear()
 
     def _matches_catalog(self, shape: RowShape) -> bool:
         """Whether the catalogue's table has such rows, but for columns added or columns dropped.
@@ -162,9 +151,5 @@ def _composite_types(types: Iterable[Type]) -> Iterator[tuple[int, tuple[str, ..
     for type_ in types:
         if type_.attributes:
             yield type_.oid, tuple(name for name, _ in type_.attributes)
-        inner = (
-            type_.element,
-            type_.domain_of,
-            *(inner_type for _, inner_type in type_.attributes),
-        )
-        yield from _composite_types(inner_type for inner_type in inner if inner_type is not None)
+        inner = (type_.element, type_.domain_of, *(part for _, part in type_.attributes))
+        yield from _composite_types(part for part in inner if part is not None)

@@ -1,34 +1,28 @@
 """Notifies connections of changes that cannot be delivered to them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from pgrealtime.auth.principal import account_of
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.slice_result import EvaluationGap
-from pgrealtime.hub.events.slices import GapNotice
+from pgrealtime.hub.evaluation.evaluator import EvaluationGap
+from pgrealtime.hub.events.event import GapNotice
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.lsn import Cursor
 from pgrealtime.protocol.frame import resync_tail
 
 
+@dataclass(slots=True, eq=False)
 class GapNotifier:
     """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it."""
 
-    def __init__(
-        self,
-        progress: DispatchProgress,
-        registry: ConnectionRegistry,
-        clock: Callable[[], float],
-    ) -> None:
-        self._progress = progress
-        self._registry = registry
-        self._clock = clock
-        self.notified: Counter[str] = Counter()
-        """By the gap's reason, how many times a connection was notified or closed for it."""
+    progress: DispatchProgress
+    registry: ConnectionRegistry
+    clock: Callable[[], float]
+    notified: Counter[str] = field(default_factory=Counter)
+    """By the gap's reason, how many times a connection was notified or closed for it."""
 
     def notify_slice(
         self,
@@ -38,20 +32,16 @@ class GapNotifier:
         end_cursor: Cursor,
     ) -> None:
         """Notify a connection of a slice's gap, and of events not evaluated for it."""
-        gaps = [] if gap is None else [gap]
-        if evaluation_gap is not None and (
-            missed := _collections_missed_by(connection, evaluation_gap)
-        ):
-            gaps.insert(0, GapNotice(missed, "unknown", end_cursor))
-        # Only the last one moves its position: if its client breaks off in between, it is
-        # notified of both again.
-        are_both_sent = len(gaps) > 1 and self._affects(connection, gaps[-1])
-        for notice in gaps:
-            # The first may have closed it.
-            if not connection.is_closed():
-                self.notify(
-                    connection, notice, keeps_position=are_both_sent and notice is not gaps[-1]
-                )
+        missed = evaluation_gap and _collections_missed_by(connection, evaluation_gap)
+        if missed and not connection.is_closed():
+            # Only the last one moves its position: if its client breaks off in between, it is
+            # notified of both again.
+            is_next_sent = gap is not None and self._affects(connection, gap)
+            unknown = GapNotice(missed, "unknown", end_cursor)
+            self.notify(connection, unknown, keeps_position=is_next_sent)
+        # The first may have closed it.
+        if gap is not None and not connection.is_closed():
+            self.notify(connection, gap)
 
     def position_limit(
         self, connection: Connection, evaluation_gap: EvaluationGap | None
@@ -60,15 +50,12 @@ class GapNotifier:
         # A position says that everything up to it was delivered, or announced as a gap.
         if evaluation_gap is None:
             return None
-        names = _collections_missed_by(connection, evaluation_gap)
-        return (
-            evaluation_gap.first_cursor
-            if self._subscribed_collections(connection) & names
-            else None
-        )
+        missed = _collections_missed_by(connection, evaluation_gap)
+        is_missed = bool(self._subscribed_collections(connection) & missed)
+        return evaluation_gap.first_cursor if is_missed else None
 
     def _subscribed_collections(self, connection: Connection) -> set[str]:
-        collections = self._progress.generation.collections
+        collections = self.progress.generation.collections
         topics = (s.topic.collection_name_or_id for s in connection.subscriptions.values())
         return {c.name for c in map(collections.find, topics) if c is not None}
 
@@ -89,26 +76,24 @@ class GapNotifier:
         if is_affected and knows_gaps:
             cursor = None if keeps_position else gap.cursor
             tail = resync_tail(gap.collections or (), gap.reason)
-            connection.write_gap(tail, cursor, self._clock())
+            connection.write_gap(tail, cursor, self.clock())
         # On reconnecting its client authenticates anew; until then nothing is delivered. After the
         # write, so that its client can resume behind the gap.
         is_caller_lost = self._may_caller_have_changed(connection, gap)
         self.notified[gap.reason] += is_affected or is_caller_lost
         if is_caller_lost:
-            self._registry.invalidate_caller(connection, "gap", gap.cursor)
+            self.registry.invalidate_caller(connection, "gap", gap.cursor)
         elif is_affected and not knows_gaps:
             # Clients of PocketBase load their data again after a reconnect.
-            self._registry.request_close(connection, "gap")
+            self.registry.request_close(connection, "gap")
 
     def _may_caller_have_changed(self, connection: Connection, gap: GapNotice) -> bool:
         name, _ = account_of(connection.caller) or ("", "")
-        if name not in self._progress.generation.collections or not gap.affects(name):
+        if name not in self.progress.generation.collections or not gap.affects(name):
             return False
         # A row that was read behind the gap is newer than all that the gap may hide.
-        return (
-            connection.caller_read_point is None
-            or connection.caller_read_point.insert_lsn < gap.cursor.lsn
-        )
+        read_point = connection.caller_read_point
+        return read_point is None or read_point.insert_lsn < gap.cursor.lsn
 
 
 def _collections_missed_by(connection: Connection, gap: EvaluationGap) -> frozenset[str]:
@@ -117,14 +102,11 @@ def _collections_missed_by(connection: Connection, gap: EvaluationGap) -> frozen
     )
     if not (gap.unprovable_groups or gap.incomplete_expands):
         return missed
+    viewers = ((own.group, own.expand_viewer) for own in connection.subscriptions.values())
     return missed.union(
-        subscription.group.specialization.collection.name
-        for subscription in connection.subscriptions.values()
-        if subscription.group is not None
-        and (
-            subscription.group in gap.unprovable_groups
-            or (subscription.group, subscription.expand_viewer) in gap.incomplete_expands
-        )
+        group.specialization.collection.name
+        for group, viewer in viewers
+        if group and (group in gap.unprovable_groups or (group, viewer) in gap.incomplete_expands)
     )
 
 

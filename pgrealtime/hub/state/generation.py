@@ -3,8 +3,6 @@
 The dispatcher and catching up evaluate and render by it; subscribe calls bind topics by it.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,13 +22,13 @@ from pgrealtime.hub.connections.connection import Subscription
 from pgrealtime.hub.delivery.enrichment import SliceEnricher
 from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.evaluation.evaluator import SliceEvaluator
+from pgrealtime.hub.evaluation.filter_limits import FILTER_CHARACTERS_PER_CONNECTION
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.evaluation.queries import HubQueries
-from pgrealtime.hub.evaluation.quotas import FILTER_CHARACTERS_PER_CONNECTION
 from pgrealtime.hub.evaluation.toast import RowCompleter
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.row_shapes import ShapeChecker, TableDefinitions
 from pgrealtime.protocol.topic import Topic, parse_topic
+from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.language.request import RuleRequest
 
 log = structlog.get_logger(__name__)
@@ -41,7 +39,7 @@ class Generation:
 
     def __init__(
         self,
-        executor: HubQueries,
+        executor: QueryExecutor,
         collections: Collections,
         *,
         nulls: Literal["null", "zero"],

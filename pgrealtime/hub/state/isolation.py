@@ -1,7 +1,5 @@
 """Connections whose slow filters are evaluated for each of them alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import structlog
@@ -85,10 +83,7 @@ class IsolatedConnections:
     def record_usage(
         self, connection: Connection, budget: FilterBudget, events: Sequence[Event]
     ) -> bool:
-        """Isolate a connection that read some events by itself if its filters were slow.
-
-        Returns whether they exceeded a limited budget, and need an unlimited one.
-        """
+        """Isolate a connection whose filters were slow; return whether to lift their limit."""
         if budget.work_budget.late_members:
             self.isolate(connection)
         if budget.used_seconds < SLICE_FILTER_SECONDS:

@@ -1,15 +1,45 @@
-"""How far the dispatcher is and the generation it evaluates by; read by all parts of the hub."""
+"""What all parts of the hub read: its settings, how far the dispatcher is, by which generation.
 
-from __future__ import annotations
+``service`` makes the settings from the configuration. ``ResumableEpochs`` says which positions of
+clients the changelog can continue.
+"""
 
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from pgrealtime.lsn import Cursor
+from pgrealtime.changelog.base import Changelog
+from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, RealtimeConfig
+from pgrealtime.hub.connections.connection import Resumption
+from pgrealtime.hub.connections.output import encode_position
+from pgrealtime.hub.state.generation import Generation
+from pgrealtime.lsn import LSN, Cursor, Position, parse_position
 
-if TYPE_CHECKING:
-    from pgrealtime.hub.state.generation import Generation
+_MAX_POSITION_LENGTH = 128
+"""Bytes of a submitted position that are read; a longer one is not ours."""
+_START = Cursor(LSN(0), 0)
+_UNREACHABLE_CURSOR = Cursor(LSN(1 << 64), 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSettings:
+    """Settings of the hub; a reload replaces ``logins`` and ``allows_guests`` only."""
+
+    limits: RealtimeConfig = field(default_factory=RealtimeConfig)
+    logins: Mapping[str, CollectionLoginConfig] = field(default_factory=dict)
+    """By collection name, the columns that make a caller of a row."""
+    allows_guests: bool = True
+    """Whether a connection keeps its topics when its caller becomes a guest."""
+    nulls: Literal["null", "zero"] = "null"
+    hidden_fields: HiddenFieldsMode = "strict"
+    epoch: str = "000000"
+    """Of positions before the stream has started."""
+    can_resume: bool = True
+    """Whether submitted positions are accepted."""
+    max_concurrent_catch_ups: int = 16
+    """Connections that are served from the changelog at the same time, and half as many isolated
+    ones. The rest of the query pool is for the dispatcher."""
 
 
 class DispatchProgress:
@@ -32,10 +62,6 @@ class DispatchProgress:
     def begin_slice(self, end_cursor: Cursor) -> None:
         """Begin the evaluation of a slice."""
         self.evaluation_target, self.is_evaluating = end_cursor, True
-
-    def advance(self, head: Cursor) -> None:
-        """Move the head."""
-        self.head = head
 
     def restart(self, head: Cursor) -> None:
         """Continue from a head that the slice being evaluated, if any, does not lead to."""
@@ -63,3 +89,65 @@ class DispatchProgress:
         self.is_evaluating = False
         while self._deferred:
             self._deferred.popleft()()
+
+
+class ResumableEpochs:
+    """The stream's epoch, and the one before it if the stream continued from that."""
+
+    def __init__(self, epoch: str, changelog: Changelog, *, can_resume: bool) -> None:
+        self.epoch = epoch
+        self._changelog = changelog
+        self._can_resume = can_resume
+        self._resumable_from = {epoch: _START}
+        """A table that returns to the stream was not streamed in between, so an epoch that returns
+        is resumable from where it returned."""
+        self._past_epochs = {epoch}
+
+    def start_epoch(self, epoch: str) -> None:
+        """Begin another history: positions of earlier epochs are void."""
+        self.epoch = epoch
+        self._resumable_from = {epoch: _START}
+        self._past_epochs = {epoch}
+
+    def continue_epoch(self, epoch: str, head: Cursor) -> None:
+        """Continue from the head under another epoch: nothing was missed or repeated."""
+        if epoch == self.epoch:
+            return  # the same tables with other columns
+        since = head if epoch in self._past_epochs else _START
+        self._resumable_from = {self.epoch: self._resumable_from[self.epoch], epoch: since}
+        self._past_epochs.add(epoch)
+        self.epoch = epoch
+
+    def resolve(self, submitted: tuple[str | None, str | None], head: Cursor) -> Resumption | None:
+        """Return where a connection begins by the positions that it submitted; None without any.
+
+        Of ``Last-Event-ID`` and ``lastEventId`` the first is another server's if it holds no
+        position; an empty second one asks for positions from now on.
+        """
+        last_event_id, position = submitted
+        parsed = _parse_submitted_position(last_event_id)
+        if parsed is None and position is None:
+            return None
+        id_text = last_event_id if parsed is not None else position
+        if not id_text:
+            return Resumption(head, encode_position(self.epoch, head))
+        parsed = parsed or _parse_submitted_position(position)
+        # Until something was delivered the id stays the submitted position, also after a gap: a
+        # client that breaks off now submits it again and is notified again.
+        text = id_text.rpartition(".")[2][:_MAX_POSITION_LENGTH]
+        sent = text.encode() if parsed else encode_position(self.epoch, head)
+        is_ours = parsed is not None and parsed.cursor >= self._resumable_from.get(
+            parsed.epoch, _UNREACHABLE_CURSOR
+        )
+        if parsed is None or not is_ours or not self._can_resume:
+            return Resumption(head, sent, gap_reason="unknown")
+        if parsed.cursor < self._changelog.floor:
+            return Resumption(head, sent, gap_reason="expired")
+        return Resumption(parsed.cursor, sent, is_resuming=True)
+
+
+def _parse_submitted_position(text: str | None) -> Position | None:
+    """Return the position in an id of ours, with or without the client id before it."""
+    if not text or len(text) > _MAX_POSITION_LENGTH:
+        return None
+    return parse_position(text.rpartition(".")[2])

@@ -1,37 +1,33 @@
 """Holds the open connections: adds them, sends PB_CONNECT, closes them, and applies caller changes.
 
 The API adds a connection when its response head is sent, feed says when the replication stream is
-up; both call ``hub.hub``. All code that ends a connection calls a method of ``ConnectionRegistry``.
-Everything here runs on the event loop's thread and awaits nothing.
+up; both call ``hub.hub``. All code that ends a connection calls a method of ``ConnectionRegistry``,
+which awaits nothing. ``ConnectionTimeouts`` closes connections that are due and sends heartbeats,
+from one timer; it ends all at shutdown.
 """
 
-from __future__ import annotations
-
+import asyncio
 import secrets
 import string
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Collection as Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import structlog
 from msgspec import Struct, field
 
+from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import SubscriptionLimitError
-from pgrealtime.hub.connections.connection import (
-    LIVE,
-    Connection,
-    ConnectionState,
-    Subscription,
-)
+from pgrealtime.hub.connections.connection import LIVE, Connection, ConnectionState, Subscription
 from pgrealtime.hub.connections.output import ResponseWriter
 from pgrealtime.hub.connections.send_budget import SendBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.callers import CallerTracker
-from pgrealtime.hub.state.epochs import ResumableEpochs
 from pgrealtime.hub.state.generation import Generation
-from pgrealtime.hub.state.progress import DispatchProgress
-from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.state.progress import DispatchProgress, HubSettings, ResumableEpochs
 from pgrealtime.lsn import Cursor
 from pgrealtime.observe.redact import raise_location
 
@@ -39,6 +35,28 @@ log = structlog.get_logger(__name__)
 
 _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 40
+_CONNECT_TIMEOUT_SECONDS = 10.0
+"""How long PB_CONNECT is held back at most."""
+_FIRST_CALL_TIMEOUT_SECONDS = 30.0
+"""How long a resumable connection waits for topics; a plain one has PocketBase's idle timeout."""
+_SHUTDOWN_CLOSE_DELAY_SECONDS = 2.0
+_SHUTDOWN_CLOSES_PER_SECOND = 500
+_SHUTDOWN_PAUSE_SECONDS = 0.05
+
+
+class HubCounters(Struct):
+    """Totals since the start."""
+
+    closed_connections: Counter[str] = field(default_factory=Counter)
+    """By reason; ``client`` if the client closed it."""
+    events_sent_to_closed: int = 0
+    """To connections that are closed now."""
+    resume_outcomes: Counter[str] = field(default_factory=Counter)
+    """First calls of connections that submitted a position: ``resumed``, or the gap's reason."""
+    refused_subscribe_calls: int = 0
+    incomplete_records: Counter[str] = field(default_factory=Counter)
+    """By collection, records sent to some subscribers without a column: the WAL doesn't carry its
+    old value, and their rule may not admit the row as it is now."""
 
 
 class ConnectionRegistry:
@@ -90,15 +108,21 @@ class ConnectionRegistry:
     def open(
         self,
         writer: ResponseWriter,
+        *,
         address: str,
-        submitted_positions: tuple[str | None, str | None],
+        last_event_id: str | None,
+        position: str | None,
     ) -> Connection:
-        """Add a connection whose response head was sent; send PB_CONNECT if the stream is up."""
+        """Add a connection whose response head was sent; send PB_CONNECT if the stream is up.
+
+        The positions are the header ``Last-Event-ID`` and the query parameter ``lastEventId``, of
+        which ``""`` asks for positions from now on. Subscribe calls must come from ``address``.
+        """
         connection = Connection(
             "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH)),
             writer,
             address=address,
-            submitted_positions=submitted_positions,
+            submitted_positions=(last_event_id, position),
             epoch=self._epochs.epoch,
             cursor=self._progress.head,
             now=self._clock(),
@@ -129,10 +153,7 @@ class ConnectionRegistry:
     # --- closing ----------------------------------------------------------------------------
 
     def when_removed(self, callback: Callable[[Connection], None]) -> None:
-        """Call back with each connection that is removed, before its subscriptions are unbound.
-
-        Twice if a connection is removed twice.
-        """
+        """Call back with each connection that is removed, perhaps twice, before it is unbound."""
         self._removal_callbacks.append(callback)
 
     def remove(self, connection: Connection, reason: str) -> None:
@@ -200,18 +221,14 @@ class ConnectionRegistry:
 
     def close_failed(self, connection: Connection, error: Exception) -> None:
         """Close a connection for an error; never raises."""
-        log.error(
-            "connection.failed",
-            connection=connection.id,
-            error=type(error).__name__,
-            at=raise_location(error),
-        )
+        id_, name = connection.id, type(error).__name__
+        log.error("connection.failed", connection=id_, error=name, at=raise_location(error))
         try:
             self.close(connection, "failed")
         except Exception as another:  # noqa: BLE001 (as above)
             connection.close()  # at least nothing more is delivered
             name = type(another).__name__
-            log.error("connection.failed", connection=connection.id, error=name)  # noqa: TRY400 (the error's place is logged above)
+            log.error("connection.failed", connection=id_, error=name)  # noqa: TRY400 (the error's place is logged above)
 
     # --- callers and subscriptions ------------------------------------------------------------
 
@@ -279,16 +296,77 @@ class ConnectionRegistry:
             self.invalidate_caller(connection, "guest", delivered)
 
 
-class HubCounters(Struct):
-    """Totals since the start."""
+@dataclass(slots=True, eq=False)
+class ConnectionTimeouts:
+    """Closes connections that are due."""
 
-    closed_connections: Counter[str] = field(default_factory=Counter)
-    """By reason; ``client`` if the client closed it."""
-    events_sent_to_closed: int = 0
-    """To connections that are closed now."""
-    resume_outcomes: Counter[str] = field(default_factory=Counter)
-    """First calls of connections that submitted a position: ``resumed``, or the gap's reason."""
-    refused_subscribe_calls: int = 0
-    incomplete_records: Counter[str] = field(default_factory=Counter)
-    """By collection, records sent to some subscribers without a column: the WAL doesn't carry its
-    old value, and their rule may not admit the row as it is now."""
+    progress: DispatchProgress
+    registry: ConnectionRegistry
+    limits: RealtimeConfig
+    clock: Callable[[], float]
+
+    async def watch(self) -> None:
+        """Apply the timeouts and send heartbeats, for ever."""
+        limits = self.limits
+        shortest = min(
+            limits.idle_timeout, limits.max_lifetime, limits.heartbeat, limits.stall_timeout
+        )
+        pause = max(0.02, min(0.5, shortest / 20))
+        while True:
+            await asyncio.sleep(pause)
+            now = self.clock()
+            for connection in list(self.registry.connections):
+                with self.registry.closing_on_error(connection):
+                    self._apply_timeouts(connection, now)
+
+    def _apply_timeouts(self, connection: Connection, now: float) -> None:
+        if connection.state is ConnectionState.CONNECTING:
+            if now - connection.opened_at >= _CONNECT_TIMEOUT_SECONDS:
+                self.registry.close(connection, "no_stream")
+            return
+        connection.record_drained(now)
+        if now - connection.last_drained_at >= self.limits.stall_timeout:
+            self.registry.abort(connection)
+        elif reason := self._reason_to_close(connection, now):
+            if connection.may_close(now):
+                self.registry.close(connection, reason)
+        elif (
+            now - connection.last_write_at >= self.limits.heartbeat
+            and not connection.writer.buffered_bytes()
+        ):
+            head = self.progress.head
+            connection.write_heartbeat(head if connection.state is LIVE else connection.cursor, now)
+
+    def _reason_to_close(self, connection: Connection, now: float) -> str:
+        expires_at = connection.caller.expires_at
+        connected_seconds = now - connection.connected_at
+        if connection.close_reason:
+            return connection.close_reason
+        if now - connection.idle_since >= self.limits.idle_timeout:
+            return "idle"
+        if connected_seconds >= self.limits.max_lifetime:
+            return "lifetime"
+        if expires_at is not None and time.time() >= expires_at:
+            return "token_expired"
+        waits_for_call = connection.is_resumable and connection.first_call_answered_at is None
+        return (
+            "no_call" if waits_for_call and connected_seconds >= _FIRST_CALL_TIMEOUT_SECONDS else ""
+        )
+
+    async def shutdown(self, grace_seconds: float) -> None:
+        """Close all connections within ``grace_seconds``, a few at a time."""
+        # Their clients reconnect at once: not all of them in the same moment.
+        registry, began = self.registry, self.clock()
+        while registry.connections and (now := self.clock()) - began < grace_seconds:
+            ready = [
+                connection
+                for connection in registry.connections
+                if connection.may_close(now) or now - began >= _SHUTDOWN_CLOSE_DELAY_SECONDS
+            ]
+            twice_in_time = len(registry.connections) / max(grace_seconds, 0.1) * 2
+            per_second = max(_SHUTDOWN_CLOSES_PER_SECOND, twice_in_time)
+            for connection in ready[: int(per_second * _SHUTDOWN_PAUSE_SECONDS) + 1]:
+                registry.close(connection, "shutdown")
+            await asyncio.sleep(_SHUTDOWN_PAUSE_SECONDS)
+        for connection in list(registry.connections):
+            registry.close(connection, "shutdown")

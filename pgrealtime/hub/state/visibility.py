@@ -5,11 +5,10 @@ synchronous standbys that moment is a network round trip. Called by the dispatch
 and by subscribe calls.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import structlog
 
@@ -31,18 +30,15 @@ _UNANSWERED_GAP_DELAY_SECONDS = 1.0
 _FAILED_RETRY_SECONDS = 1.0
 _WATCH_INTERVAL_SECONDS = 0.5
 
+FetchSnapshot: TypeAlias = Callable[[], Awaitable[tuple[str, str, bool]]]
+"""Runs ``SNAPSHOT_QUERY`` and returns its row."""
+
 
 class VisibilityTracker:
-    """The delivered transactions that were not seen to be visible yet.
-
-    ``run_query`` runs ``SNAPSHOT_QUERY`` and returns its row.
-    """
+    """The delivered transactions that were not seen to be visible yet."""
 
     def __init__(
-        self,
-        run_query: Callable[[], Awaitable[tuple[str, str, bool]]],
-        progress: DispatchProgress,
-        clock: Callable[[], float],
+        self, run_query: FetchSnapshot, progress: DispatchProgress, clock: Callable[[], float]
     ) -> None:
         self._snapshots = SnapshotSource(run_query)
         self._progress = progress
@@ -151,7 +147,7 @@ class VisibilityTracker:
 class SnapshotSource:
     """Fetches snapshots; callers that come while one is being fetched share the next."""
 
-    def __init__(self, run_query: Callable[[], Awaitable[tuple[str, str, bool]]]) -> None:
+    def __init__(self, run_query: FetchSnapshot) -> None:
         self._run_query = run_query
         self._running: asyncio.Task[ReadPoint] | None = None
         self._next: asyncio.Task[ReadPoint] | None = None

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from collections.abc import Collection as Sized
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from psycopg import sql
@@ -30,11 +30,11 @@ from pgrealtime.collections.model import Collection, Collections, Field, FieldKi
 from pgrealtime.config.model import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.hub import Hub, HubCallbacks
-from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.rule_queries.live_rows import LiveRow
+from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.rule_queries.slow_queries import TimeBudget
@@ -230,7 +230,7 @@ class EmptyReadSession(ReadSession):
         assert not evaluation.questions(), "no rule of these tests needs the database"
 
 
-class FakeDatabase:
+class FakeDatabase(QueryExecutor):
     """A database with a given snapshot. Rules of these tests need no query."""
 
     def __init__(self) -> None:
@@ -277,10 +277,11 @@ class FakeDatabase:
             raise self.fault
         return self.undecided
 
-    def read_session(
+    @asynccontextmanager
+    async def read_session(
         self, _xids: Sized[Xid], _seconds: float | None = None
-    ) -> AbstractAsyncContextManager[ReadSession]:
-        return nullcontext(EmptyReadSession())
+    ) -> AsyncIterator[ReadSession]:
+        yield EmptyReadSession()
 
     async def verify_assumptions(self, _assumptions: CatalogAssumptions) -> bool:
         if self.is_unreachable:
@@ -288,7 +289,7 @@ class FakeDatabase:
         return self.confirms_assumptions
 
     async def fetch_live_rows(
-        self, _events: Sequence[Event]
+        self, _images: Sequence[IncompleteRow]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         if self.rows_gate is not None:
             self.is_at_rows_gate.set()
@@ -388,7 +389,7 @@ async def open_harness(
         HubSettings(
             limits=RealtimeConfig.model_validate(limits), logins=LOGINS, can_resume=max_age > 0
         ),
-        callbacks=HubCallbacks(refresh_schema=read_schema),
+        refresh_schema=read_schema,
         clock=clock,
     )
     if is_up:

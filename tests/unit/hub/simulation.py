@@ -23,11 +23,10 @@ from pgrealtime.changes import (
 )
 from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
-from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.hub import Hub
-from pgrealtime.hub.state.settings import HubSettings
+from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
-from pgrealtime.rule_queries.live_rows import LiveRow
+from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
@@ -129,7 +128,7 @@ class Database(FakeDatabase):
         return True
 
     async def fetch_live_rows(
-        self, _events: Sequence[Event]
+        self, _images: Sequence[IncompleteRow]
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         await self._simulation.random_delay()
         return {}, frozenset()

@@ -17,7 +17,7 @@ from pgrealtime.hub.catchup import slice_reader, tasks
 from pgrealtime.hub.connections.connection import LIVE, Connection
 from pgrealtime.hub.delivery import compose
 from pgrealtime.hub.evaluation import evaluator
-from pgrealtime.hub.events import slices
+from pgrealtime.hub.events import event as slices
 from tests import virtual_time
 from tests.unit.hub.reader import Kind, Reader
 from tests.unit.hub.simulation import Simulation

@@ -22,11 +22,7 @@ from pgrealtime.collections.model import (
 )
 from pgrealtime.expand.plan import ExpandCompiler, ExpandPlan, ExpandViewer
 from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.state.caller_check import (
-    CallerCheck,
-    CallerCheckResult,
-    may_account_have_changed,
-)
+from pgrealtime.hub.state.callers import CallerCheck, CallerCheckResult, may_account_have_changed
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from tests.unit.hub.harness import (

@@ -308,7 +308,9 @@ async def test_a_slow_connection_whose_topics_become_too_many_is_ended_for_that(
         for _ in range(3):
             harness.commit(changed())
             await harness.until_delivered()
-        monkeypatch.setattr("pgrealtime.hub.evaluation.quotas.UNINDEXED_FILTERS_PER_CONNECTION", 1)
+        monkeypatch.setattr(
+            "pgrealtime.hub.evaluation.filter_limits.UNINDEXED_FILTERS_PER_CONNECTION", 1
+        )
         harness.commit(changed(key="k2"))
         await harness.until_delivered()
         sink.unstick()

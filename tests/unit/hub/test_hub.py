@@ -645,7 +645,9 @@ async def test_a_refused_call_leaves_nothing_of_its_topics(
     monkeypatch: pytest.MonkeyPatch, before: tuple[str, ...]
 ) -> None:
     """Neither subscriptions nor read points, also of the topic that exceeded the limit."""
-    monkeypatch.setattr("pgrealtime.hub.evaluation.quotas.UNINDEXED_FILTERS_PER_CONNECTION", 1)
+    monkeypatch.setattr(
+        "pgrealtime.hub.evaluation.filter_limits.UNINDEXED_FILTERS_PER_CONNECTION", 1
+    )
     many = [f'posts/*?options={{"query":{{"filter":"title ~ \'{n}\'"}}}}' for n in range(3)]
     async with open_harness() as harness:
         connection, _sink = harness.connect()

@@ -18,7 +18,7 @@ from pgrealtime.changes import Delete, Row, WholeRow
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection
-from pgrealtime.hub.evaluation.quotas import UNINDEXED_FILTERS_PER_CONNECTION
+from pgrealtime.hub.evaluation.filter_limits import UNINDEXED_FILTERS_PER_CONNECTION
 from pgrealtime.lsn import LSN
 from tests.unit.hub.harness import (
     COLLECTIONS,

@@ -14,10 +14,10 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collections
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.evaluation.filter_limits import REMOTE_FILTERS_PER_CONNECTION as REMOTE_FILTERS
+from pgrealtime.hub.evaluation.filter_limits import UNINDEXED_FILTERS_PER_ADDRESS
+from pgrealtime.hub.evaluation.filter_limits import VIEWS_PER_CONNECTION as VIEWS
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.evaluation.quotas import REMOTE_FILTERS_PER_CONNECTION as REMOTE_FILTERS
-from pgrealtime.hub.evaluation.quotas import UNINDEXED_FILTERS_PER_ADDRESS
-from pgrealtime.hub.evaluation.quotas import VIEWS_PER_CONNECTION as VIEWS
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic

@@ -257,7 +257,9 @@ async def test_a_connection_whose_topics_exceed_a_limit_after_a_reload_is_ended(
         (many, many_sink), (few, few_sink) = harness.connect(), harness.connect()
         await harness.subscribe(many, *topics)
         await harness.subscribe(few, topics[0])
-        monkeypatch.setattr("pgrealtime.hub.evaluation.quotas.UNINDEXED_FILTERS_PER_CONNECTION", 1)
+        monkeypatch.setattr(
+            "pgrealtime.hub.evaluation.filter_limits.UNINDEXED_FILTERS_PER_CONNECTION", 1
+        )
         await harness.hub.replace_generation(COLLECTIONS, lambda caller: caller)
         harness.commit(insert("x", "ab"))
         await harness.until_delivered()

@@ -16,8 +16,8 @@ from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.delivery.enrichment import SliceEnricher, needs_of_groups
+from pgrealtime.hub.evaluation.evaluator import SliceResult
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.evaluation.slice_result import SliceResult
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic

@@ -7,8 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from pgrealtime.hub.events.event import Event
-from pgrealtime.hub.events.slices import LIVE_SLICE_CHANGES, SLICE_CHANGES, delivery_ranges
+from pgrealtime.hub.events.event import LIVE_SLICE_CHANGES, SLICE_CHANGES, Event, delivery_ranges
 from pgrealtime.lsn import LSN, Cursor, Xid
 from tests.unit.hub.harness import COLLECTIONS, HubHarness, MemorySink, insert, open_harness
 
