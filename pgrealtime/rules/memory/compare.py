@@ -7,14 +7,14 @@ compares numbers by their exact values, not by the nearest double. A bool is nev
 Filters come from clients, so the work that they can cause is counted (``WorkBudget``).
 """
 
-from __future__ import annotations
-
 import math
+import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pgrealtime.rules.language.sqlite_values import (
     MAX_NUMERIC_TEXT_LENGTH,
@@ -55,36 +55,30 @@ def is_blank(value: SqliteValue) -> bool:
     return value is None or value == ""
 
 
+_ORDERS: Mapping[Op, Callable[[Any, Any], bool]] = {
+    Op.LT: operator.lt,
+    Op.LE: operator.le,
+    Op.GT: operator.gt,
+    Op.GE: operator.ge,
+}
+
+
 def compare_order(op: Op, left: SqliteValue, right: SqliteValue) -> bool | None:
     """Return an order: texts by code points, NaN above all numbers, numbers below texts."""
     if left is None or right is None:
         return None
+    compare = _ORDERS[op]
     if isinstance(left, str) or isinstance(right, str):
-        if isinstance(left, str) and isinstance(right, str):
-            return _satisfies_order(op, left < right, left == right)
-        return (op in _LESS_OPERATORS) == isinstance(right, str)
+        is_left_text, is_right_text = isinstance(left, str), isinstance(right, str)
+        both = is_left_text and is_right_text
+        return compare(left, right) if both else compare(is_left_text, is_right_text)
     if _is_nan(left) or _is_nan(right):
-        return _satisfies_order(op, not _is_nan(left), _is_nan(left) and _is_nan(right))
-    return _satisfies_order(op, left < right, left == right)
+        return compare(_is_nan(left), _is_nan(right))
+    return compare(left, right)
 
 
 def _is_nan(number: Number) -> bool:
     return number != number  # noqa: PLR0124 (unlike math.isnan for integers of any size)
-
-
-_LESS_OPERATORS = frozenset({Op.LT, Op.LE})
-
-
-def _satisfies_order(op: Op, is_less: bool, is_equal: bool) -> bool:  # noqa: FBT001 (both are results)
-    match op:
-        case Op.LT:
-            return is_less and not is_equal
-        case Op.LE:
-            return is_less or is_equal
-        case Op.GT:
-            return not is_less and not is_equal
-        case _:
-            return not is_less or is_equal
 
 
 # --- conversion
@@ -92,21 +86,13 @@ def _satisfies_order(op: Op, is_less: bool, is_equal: bool) -> bool:  # noqa: FB
 
 def number_if_numeric(value: SqliteValue) -> SqliteValue:
     """Return the number of a text that looks like one; anything else as it is."""
-    if (
-        isinstance(value, str)
-        and len(value) < MAX_NUMERIC_TEXT_LENGTH
-        and _LOOKS_NUMERIC.fullmatch(value)
-    ):
-        return Decimal(value)
-    return value
+    if not isinstance(value, str) or len(value) >= MAX_NUMERIC_TEXT_LENGTH:
+        return value
+    return Decimal(value) if _LOOKS_NUMERIC.fullmatch(value) else value
 
 
 def nearest_double(value: SqliteValue) -> SqliteValue:
-    """Return the nearest double of a number; anything else as it is.
-
-    Raises:
-        UndecidedError: There is none: PostgreSQL reports an error.
-    """
+    """Return the nearest double of a number; undecided where PostgreSQL reports an error."""
     if value is None or isinstance(value, str | float):
         return value
     try:
@@ -121,6 +107,7 @@ def nearest_double(value: SqliteValue) -> SqliteValue:
 # --- work
 
 
+@dataclass(slots=True)
 class WorkBudget:
     """The work that the evaluation in progress may still do, in units of about a microsecond.
 
@@ -128,10 +115,7 @@ class WorkBudget:
     sets ``units_left`` before each.
     """
 
-    __slots__ = ("units_left",)
-
-    def __init__(self) -> None:
-        self.units_left = math.inf
+    units_left: float = math.inf
 
     def spend(self, units: float) -> None:
         """Count some work.
@@ -196,10 +180,8 @@ def _compile_pattern(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
-_cached_matcher, _cached_long_matcher = (
-    lru_cache(maxsize=4096)(_compile_pattern),
-    lru_cache(maxsize=4)(_compile_pattern),
-)
+_cached_matcher = lru_cache(maxsize=4096)(_compile_pattern)
+_cached_long_matcher = lru_cache(maxsize=4)(_compile_pattern)
 
 
 def _shared_lower(text: str) -> str:
@@ -218,8 +200,9 @@ class _Segment:
 
     __slots__ = ("_longest_run", "_other_runs", "length")
 
-    def __init__(self, runs: Sequence[tuple[int, str]], length: int) -> None:
+    def __init__(self, parts_of_runs: Sequence[tuple[int, list[str]]], length: int) -> None:
         self.length = length
+        runs = [(start, "".join(parts)) for start, parts in parts_of_runs]
         self._longest_run = max(runs, key=lambda run: len(run[1]), default=(0, ""))
         self._other_runs = [run for run in runs if run is not self._longest_run]
 
@@ -267,7 +250,7 @@ def _split_pattern(pattern: str) -> list[_Segment]:
     for symbol in _PATTERN_TOKEN.findall(pattern):
         match symbol:
             case "%":
-                segments.append(_make_segment(runs, length))
+                segments.append(_Segment(runs, length))
                 runs, length, is_within = [], 0, False
             case "_":
                 length += 1
@@ -281,9 +264,5 @@ def _split_pattern(pattern: str) -> list[_Segment]:
                 runs[-1][1].append(characters)
                 length += len(characters)
                 is_within = True
-    segments.append(_make_segment(runs, length))
+    segments.append(_Segment(runs, length))
     return segments
-
-
-def _make_segment(runs: Sequence[tuple[int, list[str]]], length: int) -> _Segment:
-    return _Segment([(start, "".join(parts)) for start, parts in runs], length)

@@ -9,11 +9,13 @@ or the function raises ``UndecidedError`` for a value.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import TypeAlias
 
 from pgrealtime.changes import Row
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.comparison import (
     ComparisonKind,
     Pattern,
@@ -21,19 +23,9 @@ from pgrealtime.rules.language.comparison import (
     plan_comparison,
 )
 from pgrealtime.rules.language.parameters import SqlForm
-from pgrealtime.rules.language.predicate import (
-    Comparison,
-    Condition,
-    Conjunction,
-    Disjunction,
-    NestedRule,
-    ParameterTerm,
-    comparisons,
-)
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.memory.compare import (
     WORK_BUDGET,
-    SqliteValue,
     UndecidedError,
     compare_order,
     equals,
@@ -70,7 +62,9 @@ _MAX_COMBINATIONS = 10_000
 _NO_SHARED_ITEMS: ItemCombination = (None,) * MAX_SHARED_LISTS
 
 
-def compile_condition(condition: Condition, context: CompileContext) -> CompiledCondition | None:
+def compile_condition(
+    condition: predicate.Condition, context: CompileContext
+) -> CompiledCondition | None:
     """Return the function that evaluates a condition, or None if only PostgreSQL can.
 
     Like the joins of a scope in SQL, the lists that are read are gone through in all combinations
@@ -85,7 +79,7 @@ def compile_condition(condition: Condition, context: CompileContext) -> Compiled
     if not scope.list_readers and not checks:
         return lambda row, args: verdict(row, args, ()) is True
     readers = tuple(scope.list_readers.values())
-    units = _UNITS_PER_COMPARISON * len(comparisons(condition))
+    units = _UNITS_PER_COMPARISON * len(predicate.comparisons(condition))
 
     def exists(row: Row, args: Arguments) -> bool:
         for check in checks:
@@ -109,29 +103,25 @@ def _combinations(
 
 
 def _compile_verdict(
-    condition: Condition, scope: ListScope, checks: list[_ForAll]
+    condition: predicate.Condition, scope: ListScope, checks: list[_ForAll]
 ) -> _VerdictFunction:
     """Compile a condition; each match-all within it is added to ``checks``."""
     match condition:
-        case Comparison():
+        case predicate.Comparison():
             return _compile_comparison(condition, scope, checks)
         # UNKNOWN counts as FALSE: nothing negates what AND and OR give, as nothing does in the SQL.
-        case Conjunction(parts):
+        case predicate.Conjunction(parts) | predicate.Disjunction(parts):
             verdicts = [_compile_verdict(part, scope, checks) for part in parts]
-            return lambda row, args, items: all(
+            combine = all if isinstance(condition, predicate.Conjunction) else any
+            return lambda row, args, items: combine(
                 verdict(row, args, items) is True for verdict in verdicts
             )
-        case Disjunction(parts):
-            verdicts = [_compile_verdict(part, scope, checks) for part in parts]
-            return lambda row, args, items: any(
-                verdict(row, args, items) is True for verdict in verdicts
-            )
-        case NestedRule():
+        case predicate.NestedRule():
             raise NotInProcessError
 
 
 def _compile_comparison(
-    comparison: Comparison, scope: ListScope, checks: list[_ForAll]
+    comparison: predicate.Comparison, scope: ListScope, checks: list[_ForAll]
 ) -> _VerdictFunction:
     plan = plan_comparison(comparison, scope.compile_context.parameter_classes)
     shared = _compile_values(plan.shared, scope, scope)
@@ -148,11 +138,11 @@ def _compile_comparison(
         scopes.append(own_scopes[-1] if planned.is_searched else scope)
     searched = _compile_values(plan.searched, *scopes)
     readers = [read for own in own_scopes for read in own.list_readers.values()]
-    check = _ForAll(searched, readers)
-    checks.append(check)
+    checks.append(check := _ForAll(searched, readers))
     return lambda row, args, items: shared(row, args, items) is True and check.holds(row, args)
 
 
+@dataclass(slots=True)
 class _ForAll:
     """Match-all: that a comparison is false for no item of a list, or no pair of items of two.
 
@@ -160,30 +150,23 @@ class _ForAll:
     ``verdict`` is None until then.
     """
 
-    __slots__ = ("_compare", "_list_readers", "verdict")
-
-    def __init__(self, compare: _VerdictFunction, list_readers: Sequence[ItemsReader]) -> None:
-        self._compare = compare
-        self._list_readers = list_readers
-        self.verdict: bool | None = None
+    compare: _VerdictFunction
+    list_readers: Sequence[ItemsReader]
+    verdict: bool | None = None
 
     def holds(self, row: Row, args: Arguments) -> bool:
         """Return whether there is no counter-example."""
         if self.verdict is None:
-            combinations = _combinations(self._list_readers, row, args)
-            self.verdict = not any(
-                self._is_counterexample(row, args, items) for items in combinations
-            )
+            combinations = _combinations(self.list_readers, row, args)
+            self.verdict = not any(self._is_counter(row, args, items) for items in combinations)
         return self.verdict
 
-    def _is_counterexample(self, row: Row, args: Arguments, items: ItemCombination) -> bool:
+    def _is_counter(self, row: Row, args: Arguments, items: ItemCombination) -> bool:
         WORK_BUDGET.spend(_UNITS_PER_COMPARISON)
-        return self._compare(row, args, _NO_SHARED_ITEMS + items) is False
+        return self.compare(row, args, _NO_SHARED_ITEMS + items) is False
 
 
-def _compile_values(
-    plan: ValueComparison, left_scope: ListScope, right_scope: ListScope
-) -> _VerdictFunction:
+def _compile_values(plan: ValueComparison, left: ListScope, right: ListScope) -> _VerdictFunction:
     match plan.kind:
         case ComparisonKind.CONSTANT:
             is_true = not plan.is_negated
@@ -191,46 +174,40 @@ def _compile_values(
         case ComparisonKind.TRUTH:
             raise NotInProcessError
         case ComparisonKind.BLANK:
-            read = compile_planned(plan.left, left_scope).read_value
+            read = compile_planned(plan.left, left).read_value
             is_wanted = not plan.is_negated
             return lambda row, args, items: is_blank(read(row, args, items)) is is_wanted
         case ComparisonKind.LIKE | ComparisonKind.LIKE_NOTHING:
-            return _compile_like(plan, left_scope, right_scope)
+            return _compile_like(plan, left, right)
         case _:
-            return _compile_two_operands(plan, left_scope, right_scope)
+            return _compile_sides(plan, left, right)
 
 
-def _compile_two_operands(
-    plan: ValueComparison, left_scope: ListScope, right_scope: ListScope
-) -> _VerdictFunction:
-    left, right = compile_planned(plan.left, left_scope), compile_planned(plan.right, right_scope)
-    a, b = left.read_value, right.read_value
+def _compile_sides(plan: ValueComparison, left: ListScope, right: ListScope) -> _VerdictFunction:
+    operands = compile_planned(plan.left, left), compile_planned(plan.right, right)
+    a, b = (operand.read_value for operand in operands)
     if plan.kind is ComparisonKind.ORDER:
-        is_number = float in {left.only_type, right.only_type}
-        if not is_number and not left_scope.compile_context.is_utf8:
+        is_number = any(operand.only_type is float for operand in operands)
+        if not is_number and not left.compile_context.is_utf8:
             raise NotInProcessError
         op = plan.op
         return lambda row, args, items: compare_order(op, a(row, args, items), b(row, args, items))
     if plan.kind is ComparisonKind.COALESCED:
         a, b = empty_text_for_null(a), empty_text_for_null(b)
-    compare: Callable[[SqliteValue, SqliteValue], bool | None] = (
-        equals if plan.kind is ComparisonKind.EQUAL else is_not_distinct
-    )
+    compare = equals if plan.kind is ComparisonKind.EQUAL else is_not_distinct
     if plan.is_negated:
         return lambda row, args, items: not compare(a(row, args, items), b(row, args, items))
     return lambda row, args, items: compare(a(row, args, items), b(row, args, items))
 
 
-def _compile_like(
-    plan: ValueComparison, left_scope: ListScope, right_scope: ListScope
-) -> _VerdictFunction:
-    read_text = compile_operand(plan.left.term, left_scope).read_text
+def _compile_like(plan: ValueComparison, left: ListScope, right: ListScope) -> _VerdictFunction:
+    read_text = compile_operand(plan.left.term, left).read_text
     is_wanted = plan.op is Op.LIKE
     if plan.kind is ComparisonKind.LIKE_NOTHING:
         return lambda row, args, items: (
             None if read_text(row, args, items) is None else not is_wanted
         )
-    read_pattern = _pattern_reader(plan, right_scope)
+    read_pattern = _pattern_reader(plan, right)
 
     def matches(row: Row, args: Arguments, items: ItemCombination) -> bool | None:
         text, pattern = read_text(row, args, items), read_pattern(row, args, items)
@@ -247,21 +224,18 @@ def _pattern_reader(plan: ValueComparison, scope: ListScope) -> ValueReader:
     term = plan.right.term
     match plan.pattern:
         case Pattern.NULL:
-            if not isinstance(term, ParameterTerm):
+            if not isinstance(term, predicate.ParameterTerm):
                 # The SQL reads no argument of a function whose result is no text. Here they would
                 # count as columns that the row must have.
                 raise NotInProcessError
             return constant_reader(None)
         case Pattern.BOUND:
-            assert isinstance(term, ParameterTerm)
+            assert isinstance(term, predicate.ParameterTerm)
             return argument_reader(term.parameter, SqlForm.PATTERN, scope.compile_context)
         case Pattern.TEXT:
             return compile_operand(term, scope).read_text
         case Pattern.WRAPPED:
             read_text = compile_operand(term, scope).read_text
-
-            def wrapped(row: Row, args: Arguments, items: ItemCombination) -> SqliteValue:
-                text = read_text(row, args, items)
-                return None if text is None else f"%{text}%"
-
-            return wrapped
+            return lambda row, args, items: (
+                None if (text := read_text(row, args, items)) is None else f"%{text}%"
+            )

@@ -5,16 +5,15 @@ of the caller's row and of parameters are compiled, and only of types whose SQL 
 Any other raises ``NotInProcessError``, and PostgreSQL evaluates the condition.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TypeAlias, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Field, FieldKind
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.comparison import Conversion, PlannedOperand
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
@@ -24,25 +23,15 @@ from pgrealtime.rules.language.parameters import (
     SqlForm,
     to_sql_value,
 )
-from pgrealtime.rules.language.predicate import (
-    EachTerm,
-    EachValue,
-    FieldValue,
-    JsonValue,
-    Keyword,
-    Modifier,
-    ParameterTerm,
-    RowPath,
-    SecretTerm,
-    Term,
-)
 from pgrealtime.rules.language.sqlite_values import (
     PASSWORD_HASH_PREFIX,
     Scalar,
     ascii_lower,
+    compact_json,
     exact_number,
     json_in_jsonb_order,
 )
+from pgrealtime.rules.memory import text_values
 from pgrealtime.rules.memory.compare import (
     WORK_BUDGET,
     SqliteValue,
@@ -51,18 +40,7 @@ from pgrealtime.rules.memory.compare import (
     nearest_double,
     number_if_numeric,
 )
-from pgrealtime.rules.memory.text_values import (
-    DATE_CONVERTERS,
-    array_items,
-    array_json_converter,
-    json_at_path,
-    json_string,
-    number_text,
-    parse_bool,
-    parse_double,
-    parse_numeric,
-    trim_numeric_text,
-)
+from pgrealtime.rules.memory.text_values import array_items, json_at_path
 
 Arguments: TypeAlias = Sequence[Scalar]
 """The values of a condition's parameters but literals, ordered as in ``argument_index``."""
@@ -72,6 +50,8 @@ ValueReader: TypeAlias = Callable[[Row, Arguments, ItemCombination], SqliteValue
 ItemsReader: TypeAlias = Callable[[Row, Arguments], Sequence[str | None]]
 _ColumnReader: TypeAlias = Callable[[Row, Arguments], str | None]
 """Reads a column's text form, of the row image or of the caller's row."""
+_Converter: TypeAlias = Callable[[str], SqliteValue]
+"""Converts a text form."""
 
 MAX_SHARED_LISTS = 8
 """Lists whose items the comparisons of one condition may share."""
@@ -96,14 +76,9 @@ _T = TypeVar("_T")
 
 
 def _convert_text_form(convert: Callable[[str], _T], text: str) -> _T:
-    """Return the text form converted.
-
-    Raises:
-        UndecidedError: It is of another type.
-    """
     try:
         return convert(text)
-    except (ValueError, IndexError, AssertionError):
+    except (ValueError, IndexError, AssertionError):  # it is of another type
         raise UndecidedError from None
 
 
@@ -112,10 +87,10 @@ class ListScope:
     """The lists whose items the comparisons of a condition share, as joins are shared in SQL."""
 
     compile_context: CompileContext
-    list_readers: dict[RowPath, ItemsReader] = field(default_factory=dict)
+    list_readers: dict[predicate.RowPath, ItemsReader] = field(default_factory=dict)
     first_item_index: int = 0
 
-    def item_index(self, path: RowPath, read: ItemsReader) -> int:
+    def item_index(self, path: predicate.RowPath, read: ItemsReader) -> int:
         """Return where a combination of items holds the item of the path's list."""
         self.list_readers.setdefault(path, read)
         return self.first_item_index + list(self.list_readers).index(path)
@@ -135,9 +110,14 @@ class MemoryOperand:
     """Of a constant: the number, if it is a text that looks like one."""
 
     @classmethod
-    def of_text(cls, read: ValueReader) -> MemoryOperand:
+    def of_text(cls, read: ValueReader) -> Self:
         """Return an operand that is a text in every row."""
         return cls(read_value=read, read_text=read, only_type=str)
+
+    @classmethod
+    def of_number(cls, read_value: ValueReader, read_text: ValueReader) -> Self:
+        """Return an operand that is a number in every row."""
+        return cls(read_value=read_value, read_text=read_text, only_type=float)
 
 
 def constant_reader(value: SqliteValue) -> ValueReader:
@@ -147,12 +127,7 @@ def constant_reader(value: SqliteValue) -> ValueReader:
 
 def empty_text_for_null(read: ValueReader) -> ValueReader:
     """Return a function that reads '' where the value is NULL."""
-
-    def filled(row: Row, args: Arguments, items: ItemCombination) -> SqliteValue:
-        value = read(row, args, items)
-        return "" if value is None else value
-
-    return filled
+    return lambda row, args, items: "" if (value := read(row, args, items)) is None else value
 
 
 def compile_planned(planned: PlannedOperand, scope: ListScope) -> MemoryOperand:
@@ -175,90 +150,68 @@ def compile_planned(planned: PlannedOperand, scope: ListScope) -> MemoryOperand:
             operand = replace(operand, read_value=operand.read_text, only_type=str)
         case Conversion.NONE:
             pass
-    return _convert_to_double(operand) if planned.is_made_double else operand
+    if planned.is_made_double and operand.only_type is not str:
+        return replace(operand, read_value=_converted(operand.read_value, nearest_double))
+    return operand
 
 
-def compile_operand(term: Term, scope: ListScope) -> MemoryOperand:
-    """Return the operand compiled.
-
-    Raises:
-        NotInProcessError: Only PostgreSQL can evaluate it.
-    """
+def compile_operand(term: predicate.Term, scope: ListScope) -> MemoryOperand:
+    """Return the operand compiled, without conversions. Raises as ``compile_planned``."""
     match term:
-        case ParameterTerm(parameter):
+        case predicate.ParameterTerm(parameter):
             return _parameter_operand(parameter, scope.compile_context)
-        case Keyword(flag):
+        case predicate.Keyword(flag):
             if flag is None:
                 return MemoryOperand.of_text(constant_reader(None))
-            number, text = constant_reader(int(flag)), constant_reader(str(int(flag)))
-            return MemoryOperand(read_value=number, read_text=text, only_type=float)
-        case FieldValue(path, field_, modifier):
-            columns = _ColumnReaders(path, scope.compile_context)
-            return _field_with_modifier(columns, field_, modifier)
-        case SecretTerm(path, _) if path.is_scope_row:  # lower case already
+            number = int(flag)
+            return MemoryOperand.of_number(constant_reader(number), constant_reader(str(number)))
+        case predicate.FieldValue(path, field_, modifier):
+            return _field_operand(_FieldColumn(path, field_, scope.compile_context), modifier)
+        case predicate.SecretTerm(path, _) if path.is_scope_row:  # lower case already
             return MemoryOperand.of_text(constant_reader(PASSWORD_HASH_PREFIX))
-        case JsonValue(path, field_, keys, is_lower):
-            return _json_operand(
-                _ColumnReaders(path, scope.compile_context), field_, keys, is_lower=is_lower
-            )
-        case EachTerm(path):
+        case predicate.JsonValue(path, field_, keys, is_lower):
+            column = _FieldColumn(path, field_, scope.compile_context)
+            return _json_operand(column, keys, is_lower=is_lower)
+        case predicate.EachTerm(path):
             index = scope.item_index(path, _items_reader(path, scope.compile_context))
             if index >= MAX_SHARED_LISTS and scope.first_item_index == 0:
                 raise NotInProcessError
             if term.kind is FieldKind.NUMBER:
-                return _number_operand(*(_item_reader(index, convert) for convert in (int, str)))
+                return MemoryOperand.of_number(_item_reader(index, int), _item_reader(index, str))
             return MemoryOperand.of_text(_item_reader(index, str))
         case _:
             raise NotInProcessError
 
 
-def _item_reader(index: int, convert: Callable[[str], SqliteValue]) -> ValueReader:
-    def read(_row: Row, _args: Arguments, items: ItemCombination) -> SqliteValue:
-        text = items[index]
-        return None if text is None else _convert_text_form(convert, text)
-
-    return read
+def _item_reader(index: int, convert: _Converter) -> ValueReader:
+    return lambda _row, _args, items: (
+        None if (text := items[index]) is None else _convert_text_form(convert, text)
+    )
 
 
 def _convert_to_number(operand: MemoryOperand) -> MemoryOperand:
-    if operand.only_type is float:
-        return operand
-    if operand.parameter is not None:
-        if operand.read_number is None:
-            return operand
+    if operand.read_number is not None:
         return replace(operand, read_value=operand.read_number, only_type=float)
-    read = operand.read_value
-    return replace(
-        operand,
-        read_value=lambda row, args, items: number_if_numeric(read(row, args, items)),
-        only_type=None,
-    )
-
-
-def _convert_to_double(operand: MemoryOperand) -> MemoryOperand:
-    if operand.only_type is str:
+    if operand.only_type is float or operand.parameter is not None:
         return operand
-    read = operand.read_value
-    return replace(
-        operand, read_value=lambda row, args, items: nearest_double(read(row, args, items))
-    )
+    read_value = _converted(operand.read_value, number_if_numeric)
+    return replace(operand, read_value=read_value, only_type=None)
+
+
+def _converted(read: ValueReader, convert: Callable[[SqliteValue], SqliteValue]) -> ValueReader:
+    return lambda row, args, items: convert(read(row, args, items))
 
 
 def _parameter_operand(parameter: Parameter, context: CompileContext) -> MemoryOperand:
     parameter_class = context.parameter_classes[parameter]
     if parameter_class is ParameterClass.ABSENT:
         return MemoryOperand.of_text(constant_reader(None))
-    read_text = argument_reader(parameter, SqlForm.TEXT, context)
+    text = argument_reader(parameter, SqlForm.TEXT, context)
     number = argument_reader(parameter, SqlForm.NUMBER, context)
     if parameter_class.is_number:
-        return MemoryOperand(
-            read_value=number, read_text=read_text, only_type=float, parameter=parameter
-        )
-    return replace(
-        MemoryOperand.of_text(read_text),
-        parameter=parameter,
-        read_number=number if parameter_class is ParameterClass.NUMERIC_TEXT else None,
-    )
+        return replace(MemoryOperand.of_number(number, text), parameter=parameter)
+    read_number = number if parameter_class is ParameterClass.NUMERIC_TEXT else None
+    return replace(MemoryOperand.of_text(text), parameter=parameter, read_number=read_number)
 
 
 def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext) -> ValueReader:
@@ -279,21 +232,18 @@ def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext
             value if isinstance(value := args[index], str) else to_sql_value(value, form)
         )
     if form is SqlForm.JSON:
-        return lambda _row, args, _items: (
-            _json_argument(value)
-            if isinstance(value := args[index], str)
-            else to_sql_value(value, form)
-        )
+        return lambda _row, args, _items: _json_argument(args[index])
     return lambda _row, args, _items: to_sql_value(args[index], form)
 
 
-def _json_argument(text: str) -> str:
-    """Return a text as ``SqlForm.JSON``: once, not for every row and combination of list items."""
-    if text[:1] not in {"{", "["}:
-        return text
-    if len(text) > _MAX_CACHED_JSON_CHARACTERS:
-        return _ordered_json(text)
-    return _cached_ordered_json(text)
+def _json_argument(value: Scalar) -> Scalar:
+    """Return a value as ``SqlForm.JSON``: once, not for every row and combination of list items."""
+    if not isinstance(value, str):
+        return to_sql_value(value, SqlForm.JSON)
+    if value[:1] not in {"{", "["}:
+        return value
+    is_cached = len(value) <= _MAX_CACHED_JSON_CHARACTERS
+    return _cached_ordered_json(value) if is_cached else _ordered_json(value)
 
 
 _MAX_CACHED_JSON_CHARACTERS = 4096
@@ -322,30 +272,35 @@ def _has_cast_like_output(base: Type) -> bool:
     )
 
 
-class _ColumnReaders:
-    """Makes functions that read columns of the row at a path.
+def _element_type(field_: Field) -> Type:
+    element = field_.type.base.element
+    if element is None:
+        raise NotInProcessError
+    return element.base
+
+
+@dataclass(frozen=True, slots=True)
+class _FieldColumn:
+    """Makes functions and operands that read the column of a field, in the row at a path.
 
     Raises:
-        NotInProcessError: The row must be joined.
+        NotInProcessError: By every method: the row must be joined, or there is no column.
     """
 
-    def __init__(self, path: RowPath, context: CompileContext) -> None:
-        self._is_scope_row = path.is_scope_row
-        self._argument_index = context.argument_index
-        if not (
-            self._is_scope_row
-            or (path.is_caller_row and CallerColumn("") in context.argument_index)
-        ):
-            raise NotInProcessError
+    path: predicate.RowPath
+    field: Field
+    context: CompileContext
 
-    def column_reader(self, field_: Field) -> _ColumnReader:
-        """Return a function that reads the text form of the field's column."""
-        if field_.column is None:
+    def reader(self) -> _ColumnReader:
+        """Return a function that reads the text form."""
+        arguments = self.context.argument_index
+        is_bound = self.path.is_caller_row and CallerColumn("") in arguments
+        if self.field.column is None or not (self.path.is_scope_row or is_bound):
             raise NotInProcessError
-        name = field_.column.name
-        if self._is_scope_row:
+        name = self.field.column.name
+        if self.path.is_scope_row:
             return lambda row, _args: row[name]
-        index = self._argument_index[CallerColumn(name)]
+        index = arguments[CallerColumn(name)]
 
         def read_caller_column(_row: Row, args: Arguments) -> str | None:
             text = args[index]
@@ -354,19 +309,14 @@ class _ColumnReaders:
 
         return read_caller_column
 
-    def value_reader(
-        self,
-        field_: Field,
-        convert: Callable[[str], SqliteValue],
-        *,
-        reads_null_as_empty: bool = False,
-    ) -> ValueReader:
-        """Return a function that reads the field's value: the text form converted, or NULL.
+    def converted(self, convert: _Converter, *, reads_null_as_empty: bool = False) -> ValueReader:
+        """Return a function that reads the text form converted, or NULL.
 
         With ``reads_null_as_empty`` NULL is read as the empty text, if there is a row.
         """
-        read_column = self.column_reader(field_)
-        row_exists = None if self._is_scope_row else self._argument_index[CallerColumn("")]
+        read_column = self.reader()
+        is_argument = not self.path.is_scope_row
+        row_exists = self.context.argument_index[CallerColumn("")] if is_argument else None
 
         def read(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
             text = read_column(row, args)
@@ -378,83 +328,68 @@ class _ColumnReaders:
 
         return read
 
+    def number(self, to_number: _Converter, to_text: _Converter) -> MemoryOperand:
+        """Return an operand that is a number, made of the text form."""
+        return MemoryOperand.of_number(self.converted(to_number), self.converted(to_text))
 
-def _field_with_modifier(
-    columns: _ColumnReaders, field_: Field, modifier: Modifier
-) -> MemoryOperand:
-    match modifier:
-        case Modifier.WHOLE | Modifier.EACH:
-            return _whole_field(columns, field_)
-        case Modifier.LOWER:
-            return MemoryOperand.of_text(_lower_reader(_whole_field(columns, field_).read_text))
-        case Modifier.LENGTH:
-            return _length_operand(columns, field_)
+    def text(self, convert: _Converter, *, reads_null_as_empty: bool = False) -> MemoryOperand:
+        """Return an operand that is a text, made of the text form."""
+        read = self.converted(convert, reads_null_as_empty=reads_null_as_empty)
+        return MemoryOperand.of_text(read)
 
 
-def _lower_reader(read_text: ValueReader) -> ValueReader:
+def _lower_operand(read_text: ValueReader) -> MemoryOperand:
     def lowered(row: Row, args: Arguments, items: ItemCombination) -> SqliteValue:
         text = read_text(row, args, items)
         return ascii_lower(text) if isinstance(text, str) else None
 
-    return lowered
+    return MemoryOperand.of_text(lowered)
 
 
-def _whole_field(columns: _ColumnReaders, field_: Field) -> MemoryOperand:
-    base = field_.type.base
-    if field_.is_multiple:
-        return MemoryOperand.of_text(columns.value_reader(field_, _list_text_converter(field_)))
-    match field_.kind:
+def _field_operand(column: _FieldColumn, modifier: predicate.Modifier) -> MemoryOperand:
+    match modifier:
+        case predicate.Modifier.WHOLE | predicate.Modifier.EACH:
+            return _whole_field(column)
+        case predicate.Modifier.LOWER:
+            return _lower_operand(_whole_field(column).read_text)
+        case predicate.Modifier.LENGTH:
+            read = _length_reader(column)
+            return MemoryOperand.of_number(read, _converted(read, str))
+
+
+def _whole_field(column: _FieldColumn) -> MemoryOperand:
+    base = column.field.type.base
+    if column.field.is_multiple:
+        return column.text(_list_text_converter(column.field))
+    match column.field.kind:
         case FieldKind.NUMBER if base.name in _INTEGERS:
-            return _number_operand(
-                columns.value_reader(field_, int), columns.value_reader(field_, str)
-            )
+            return column.number(int, str)
         case FieldKind.NUMBER if base.name == "numeric":
-            return _number_operand(
-                columns.value_reader(field_, parse_numeric),
-                columns.value_reader(field_, trim_numeric_text),
-            )
+            return column.number(text_values.parse_numeric, text_values.trim_numeric_text)
         case FieldKind.NUMBER if base.name in _FLOATS:
-            read_text = columns.value_reader(field_, lambda text: number_text(parse_double(text)))
-            return _number_operand(columns.value_reader(field_, parse_double), read_text)
+            return column.number(
+                text_values.parse_double,
+                lambda text: text_values.number_text(text_values.parse_double(text)),
+            )
         case FieldKind.BOOL:
-            read_text = columns.value_reader(field_, lambda text: str(parse_bool(text)))
-            return _number_operand(columns.value_reader(field_, parse_bool), read_text)
-        case FieldKind.DATE if base.name in DATE_CONVERTERS:
-            return MemoryOperand.of_text(
-                columns.value_reader(field_, DATE_CONVERTERS[base.name], reads_null_as_empty=True)
+            return column.number(
+                text_values.parse_bool, lambda text: str(text_values.parse_bool(text))
             )
+        case FieldKind.DATE if base.name in text_values.DATE_CONVERTERS:
+            return column.text(text_values.DATE_CONVERTERS[base.name], reads_null_as_empty=True)
         case FieldKind.RELATION if _has_cast_like_output(base):
-            return MemoryOperand.of_text(
-                columns.value_reader(field_, str, reads_null_as_empty=True)
-            )
+            return column.text(str, reads_null_as_empty=True)
         case FieldKind.TEXT | FieldKind.FILE if _has_cast_like_output(base):
-            return MemoryOperand.of_text(columns.value_reader(field_, str))
+            return column.text(str)
         case _:
             raise NotInProcessError
 
 
-def _number_operand(read_value: ValueReader, read_text: ValueReader) -> MemoryOperand:
-    return MemoryOperand(read_value=read_value, read_text=read_text, only_type=float)
-
-
-def _length_operand(columns: _ColumnReaders, field_: Field) -> MemoryOperand:
-    read = (
-        _item_count_reader(columns, field_)
-        if field_.is_multiple
-        else _presence_reader(_whole_field(columns, field_).read_text)
-    )
-    return MemoryOperand(
-        read_value=read,
-        read_text=lambda row, args, items: str(read(row, args, items)),
-        only_type=float,
-    )
-
-
-def _item_count_reader(columns: _ColumnReaders, field_: Field) -> ValueReader:
-    element = field_.type.base.element
-    if element is None:
-        raise NotInProcessError
-    read_column, delimiter = columns.column_reader(field_), element.base.delimiter
+def _length_reader(column: _FieldColumn) -> ValueReader:
+    if not column.field.is_multiple:
+        read_text = _whole_field(column).read_text
+        return lambda row, args, items: int(not is_blank(read_text(row, args, items)))
+    delimiter, read_column = _element_type(column.field).delimiter, column.reader()
 
     def count(row: Row, args: Arguments, _items: ItemCombination) -> int:
         text = read_column(row, args)
@@ -465,18 +400,11 @@ def _item_count_reader(columns: _ColumnReaders, field_: Field) -> ValueReader:
     return count
 
 
-def _presence_reader(read_text: ValueReader) -> ValueReader:
-    return lambda row, args, items: int(not is_blank(read_text(row, args, items)))
-
-
-def _items_reader(path: RowPath, context: CompileContext) -> ItemsReader:
+def _items_reader(path: predicate.RowPath, context: CompileContext) -> ItemsReader:
     """Return a function that reads the items of a list; one that is NULL if there are none."""
     match path.steps:
-        case (EachValue(field_),):
-            element = field_.type.base.element
-            if element is None or not _has_cast_like_output(element.base):
-                raise NotInProcessError
-            read_column = _ColumnReaders(RowPath(path.root), context).column_reader(field_)
+        case (predicate.EachValue(field_),) if _has_cast_like_output(_element_type(field_)):
+            read_column = _FieldColumn(predicate.RowPath(path.root), field_, context).reader()
         case _:
             raise NotInProcessError
 
@@ -487,39 +415,30 @@ def _items_reader(path: RowPath, context: CompileContext) -> ItemsReader:
     return read
 
 
-def _list_text_converter(field_: Field) -> Callable[[str], SqliteValue]:
+def _list_text_converter(field_: Field) -> _Converter:
     """Return what converts an array's text form to JSON, for element types where that is exact."""
-    element = field_.type.base.element
-    if element is None:
-        raise NotInProcessError
-    base = element.base
-    match field_.kind, base.name:
-        case FieldKind.BOOL, _:
-            return array_json_converter(lambda text: "true" if text.startswith("t") else "false")
-        case FieldKind.NUMBER, name if name in _INTEGERS:
-            return array_json_converter(str)
-        case (FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE, _) if _has_cast_like_output(
-            base
-        ):
-            return array_json_converter(json_string)
+    base = _element_type(field_)
+    match field_.kind:
+        case FieldKind.BOOL:
+            return text_values.array_json_converter(
+                lambda text: "true" if text.startswith("t") else "false"
+            )
+        case FieldKind.NUMBER if base.name in _INTEGERS:
+            return text_values.array_json_converter(str)
+        case FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE if _has_cast_like_output(base):
+            return text_values.array_json_converter(compact_json)
         case _:
             raise NotInProcessError
 
 
-def _json_operand(
-    columns: _ColumnReaders, field_: Field, keys: Sequence[str], *, is_lower: bool
-) -> MemoryOperand:
-    if field_.kind is not FieldKind.JSON or field_.type.base.name != "jsonb":
+def _json_operand(column: _FieldColumn, keys: tuple[str, ...], *, is_lower: bool) -> MemoryOperand:
+    if column.field.kind is not FieldKind.JSON or column.field.type.base.name != "jsonb":
         raise NotInProcessError
-    read_column, path = columns.column_reader(field_), tuple(keys)
+    read = column.reader()
 
-    def read_text(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
-        return json_at_path(read_column(row, args), path, is_as_text=True)
+    def at_path(*, is_as_text: bool) -> ValueReader:
+        return lambda row, args, _items: json_at_path(read(row, args), keys, is_as_text=is_as_text)
 
-    if is_lower:
-        return MemoryOperand.of_text(_lower_reader(read_text))
-
-    def read_value(row: Row, args: Arguments, _items: ItemCombination) -> SqliteValue:
-        return json_at_path(read_column(row, args), path, is_as_text=False)
-
-    return MemoryOperand(read_value=read_value, read_text=read_text, only_type=None)
+    value, text = at_path(is_as_text=False), at_path(is_as_text=True)
+    whole = MemoryOperand(read_value=value, read_text=text, only_type=None)
+    return _lower_operand(text) if is_lower else whole

@@ -4,9 +4,8 @@ Each converter gives what the SQL of ``rules.sql`` gives, or raises ``UndecidedE
 may be of another type than the catalogue says, since the stream can be ahead of it.
 """
 
-from __future__ import annotations
-
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -53,13 +52,9 @@ def trim_numeric_text(text: str) -> str:
 
 
 def parse_double(text: str) -> float:
-    """Return the double of a number's text form.
-
-    Raises:
-        UndecidedError: There is none: PostgreSQL reports an error.
-    """
+    """Return the double of a number's text form; undecided where PostgreSQL reports an error."""
     number = float(text)
-    if number == 0 or number in _INFINITIES:
+    if number == 0 or math.isinf(number):
         digits = text.partition("e")[0]
         is_overflow = number != 0 and digits[-1].isdigit()
         is_underflow = number == 0 and digits.strip("-0.") != ""
@@ -68,26 +63,15 @@ def parse_double(text: str) -> float:
     return number
 
 
-_INFINITIES = (float("inf"), float("-inf"))
-
-
 def number_text(number: float) -> str:
-    """Return a number column's text, as ``sql.conversions.number_text_sql`` does.
-
-    Raises:
-        UndecidedError: It would have an exponent, or isn't finite.
-    """
+    """Return a number column's text as ``sql.conversions.number_text_sql`` does."""
     if number.is_integer() and abs(number) < _MAX_WHOLE_FLOAT:
         return str(int(number))
     return float_text(number)
 
 
 def float_text(number: float) -> str:
-    """Return a float's text, as ``sql.conversions.float_text_sql`` does.
-
-    Raises:
-        UndecidedError: It would have an exponent, or isn't finite.
-    """
+    """Return a float's text as ``float_text_sql``; undecided with an exponent or if not finite."""
     if number == 0:
         return "0.0"
     if not _MIN_PLAIN_FLOAT <= abs(number) < _MAX_PLAIN_FLOAT:
@@ -175,11 +159,6 @@ def array_json_converter(item_json: Callable[[str], str]) -> Callable[[str], str
     return convert
 
 
-def json_string(text: str) -> str:
-    """Return the text as a JSON string."""
-    return json.dumps(text, ensure_ascii=False)
-
-
 # --- json
 
 
@@ -231,13 +210,11 @@ def _json_member(node: object, key: str) -> object:
 
 def _json_value(node: object) -> SqliteValue:
     match node:
-        case None:
-            return None
         case bool():
             return int(node)
         case JsonNumber():
             return parse_numeric(node)
-        case str():
+        case None | str():
             return node
         case _:
             return compact_json(node)
