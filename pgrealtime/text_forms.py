@@ -4,8 +4,6 @@ Source: PostgreSQL docs, "Array Input and Output Syntax", "Composite Type Input 
 The text comes from the server, so its syntax isn't checked.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache

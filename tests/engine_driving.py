@@ -19,7 +19,7 @@ from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
-from pgrealtime.rules.language.parameters import macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
 
@@ -64,7 +64,7 @@ def evaluate_rows(
         among: The members to test without the index; None is all, by the index.
         before_state: Related tables before the transaction that deleted the rows.
     """
-    evaluation: Evaluation[int, CallerMember] = Evaluation(macro_values_at(now))
+    evaluation: Evaluation[int, CallerMember] = Evaluation(MacroValues(now))
     for number, row in enumerate(rows):
         evaluated: RowEvaluation[CallerMember] = RowEvaluation(
             row, frozenset(), evaluation.macro_values, before_state

@@ -36,7 +36,7 @@ from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate
-from pgrealtime.rules.language.parameters import macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues
 
 _MAX_ROWS = 20_000
 """Related rows of one batch; further ones are left out."""
@@ -94,7 +94,7 @@ class LoadBatch:
     def __init__(self, session: ReadSession, junction_hops: JunctionHops) -> None:
         self._session = session
         self._junction_hops = junction_hops
-        self._macro_values = macro_values_at(datetime.now(UTC))
+        self._macro_values = MacroValues(datetime.now(UTC))
         self._ids_by_relation: dict[RelationKey, dict[str, Ids | None]] = defaultdict(dict)
         """By relation and source record, present ids; None if they couldn't be loaded."""
         self._rows: dict[str, dict[str, Row]] = defaultdict(dict)

@@ -49,7 +49,7 @@ from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
-from pgrealtime.rules.language.parameters import macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter
@@ -334,7 +334,7 @@ class _Explainer:
         if isinstance(bound, DenyAll):
             return False
         member = _IndexMember(bound.specialization, bound.values)
-        evaluation: Evaluation[int, _IndexMember] = Evaluation(macro_values_at(self._now))
+        evaluation: Evaluation[int, _IndexMember] = Evaluation(MacroValues(self._now))
         evaluated: RowEvaluation[_IndexMember] = RowEvaluation(
             row, frozenset(), evaluation.macro_values
         )

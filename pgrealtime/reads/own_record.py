@@ -26,7 +26,7 @@ from pgrealtime.rule_queries.session import ReadSessionFactory
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate
-from pgrealtime.rules.language.parameters import macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 
@@ -112,7 +112,7 @@ class OwnRecordRenderer:
     async def _matches(self, collection: Collection, row: Row, bound: BoundPredicate) -> bool:
         version: RecordVersion = collection.name, "", 0
         evaluation: Evaluation[RecordVersion, BoundPredicate] = Evaluation(
-            macro_values_at(datetime.now(UTC))
+            MacroValues(datetime.now(UTC))
         )
         evaluation.add(version, collection, row, [bound])
         try:

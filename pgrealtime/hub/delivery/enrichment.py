@@ -39,7 +39,7 @@ from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rules.engine.before_state import BeforeStates
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.plan import BoundPredicate
-from pgrealtime.rules.language.parameters import macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +67,7 @@ class Enrichment(Struct):
     """Viewers whose related records would take too long: their connections must fall behind."""
 
 
-NO_ENRICHMENT = Enrichment(Evaluation(macro_values_at(datetime.now(UTC))), RelatedRecords())
+NO_ENRICHMENT = Enrichment(Evaluation(MacroValues(datetime.now(UTC))), RelatedRecords())
 
 
 class _Needs(NamedTuple):
@@ -181,7 +181,7 @@ class SliceEnricher:
     ) -> _Needs:
         """Collect what the receivers need, and add the rows to evaluate manage rules for."""
         evaluation: Evaluation[int, BoundPredicate] = Evaluation(
-            macro_values_at(datetime.now(UTC)), frozenset(event.xid for event in events)
+            MacroValues(datetime.now(UTC)), frozenset(event.xid for event in events)
         )
         expands: list[ExpandRequest] = []
         managed: set[int] = set()

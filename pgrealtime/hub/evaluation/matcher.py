@@ -34,7 +34,7 @@ from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.engine.work_budget import FilterWorkBudget
-from pgrealtime.rules.language.parameters import MacroValues, macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
@@ -178,7 +178,7 @@ class Matcher:
         do in the process. ``deferred_groups`` are those that an earlier evaluation deferred, by
         index, to evaluate as well; None makes this one defer groups, if it has a budget.
         """
-        evaluation: Evaluation[int, Group] = Evaluation(macro_values_at(now))
+        evaluation: Evaluation[int, Group] = Evaluation(MacroValues(now))
         if only_groups is not None:
             only_groups = [
                 g for g in only_groups if g.specialization.has_remote_filter == has_remote_filter
@@ -236,7 +236,7 @@ class Matcher:
         never match. The callers are those of the event, though the row may be later: code that
         delivers by it checks them.
         """
-        evaluation: Evaluation[int, Group] = Evaluation(macro_values_at(now))
+        evaluation: Evaluation[int, Group] = Evaluation(MacroValues(now))
 
         def steps() -> Iterator[None]:
             for index, (event, groups) in enumerate(rows):

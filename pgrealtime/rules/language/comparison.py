@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from pgrealtime.collections.model import Field, FieldKind
+from pgrealtime.collections.model import FieldKind
 from pgrealtime.rules.language.parameters import (
     Parameter,
     ParameterClass,
@@ -31,9 +31,11 @@ from pgrealtime.rules.language.predicate import (
     Keyword,
     Modifier,
     ParameterTerm,
+    RowPath,
     SecretTerm,
     Strftime,
     Term,
+    is_multiple,
 )
 from pgrealtime.rules.language.sqlite_values import like_pattern
 from pgrealtime.rules.language.syntax import Op
@@ -103,7 +105,7 @@ class PlannedOperand:
     """All of its values are compared: it needs joins, or items, of its own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ValueComparison:
     """A comparison of one value with one value."""
 
@@ -139,18 +141,17 @@ def plan_comparison(
 ) -> ComparisonPlan:
     """Return what the comparison means for parameters of these classes."""
     op = comparison.op
-    left, right = (_side(t, parameter_classes) for t in (comparison.left, comparison.right))
-    is_left_searched, is_right_searched = comparison.matches_all()
+    terms = comparison.left, comparison.right
+    left, right = (_Side(term, traits(term, parameter_classes)) for term in terms)
+    is_left_searched = not comparison.is_any and is_multiple(comparison.left)
+    is_right_searched = not comparison.is_any and is_multiple(comparison.right)
     if not (is_left_searched or is_right_searched):
         return ComparisonPlan(_plan_values(op, left, right))
-    shared_right = replace(right, wildcards=_Wildcards.NONE) if is_right_searched else right
+    shared_right = replace(right, is_bare_pattern=True) if is_right_searched else right
+    left_of_search = _side_of_search(left, is_searched=is_left_searched)
+    right_of_search = _side_of_search(right, is_searched=is_right_searched)
     return ComparisonPlan(
-        _plan_values(op, left, shared_right),
-        _plan_values(
-            op,
-            _side_of_search(left, is_searched=is_left_searched),
-            _side_of_search(right, is_searched=is_right_searched),
-        ),
+        _plan_values(op, left, shared_right), _plan_values(op, left_of_search, right_of_search)
     )
 
 
@@ -158,42 +159,23 @@ def plan_values(
     op: Op, left: Term, right: Term, parameter_classes: Mapping[Parameter, ParameterClass]
 ) -> ValueComparison:
     """Return what ``left op right`` means for one value of either."""
-    return _plan_values(op, _side(left, parameter_classes), _side(right, parameter_classes))
+    return _plan_values(op, *(_Side(t, traits(t, parameter_classes)) for t in (left, right)))
 
 
 # --- planning
 
 
-class _Wildcards(Enum):
-    """Where LIKE with a formatted time on its right side has its ``%`` from.
+@dataclass(frozen=True, slots=True)
+class _Side:
+    term: Term
+    traits: Traits
+    is_searched: bool = False
+    is_bare_pattern: bool = False
+    """As the pattern of LIKE a formatted time gets no ``%``.
 
     PocketBase makes patterns of the constants, which are the format and its modifiers. Where the
     times are searched for a counter-example it undoes that, and puts the ``%`` around each of them.
     """
-
-    FROM_CONSTANTS = auto()
-    NONE = auto()
-    AROUND = auto()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Side:
-    term: Term
-    traits: Traits
-    parameter_class: ParameterClass | None
-    """Of a parameter."""
-    wildcards: _Wildcards = _Wildcards.FROM_CONSTANTS
-    is_searched: bool = False
-
-
-def _side(term: Term, parameter_classes: Mapping[Parameter, ParameterClass]) -> _Side:
-    return _Side(
-        term=term,
-        traits=traits(term, parameter_classes),
-        parameter_class=(
-            parameter_classes[term.parameter] if isinstance(term, ParameterTerm) else None
-        ),
-    )
 
 
 def _side_of_search(side: _Side, *, is_searched: bool) -> _Side:
@@ -204,8 +186,7 @@ def _side_of_search(side: _Side, *, is_searched: bool) -> _Side:
     with a constant.
     """
     if is_searched:
-        counted = replace(side.traits, is_nonempty=False)
-        return replace(side, traits=counted, wildcards=_Wildcards.AROUND, is_searched=True)
+        return replace(side, traits=replace(side.traits, is_nonempty=False), is_searched=True)
     is_nonempty = side.traits.is_nonempty or (
         side.traits.null_fallback is not NullFallback.AUTO and side.traits.has_constants
     )
@@ -220,44 +201,29 @@ def _plan_values(op: Op, left: _Side, right: _Side) -> ValueComparison:
         case Op.EQ | Op.NE:
             return _plan_equality(op, left, right)
         case Op.LT | Op.LE | Op.GT | Op.GE:
-            planned_left, planned_right = _comparable(left, right)
-            return ValueComparison(
-                kind=ComparisonKind.ORDER, op=op, left=planned_left, right=planned_right
-            )
+            return ValueComparison(ComparisonKind.ORDER, op, *_comparable(left, right))
 
 
 def _plan_equality(op: Op, left: _Side, right: _Side) -> ValueComparison:
     """Return the first meaning of ``=`` and ``!=`` that applies."""
-    left_traits, right_traits = left.traits, right.traits
-    is_null_safe = NullFallback.DISABLED in {left_traits.null_fallback, right_traits.null_fallback}
-    if not is_null_safe and not (left_traits.is_nonempty or right_traits.is_nonempty):
+    is_null_safe = NullFallback.DISABLED in {left.traits.null_fallback, right.traits.null_fallback}
+    if not is_null_safe and not (left.traits.is_nonempty or right.traits.is_nonempty):
         return _plan_equality_of_unknown(op, left, right)
+    kind, planned = ComparisonKind.NOT_DISTINCT, _comparable(left, right)
     if op is Op.EQ and not is_null_safe:
         kind = ComparisonKind.EQUAL
-    else:
-        kind = ComparisonKind.TRUTH if right_traits.is_isset else ComparisonKind.NOT_DISTINCT
-    if kind is ComparisonKind.TRUTH:
-        planned = _unconverted(left), _unconverted(right)
-    else:
-        planned = _comparable(left, right)
-    if not is_null_safe:
-        planned = _empty_as_text(planned[0], left), _empty_as_text(planned[1], right)
-    return ValueComparison(
-        kind=kind,
-        op=op,
-        left=_constant_as_json(planned[0], left, right),
-        right=_constant_as_json(planned[1], right, left),
-        is_null_safe=is_null_safe,
+    elif right.traits.is_isset:
+        kind, planned = ComparisonKind.TRUTH, (_unconverted(left), _unconverted(right))
+    planned_left, planned_right = (
+        replace(
+            operand,
+            is_empty_text=side.traits.is_empty and not is_null_safe,
+            is_json_text=side.traits.parameter_class in _JSON_SPELLED_CLASSES
+            and isinstance(other.term, JsonValue),
+        )
+        for operand, side, other in zip(planned, (left, right), (right, left), strict=True)
     )
-
-
-def _empty_as_text(planned: PlannedOperand, side: _Side) -> PlannedOperand:
-    return replace(planned, is_empty_text=True) if side.traits.is_empty else planned
-
-
-def _constant_as_json(planned: PlannedOperand, side: _Side, other: _Side) -> PlannedOperand:
-    is_spelled = side.parameter_class in _JSON_SPELLED_CLASSES and isinstance(other.term, JsonValue)
-    return replace(planned, is_json_text=True) if is_spelled else planned
+    return ValueComparison(kind, op, planned_left, planned_right, is_null_safe=is_null_safe)
 
 
 _JSON_SPELLED_CLASSES = frozenset({ParameterClass.TEXT, ParameterClass.DANGLING_ESCAPE})
@@ -271,30 +237,26 @@ def _plan_equality_of_unknown(op: Op, left: _Side, right: _Side) -> ValueCompari
         kind = ComparisonKind.CONSTANT if all(is_empty) else ComparisonKind.BLANK
         if is_empty[0]:
             left, right = right, left
-        planned_left, planned_right = _unconverted(left), _unconverted(right)
+        planned = _unconverted(left), _unconverted(right)
     else:
         kind = ComparisonKind.COALESCED
-        planned_left, planned_right = _with_equal_precision(_unconverted(left), _unconverted(right))
-    return ValueComparison(kind=kind, op=op, left=planned_left, right=planned_right)
+        planned = _with_equal_precision(_unconverted(left), _unconverted(right))
+    return ValueComparison(kind, op, *planned)
 
 
 def _comparable(left: _Side, right: _Side) -> tuple[PlannedOperand, PlannedOperand]:
     """Return both sides with SQLite's affinities applied: numeric before text before none."""
-    planned_left, planned_right = _unconverted(left), _unconverted(right)
-    match left.traits.affinity, right.traits.affinity:
-        case (Affinity.NUMERIC, Affinity.NUMERIC) | (Affinity.TEXT, Affinity.TEXT):
-            pass
-        case Affinity.NUMERIC, _:
-            planned_right = replace(planned_right, conversion=Conversion.NUMBER)
-        case _, Affinity.NUMERIC:
-            planned_left = replace(planned_left, conversion=Conversion.NUMBER)
-        case Affinity.TEXT, Affinity.NONE:
-            planned_right = replace(planned_right, conversion=Conversion.TEXT)
+    return _with_equal_precision(_converted(left, right), _converted(right, left))
+
+
+def _converted(side: _Side, other: _Side) -> PlannedOperand:
+    match side.traits.affinity, other.traits.affinity:
+        case ((Affinity.TEXT | Affinity.NONE), Affinity.NUMERIC):
+            return replace(_unconverted(side), conversion=Conversion.NUMBER)
         case Affinity.NONE, Affinity.TEXT:
-            planned_left = replace(planned_left, conversion=Conversion.TEXT)
+            return replace(_unconverted(side), conversion=Conversion.TEXT)
         case _:
-            pass
-    return _with_equal_precision(planned_left, planned_right)
+            return _unconverted(side)
 
 
 def _unconverted(side: _Side) -> PlannedOperand:
@@ -309,24 +271,17 @@ def _with_equal_precision(
         is_double(operand.term) and operand.conversion is not Conversion.TEXT
         for operand in (left, right)
     )
-    if is_left_double is is_right_double:
-        return left, right
-    return (
-        replace(left, is_made_double=not is_left_double),
-        replace(right, is_made_double=not is_right_double),
-    )
+    if is_left_double:
+        return left, replace(right, is_made_double=not is_right_double)
+    return replace(left, is_made_double=is_right_double), right
 
 
 def _plan_like(op: Op, left: _Side, right: _Side) -> ValueComparison:
     pattern_term, pattern = _like_pattern(right)
-    is_dangling = right.parameter_class is ParameterClass.DANGLING_ESCAPE
-    return ValueComparison(
-        kind=ComparisonKind.LIKE_NOTHING if is_dangling else ComparisonKind.LIKE,
-        op=op,
-        left=_unconverted(left),
-        right=replace(_unconverted(right), term=pattern_term),
-        pattern=pattern,
-    )
+    is_dangling = right.traits.parameter_class is ParameterClass.DANGLING_ESCAPE
+    kind = ComparisonKind.LIKE_NOTHING if is_dangling else ComparisonKind.LIKE
+    planned_right = replace(_unconverted(right), term=pattern_term)
+    return ValueComparison(kind, op, _unconverted(left), planned_right, pattern=pattern)
 
 
 def _like_pattern(side: _Side) -> tuple[Term, Pattern]:
@@ -337,13 +292,13 @@ def _like_pattern(side: _Side) -> tuple[Term, Pattern]:
     """
     match side.term:
         case ParameterTerm():
-            is_absent = side.parameter_class is ParameterClass.ABSENT
+            is_absent = side.traits.parameter_class is ParameterClass.ABSENT
             return side.term, Pattern.NULL if is_absent else Pattern.BOUND
         case GeoDistance(args) if any(isinstance(arg, ParameterTerm) for arg in args):
             return side.term, Pattern.NULL
-        case Strftime() if side.wildcards is _Wildcards.NONE:
+        case Strftime() if side.is_bare_pattern:
             return side.term, Pattern.TEXT
-        case Strftime(layout, time, modifiers) if side.wildcards is _Wildcards.FROM_CONSTANTS:
+        case Strftime(layout, time, modifiers) if not side.is_searched:
             if modifiers or isinstance(time, ParameterTerm):
                 return side.term, Pattern.NULL
             return Strftime(like_pattern(layout), time, ()), Pattern.TEXT
@@ -377,7 +332,7 @@ class NullFallback(Enum):
 class Traits:
     """All that decides how an operand is compared, before its value is known."""
 
-    affinity: Affinity
+    affinity: Affinity = Affinity.NONE
     null_fallback: NullFallback = NullFallback.AUTO
     is_empty: bool = False
     """Known to be NULL or the empty text."""
@@ -388,41 +343,35 @@ class Traits:
     asks for the other side's truth."""
     has_constants: bool = False
     """A function with constants in its arguments, none of them the empty text."""
+    parameter_class: ParameterClass | None = None
+    """Of a parameter."""
 
 
 def traits(term: Term, parameter_classes: Mapping[Parameter, ParameterClass]) -> Traits:
     """Return the traits of an operand whose parameters have these classes."""
     match term:
         case ParameterTerm(parameter):
-            is_empty = parameter_classes[parameter].is_empty
+            parameter_class_ = parameter_classes[parameter]
             return Traits(
-                affinity=Affinity.NONE,
-                is_empty=is_empty,
-                is_nonempty=not is_empty,
+                is_empty=parameter_class_.is_empty,
+                is_nonempty=not parameter_class_.is_empty,
                 is_isset=isinstance(parameter, RequestValue) and parameter.is_isset,
+                parameter_class=parameter_class_,
             )
         case AbsentEach():
-            return Traits(affinity=Affinity.NONE, is_nonempty=True)
+            return Traits(is_nonempty=True)
         case Keyword(value):
-            return Traits(
-                affinity=Affinity.NONE, is_empty=value is None, is_nonempty=value is not None
-            )
+            return Traits(is_empty=value is None, is_nonempty=value is not None)
         case FieldValue() | EachTerm() | SecretTerm():
             return Traits(affinity=_affinity(term))
         case JsonValue():
-            return Traits(affinity=Affinity.NONE, null_fallback=NullFallback.DISABLED)
+            return Traits(null_fallback=NullFallback.DISABLED)
         case GeoDistance(args):
-            return Traits(
-                affinity=Affinity.NONE,
-                null_fallback=NullFallback.DISABLED,
-                has_constants=_has_constants(args, (), parameter_classes),
-            )
+            has_constants = _has_constants(args, (), parameter_classes)
+            return Traits(null_fallback=NullFallback.DISABLED, has_constants=has_constants)
         case Strftime(layout, time, modifiers):
-            return Traits(
-                affinity=Affinity.NONE,
-                null_fallback=NullFallback.ENFORCED,
-                has_constants=_has_constants((time,), (layout, *modifiers), parameter_classes),
-            )
+            has_constants = _has_constants((time,), (layout, *modifiers), parameter_classes)
+            return Traits(null_fallback=NullFallback.ENFORCED, has_constants=has_constants)
 
 
 def _has_constants(
@@ -441,22 +390,17 @@ _NUMERIC_KINDS = frozenset({FieldKind.NUMBER, FieldKind.BOOL})
 
 
 def _affinity(term: FieldValue | EachTerm | SecretTerm) -> Affinity:
+    """Return the affinity of PocketBase's column; lists and points are of type JSON there."""
     match term:
         case EachTerm(kind=kind):
             return Affinity.NUMERIC if kind in _NUMERIC_KINDS else Affinity.NONE
         case FieldValue(field=field, modifier=Modifier.WHOLE):
-            return _field_affinity(field)
+            is_json = field.is_multiple or field.kind is FieldKind.GEO_POINT
+            return Affinity.NUMERIC if is_json or field.kind in _NUMERIC_KINDS else Affinity.TEXT
         case SecretTerm(modifier=Modifier.WHOLE):
             return Affinity.TEXT
         case FieldValue() | SecretTerm():
             return Affinity.NONE
-
-
-def _field_affinity(field: Field) -> Affinity:
-    """Return the affinity of PocketBase's column; lists and points are of type JSON there."""
-    if field.is_multiple or field.kind in _NUMERIC_KINDS or field.kind is FieldKind.GEO_POINT:
-        return Affinity.NUMERIC
-    return Affinity.TEXT
 
 
 def is_double(term: Term) -> bool:
@@ -465,13 +409,12 @@ def is_double(term: Term) -> bool:
     What is compared with a double is compared as a double.
     """
     match term:
-        case FieldValue(field=field, modifier=Modifier.WHOLE | Modifier.EACH) if (
-            not field.is_multiple
-        ):
-            return field.kind is FieldKind.NUMBER and field.type.base.name in _DOUBLE_TYPES
-        case EachTerm(path) if isinstance(path.steps[-1], EachValue):
-            element = path.steps[-1].field.type.base.element
-            is_number = term.kind is FieldKind.NUMBER
+        case FieldValue(field=field, modifier=Modifier.WHOLE | Modifier.EACH):
+            is_number = field.kind is FieldKind.NUMBER and not field.is_multiple
+            return is_number and field.type.base.name in _DOUBLE_TYPES
+        case EachTerm(RowPath(steps=(*_, EachValue(field)))):
+            element = field.type.base.element
+            is_number = field.kind is FieldKind.NUMBER
             return is_number and element is not None and element.base.name in _DOUBLE_TYPES
         case JsonValue(field=field):
             return field.kind is FieldKind.GEO_POINT and not field.is_stored_as_json

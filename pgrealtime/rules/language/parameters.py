@@ -4,17 +4,16 @@
 never on their values, so one translation serves all callers whose values have the same classes.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
+from operator import attrgetter
 from typing import TypeAlias
 
-from pgrealtime.auth.principal import AuthRecord, Guest, Superuser
+from pgrealtime.auth.principal import AuthRecord, Guest, Principal, Superuser
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import (
     LoweredNumber,
@@ -25,7 +24,6 @@ from pgrealtime.rules.language.sqlite_values import (
     json_in_jsonb_order,
     like_pattern,
     looks_numeric,
-    replace_unstorable,
     sqlite_text,
     storable,
 )
@@ -150,22 +148,18 @@ def parameter_class(value: Scalar) -> ParameterClass:
     match value:
         case None:
             return ParameterClass.ABSENT
+        case "":
+            return ParameterClass.EMPTY
+        case str() if looks_numeric(value):
+            return ParameterClass.NUMERIC_TEXT
         case str():
-            return _text_class(value)
+            pattern = like_pattern(value)
+            is_dangling = (len(pattern) - len(pattern.rstrip("\\"))) % 2
+            return ParameterClass.DANGLING_ESCAPE if is_dangling else ParameterClass.TEXT
         case int():
             return ParameterClass.INTEGER
         case float():
             return ParameterClass.FLOAT
-
-
-def _text_class(text: str) -> ParameterClass:
-    if not text:
-        return ParameterClass.EMPTY
-    if looks_numeric(text):
-        return ParameterClass.NUMERIC_TEXT
-    pattern = like_pattern(text)
-    trailing_backslashes = len(pattern) - len(pattern.rstrip("\\"))
-    return ParameterClass.DANGLING_ESCAPE if trailing_backslashes % 2 else ParameterClass.TEXT
 
 
 def fixed_parameter_class(parameter: Parameter) -> ParameterClass | None:
@@ -174,15 +168,10 @@ def fixed_parameter_class(parameter: Parameter) -> ParameterClass | None:
         case LiteralParameter(value):
             return parameter_class(storable(value))
         case Macro():
-            return ParameterClass.INTEGER if parameter in _TIME_PARTS else ParameterClass.TEXT
+            any_time = datetime(2000, 1, 1, tzinfo=UTC)
+            return parameter_class(_macro_value(parameter, any_time))
         case LiftedLiteral() | RequestValue():
             return None
-
-
-_TIME_PARTS = frozenset(
-    {Macro.SECOND, Macro.MINUTE, Macro.HOUR, Macro.DAY, Macro.MONTH, Macro.YEAR, Macro.WEEKDAY}
-)
-"""The macros that are integers. The others are dates as text."""
 
 
 def parameter_value(
@@ -211,18 +200,19 @@ _GO_FLOAT = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 """What Go's ``strconv.ParseFloat`` reads, hexadecimal numbers excepted."""
-_SUPERUSERS_COLLECTION_ID = "pbc_3142635823"
-"""Id of PocketBase's collection of superusers, the same in every installation."""
+_SUPERUSER = AuthRecord(
+    collection_id="pbc_3142635823", collection_name="_superusers", id="", verified=True
+)
+"""A superuser's ``@request.auth``. The collection's id is the same in every installation."""
 
 
 def _request_value(parameter: RequestValue, request: RuleRequest) -> Scalar:
     value = _request_member(parameter.path, request)
     if parameter.is_isset:
         return int(value is not None)
-    if isinstance(value, str):
-        value = replace_unstorable(value)
-        if parameter.is_read_as_number:
-            value = _go_number_or_text(value)
+    value = None if value is None else storable(value)
+    if isinstance(value, str) and parameter.is_read_as_number:
+        value = _go_number_or_text(value)
     if not parameter.is_lower or value is None:
         return value
     text = sqlite_text(value)
@@ -253,62 +243,50 @@ def _request_member(path: tuple[str, ...], request: RuleRequest) -> Scalar:
         case ("headers", key):
             return request.headers.get(key)
         case ("auth", field):
-            return _principal_field(field, request)
+            return _principal_field(field, request.principal)
         case _:
             return None
 
 
-def _principal_field(field: str, request: RuleRequest) -> Scalar:
-    fields: dict[str, Scalar]
-    match request.principal:
+PRINCIPAL_FIELDS: dict[str, Callable[[AuthRecord], Scalar]] = {
+    "id": attrgetter("id"),
+    "collectionId": attrgetter("collection_id"),
+    "collectionName": attrgetter("collection_name"),
+    "email": attrgetter("email"),
+    "emailVisibility": attrgetter("email_visibility"),
+    "verified": attrgetter("verified"),
+}
+"""The fields of ``@request.auth`` that are known from the authentication, without a query."""
+
+
+def _principal_field(field: str, principal: Principal) -> Scalar:
+    match principal:
         case Guest():
             return None
-        case AuthRecord() as record:
-            fields = {
-                "id": record.id,
-                "collectionId": record.collection_id,
-                "collectionName": record.collection_name,
-                "email": record.email,
-                "emailVisibility": record.email_visibility,
-                "verified": record.verified,
-            }
         case Superuser(id):
-            fields = {
-                "id": id,
-                "collectionId": _SUPERUSERS_COLLECTION_ID,
-                "collectionName": "_superusers",
-                "email": "",
-                "emailVisibility": False,
-                "verified": True,
-            }
-    return fields[field]
+            record = replace(_SUPERUSER, id=id)
+        case AuthRecord():
+            record = principal
+    return PRINCIPAL_FIELDS[field](record)
 
 
 # --- values of a time
 
 
-class MacroValues:
-    """Values of macros for one batch of rows, each computed when it is first read."""
+class MacroValues(dict[Macro, Scalar]):
+    """Values of macros at a time, which has its zone, each computed when it is first read."""
 
-    __slots__ = ("_compute", "_values")
+    def __init__(self, now: datetime) -> None:
+        super().__init__()
+        self._now = now.astimezone(UTC)
 
-    def __init__(self, compute: Callable[[Macro], Scalar]) -> None:
-        self._compute = compute
-        self._values: dict[Macro, Scalar] = {}
-
-    def __getitem__(self, macro: Macro) -> Scalar:
-        if macro not in self._values:
-            self._values[macro] = self._compute(macro)
-        return self._values[macro]
-
-
-def macro_values_at(now: datetime) -> MacroValues:
-    """Return the values of macros at a time, which has its zone."""
-    return MacroValues(lambda macro: _macro_value(macro, now.astimezone(UTC)))
+    def __missing__(self, macro: Macro) -> Scalar:
+        self[macro] = value = _macro_value(macro, self._now)
+        return value
 
 
 def _macro_value(macro: Macro, now: datetime) -> str | int:
-    day = timedelta(days=1)
+    day, millisecond = timedelta(days=1), timedelta(milliseconds=1)
     today = now.replace(hour=0, minute=0, second=0, microsecond=0)
     month = today.replace(day=1)
     year = month.replace(month=1)
@@ -317,11 +295,11 @@ def _macro_value(macro: Macro, now: datetime) -> str | int:
         Macro.YESTERDAY: _date_text(now - day),
         Macro.TOMORROW: _date_text(now + day),
         Macro.TODAY_START: _date_text(today),
-        Macro.TODAY_END: _last_millisecond_before(today + day),
+        Macro.TODAY_END: _date_text(today + day - millisecond),
         Macro.MONTH_START: _date_text(month),
-        Macro.MONTH_END: _last_millisecond_before((month + 31 * day).replace(day=1)),
+        Macro.MONTH_END: _date_text((month + 31 * day).replace(day=1) - millisecond),
         Macro.YEAR_START: _date_text(year),
-        Macro.YEAR_END: _last_millisecond_before((year + 366 * day).replace(day=1, month=1)),
+        Macro.YEAR_END: _date_text((year + 366 * day).replace(day=1, month=1) - millisecond),
         Macro.SECOND: now.second,
         Macro.MINUTE: now.minute,
         Macro.HOUR: now.hour,
@@ -336,10 +314,6 @@ def _macro_value(macro: Macro, now: datetime) -> str | int:
 def _date_text(when: datetime) -> str:
     """Return the time as PocketBase writes dates."""
     return f"{when:%Y-%m-%d %H:%M:%S}.{when.microsecond // 1000:03d}Z"
-
-
-def _last_millisecond_before(when: datetime) -> str:
-    return _date_text(when - timedelta(milliseconds=1))
 
 
 # --- forms

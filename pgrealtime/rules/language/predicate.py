@@ -6,7 +6,7 @@ it, ``rules.engine`` splits it. What a comparison of two terms means is decided 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeAlias
@@ -256,12 +256,6 @@ class Comparison:
     start: int = field(compare=False, default=0)
     end: int = field(compare=False, default=0)
 
-    def matches_all(self) -> tuple[bool, bool]:
-        """Return whether it must hold for all values of the left side, and of the right side."""
-        if self.is_any:
-            return False, False
-        return is_multiple(self.left), is_multiple(self.right)
-
 
 @dataclass(frozen=True, slots=True)
 class Conjunction:
@@ -336,16 +330,18 @@ def terms(condition: Condition) -> list[Term]:
     return found
 
 
-def row_paths(condition: Condition) -> tuple[RowPath, ...]:
-    """Return every path that is read, in nested rules too."""
+def _row_paths(condition: Condition, *, is_nested_included: bool) -> Iterator[RowPath]:
+    """Yield every path that is read; of a nested rule that to its row, and those in it or not."""
     match condition:
         case Comparison():
-            paths = (row_path_of(term) for term in terms(condition))
-            return tuple(path for path in paths if path is not None)
+            yield from filter(None, map(row_path_of, terms(condition)))
         case Conjunction(parts) | Disjunction(parts):
-            return tuple(path for part in parts for path in row_paths(part))
+            for part in parts:
+                yield from _row_paths(part, is_nested_included=is_nested_included)
         case NestedRule(path, where):
-            return (path, *row_paths(where))
+            yield path
+            if is_nested_included:
+                yield from _row_paths(where, is_nested_included=True)
 
 
 def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
@@ -354,41 +350,34 @@ def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
     return tuple(dict.fromkeys(parameters))
 
 
-def columns_read(condition: Condition) -> frozenset[str]:
-    """Return the columns that a condition without joins reads of the scope's row."""
-    return _columns_at_root(condition, ScopeRow)
-
-
 def caller_columns(condition: Condition) -> list[CallerColumn]:
     """Return the columns that it reads of the caller's own row.
 
     The first stands for whether there is such a row (its name is empty), the others are sorted.
     """
-    names = _columns_at_root(condition, CallerRow)
+    names = columns_read(condition, CallerRow)
     return [CallerColumn(name) for name in ("", *sorted(names))] if names else []
 
 
-def _columns_at_root(condition: Condition, root: type[ScopeRow | CallerRow]) -> frozenset[str]:
+def columns_read(
+    condition: Condition, root: type[ScopeRow | CallerRow] = ScopeRow
+) -> frozenset[str]:
+    """Return the columns that a condition reads of the scope's row itself, or of the caller's."""
     columns: set[str] = set()
     for term in terms(condition):
         path = row_path_of(term)
         if path is None or not isinstance(path.root, root):
             continue
-        match path.steps, term:
-            case ((ToOne(field_) | EachValue(field_)), *_), _:
-                pass
-            case (), (FieldValue(field=field_) | JsonValue(field=field_)):
-                pass
-            case _:
-                continue
-        if field_.column is not None:
-            columns.add(field_.column.name)
+        match path.steps[0] if path.steps else term:
+            case ToOne(f) | EachValue(f) | FieldValue(_, f) | JsonValue(_, f) if f.column:
+                columns.add(f.column.name)
     return frozenset(columns)
 
 
 def reads_caller_row(condition: Condition) -> bool:
     """Return whether it reads the caller's own row, or anything reached from it."""
-    return any(isinstance(path.root, CallerRow) for path in row_paths(condition))
+    paths = _row_paths(condition, is_nested_included=True)
+    return any(isinstance(path.root, CallerRow) for path in paths)
 
 
 def varying_parameters(
@@ -399,19 +388,18 @@ def varying_parameters(
     If the caller's row is bound, its columns are parameters. ``strftime`` without a time reads
     ``@now``.
     """
-    parameters: dict[Parameter | CallerColumn, None] = {}
-    macros: dict[Macro, None] = {}
-    for parameter in condition_parameters(condition):
-        if isinstance(parameter, Macro):
-            macros[parameter] = None
-        elif not isinstance(parameter, LiteralParameter):
-            parameters[parameter] = None
-    if reads_caller_row(condition):
-        parameters.setdefault(CALLER_ID_PARAMETER)
+    parameters = condition_parameters(condition)
+    macros = [one for one in parameters if isinstance(one, Macro)]
     if any(isinstance(term, Strftime) for term in terms(condition)):
-        macros.setdefault(Macro.NOW)
-    columns = caller_columns(condition) if is_caller_row_bound else ()
-    return (*parameters, *columns), tuple(macros)
+        macros.append(Macro.NOW)
+    of_caller: list[Parameter | CallerColumn] = [
+        one for one in parameters if not isinstance(one, Macro | LiteralParameter)
+    ]
+    if reads_caller_row(condition):
+        of_caller.append(CALLER_ID_PARAMETER)
+    if is_caller_row_bound:
+        of_caller += caller_columns(condition)
+    return tuple(dict.fromkeys(of_caller)), tuple(dict.fromkeys(macros))
 
 
 def row_path_of(term: Term) -> RowPath | None:
@@ -420,13 +408,8 @@ def row_path_of(term: Term) -> RowPath | None:
     ``geoDistance`` has none: PocketBase never matches all of its values.
     """
     match term:
-        case (
-            FieldValue(row_path=path)
-            | EachTerm(path)
-            | JsonValue(row_path=path)
-            | SecretTerm(row_path=path)
-        ):
-            return path
+        case FieldValue() | EachTerm() | JsonValue() | SecretTerm():
+            return term.row_path
         case Strftime(time=time):
             return None if time is None else row_path_of(time)
         case ParameterTerm() | Keyword() | AbsentEach() | GeoDistance():
@@ -442,32 +425,6 @@ def is_multiple(term: Term) -> bool:
 
 
 # --- parameters
-
-
-def _map_parameters(condition: Condition, replaced: Callable[[Parameter], Parameter]) -> Condition:
-
-    def map_term(term: Term) -> Term:
-        match term:
-            case ParameterTerm(parameter):
-                return ParameterTerm(replaced(parameter))
-            case Strftime(time=time) if time is not None:
-                return replace(term, time=map_term(time))
-            case GeoDistance((lon_a, lat_a, lon_b, lat_b)):
-                return GeoDistance(
-                    (map_term(lon_a), map_term(lat_a), map_term(lon_b), map_term(lat_b))
-                )
-            case _:
-                return term
-
-    match condition:
-        case Comparison(left, op, is_any, right, start, end):
-            return Comparison(map_term(left), op, is_any, map_term(right), start, end)
-        case Conjunction(parts):
-            return Conjunction(tuple(_map_parameters(part, replaced) for part in parts))
-        case Disjunction(parts):
-            return Disjunction(tuple(_map_parameters(part, replaced) for part in parts))
-        case NestedRule(path, where):
-            return NestedRule(path, _map_parameters(where, replaced))
 
 
 def lift_literals(predicate: Predicate) -> tuple[Predicate, tuple[str | float, ...]]:
@@ -497,13 +454,28 @@ def _lift(
     """Return the condition with its parameters of a kind numbered, and these from left to right."""
     lifted: list[Parameter] = []
 
-    def lift(parameter: Parameter) -> Parameter:
-        if not isinstance(parameter, kind):
-            return parameter
-        lifted.append(parameter)
-        return LiftedLiteral(len(lifted) - 1)
+    def lift_term(term: Term) -> Term:
+        match term:
+            case ParameterTerm(parameter) if isinstance(parameter, kind):
+                lifted.append(parameter)
+                return ParameterTerm(LiftedLiteral(len(lifted) - 1))
+            case Strftime(time=time) if time is not None:
+                return replace(term, time=lift_term(time))
+            case GeoDistance((a, b, c, d)):
+                return GeoDistance((lift_term(a), lift_term(b), lift_term(c), lift_term(d)))
+            case _:
+                return term
 
-    return _map_parameters(condition, lift), lifted
+    def lift(part: Condition) -> Condition:
+        match part:
+            case Comparison(left, _, _, right):
+                return replace(part, left=lift_term(left), right=lift_term(right))
+            case Conjunction(parts) | Disjunction(parts):
+                return replace(part, conditions=tuple(map(lift, parts)))
+            case NestedRule(_, where):
+                return replace(part, where=lift(where))
+
+    return lift(condition), lifted
 
 
 # --- parts without shared joins
@@ -516,7 +488,8 @@ def independent_parts(conjunction: Conjunction) -> list[Condition]:
     """
     groups: list[tuple[set[RowPath], list[Condition]]] = []
     for condition in _flattened(conjunction):
-        joins = {join for path in _scope_paths(condition) for join in _joins_of_path(path)}
+        paths = _row_paths(condition, is_nested_included=False)
+        joins = {join for path in paths for join in _joins_of_path(path)}
         members = [condition]
         separate = []
         for group in groups:
@@ -535,18 +508,6 @@ def _flattened(conjunction: Conjunction) -> Iterator[Condition]:
             yield from _flattened(part)
         else:
             yield part
-
-
-def _scope_paths(condition: Condition) -> Iterator[RowPath]:
-    """Yield the paths of the condition's own scope; of a nested rule only that to its row."""
-    match condition:
-        case Comparison():
-            yield from row_paths(condition)
-        case Conjunction(parts) | Disjunction(parts):
-            for part in parts:
-                yield from _scope_paths(part)
-        case NestedRule(path, _):
-            yield path
 
 
 def _joins_of_path(path: RowPath) -> Iterator[RowPath]:

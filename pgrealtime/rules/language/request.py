@@ -1,7 +1,5 @@
 """What a rule can read of the caller's request: ``@request.*``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -5,16 +5,20 @@ hidden fields, and rows of other collections only as their list rules admit them
 supported is refused here, with its place in the text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.errors import RuleError, RuleNameError, RuleSyntaxError, RuleUnsupportedError
-from pgrealtime.rules.language.parameters import MACROS, LiteralParameter, RequestValue
+from pgrealtime.rules.language import syntax
+from pgrealtime.rules.language.parameters import (
+    MACROS,
+    PRINCIPAL_FIELDS,
+    LiteralParameter,
+    RequestValue,
+)
 from pgrealtime.rules.language.predicate import (
     AbsentEach,
     BackRelation,
@@ -43,18 +47,6 @@ from pgrealtime.rules.language.predicate import (
     ToOne,
     comparisons,
 )
-from pgrealtime.rules.language.syntax import (
-    AndNode,
-    CallNode,
-    ComparisonNode,
-    ExpressionNode,
-    IdentifierNode,
-    LiteralNode,
-    Op,
-    OperandNode,
-    OrNode,
-    parse_expression,
-)
 from pgrealtime.spelling import nearest_name
 
 MAX_HOPS = 6
@@ -77,8 +69,8 @@ def resolve_rule(
         RuleError: The text is not of the language, names something unknown, or can't be evaluated
             exactly. Paths of ``@request.auth`` are checked for this ``auth_collection`` only.
     """
-    resolver = _Resolver(collections, collection, auth_collection, is_filter=False)
-    return _make_predicate(collection, resolver.resolve_condition(parse_expression(text)))
+    resolver = _Resolver(collections, collection, auth_collection)
+    return _make_predicate(collection, resolver.resolve_condition(syntax.parse_expression(text)))
 
 
 def resolve_filter(
@@ -98,16 +90,15 @@ def resolve_filter(
         RuleError: As for rules; or the filter reads what its sender may not see.
     """
     if len(text.encode("utf-8", "replace")) > MAX_FILTER_BYTES:
-        raise RuleSyntaxError(
-            f"a filter takes at most {MAX_FILTER_BYTES} bytes", start=0, end=len(text)
-        )
+        message = f"a filter takes at most {MAX_FILTER_BYTES} bytes"
+        raise RuleSyntaxError(message, start=0, end=len(text))
     if not is_superuser:
         _refuse_superuser_identifiers(text)
     resolver = _Resolver(collections, collection, auth_collection, is_filter=True)
-    where = resolver.resolve_condition(parse_expression(text))
-    conditions = [where, *resolver.list_rule_conditions()]
-    joined = where if len(conditions) == 1 else Conjunction(tuple(conditions))
-    return _make_predicate(collection, joined)
+    where = resolver.resolve_condition(syntax.parse_expression(text))
+    if list_rules := resolver.list_rule_conditions():
+        where = Conjunction((where, *list_rules))
+    return _make_predicate(collection, where)
 
 
 def filter_text(query: Mapping[str, str], *, is_superuser: bool) -> str:
@@ -129,9 +120,8 @@ def _refuse_superuser_identifiers(text: str) -> None:
     for banned in ("@request.", "@collection."):
         if banned in text:
             start = text.index(banned)
-            raise RuleNameError(
-                f'"{banned}" can\'t be used in client filters', start=start, end=start + len(banned)
-            )
+            message = f'"{banned}" can\'t be used in client filters'
+            raise RuleNameError(message, start=start, end=start + len(banned))
 
 
 def _make_predicate(collection: Collection, where: Condition) -> Predicate:
@@ -140,13 +130,14 @@ def _make_predicate(collection: Collection, where: Condition) -> Predicate:
     PocketBase makes a LIKE pattern of the JSON array of ``:each``, which is no array any more.
     """
     is_broken = any(
-        comparison.op in {Op.LIKE, Op.NOT_LIKE} and isinstance(comparison.right, AbsentEach)
+        comparison.op in {syntax.Op.LIKE, syntax.Op.NOT_LIKE}
+        and isinstance(comparison.right, AbsentEach)
         for comparison in comparisons(where)
     )
     return Predicate(collection_name=collection.name, where=_ALWAYS_FALSE if is_broken else where)
 
 
-_ALWAYS_FALSE = Comparison(Keyword(False), Op.EQ, True, Keyword(True))
+_ALWAYS_FALSE = Comparison(Keyword(False), syntax.Op.EQ, True, Keyword(True))
 
 
 _ALLOWED_IDENTIFIER = re.compile(
@@ -158,79 +149,65 @@ _ALLOWED_IDENTIFIER = re.compile(
 )
 _BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
 _MODIFIERS = {"isset", "changed", "each", "length", "lower"}
-_PRINCIPAL_FIELDS = {"id", "collectionId", "collectionName", "email", "emailVisibility", "verified"}
-"""Fields of ``@request.auth`` that are known from the authentication, without a query."""
 _KEYWORDS = {"null": None, "true": True, "false": False}
 _MAX_SUGGESTION_LENGTH = 100
 """Longer names get no suggestion: the comparison is quadratic in their length."""
 _UNSUPPORTED_TYPES = {"money", "refcursor", "hstore"}
 
 
+@dataclass(slots=True)
 class _Resolver:
     """Resolves one scope: its paths begin at a row of ``collection``, unless they say otherwise."""
 
-    def __init__(
-        self,
-        collections: Collections,
-        collection: Collection,
-        auth_collection: Collection | None,
-        *,
-        is_filter: bool,
-    ) -> None:
-        self._collections = collections
-        self._collection = collection
-        self._auth_collection = auth_collection
-        self._is_filter = is_filter
-        self._aliases: dict[str, str] = {}
-        self._joined_paths: dict[RowPath, None] = {}
-        self._email_conditions: list[Comparison] = []
-        self._current_operand: OperandNode = IdentifierNode("", 0, 0)
+    collections: Collections
+    collection: Collection
+    auth_collection: Collection | None
+    is_filter: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)
+    joined_paths: dict[RowPath, None] = field(default_factory=dict)
+    email_conditions: list[Comparison] = field(default_factory=list)
+    current_operand: syntax.OperandNode = field(init=False)
 
     # --- expressions
 
-    def resolve_condition(self, expression: ExpressionNode) -> Condition:
+    def resolve_condition(self, expression: syntax.ExpressionNode) -> Condition:
         match expression:
-            case ComparisonNode():
+            case syntax.ComparisonNode():
                 return self._resolve_comparison(expression)
-            case AndNode(parts):
+            case syntax.AndNode(parts):
                 return Conjunction(tuple(self.resolve_condition(part) for part in parts))
-            case OrNode(parts):
+            case syntax.OrNode(parts):
                 return Disjunction(tuple(self.resolve_condition(part) for part in parts))
 
     def list_rule_conditions(self) -> list[Condition]:
         """Return the list rules of the rows joined so far; a missing row needs to meet none."""
         conditions: list[Condition] = []
-        for path in self._joined_paths:
-            collection = self._collections[path.collection_name]
+        for path in self.joined_paths:
+            collection = self.collections[path.collection_name]
             if not collection.list_rule:
                 continue
-            inner = _Resolver(self._collections, collection, self._auth_collection, is_filter=False)
-            where = inner.resolve_condition(parse_expression(collection.list_rule))
-            missing = Comparison(
-                FieldValue(path, collection.fields_by_name["id"]),
-                Op.EQ,
-                True,
-                ParameterTerm(LiteralParameter("")),
-            )
+            inner = _Resolver(self.collections, collection, self.auth_collection, is_filter=False)
+            where = inner.resolve_condition(syntax.parse_expression(collection.list_rule))
+            id_field = FieldValue(path, collection.fields_by_name["id"])
+            missing = Comparison(id_field, syntax.Op.EQ, True, ParameterTerm(LiteralParameter("")))
             conditions.append(Disjunction((missing, NestedRule(path, where))))
         return conditions
 
-    def _resolve_comparison(self, node: ComparisonNode) -> Condition:
-        self._email_conditions = []
+    def _resolve_comparison(self, node: syntax.ComparisonNode) -> Condition:
+        self.email_conditions = []
         left, right = self._resolve_operand(node.left), self._resolve_operand(node.right)
         resolved = Comparison(left, node.op, node.is_any, right, node.start, node.end)
-        if not self._email_conditions:
-            return resolved
-        return Conjunction((resolved, *self._email_conditions))
+        conditions = resolved, *self.email_conditions
+        return Conjunction(conditions) if self.email_conditions else resolved
 
-    def _resolve_operand(self, operand: OperandNode) -> Term:
-        self._current_operand = operand
+    def _resolve_operand(self, operand: syntax.OperandNode) -> Term:
+        self.current_operand = operand
         match operand:
-            case LiteralNode(value):
+            case syntax.LiteralNode(value):
                 return ParameterTerm(LiteralParameter(value))
-            case IdentifierNode(text):
+            case syntax.IdentifierNode(text):
                 return self._resolve_identifier(text)
-            case CallNode():
+            case syntax.CallNode():
                 return self._resolve_call(operand)
 
     def _resolve_identifier(self, text: str) -> Term:
@@ -247,8 +224,8 @@ class _Resolver:
 
     # --- functions
 
-    def _resolve_call(self, call: CallNode) -> Term:
-        email_conditions = len(self._email_conditions)
+    def _resolve_call(self, call: syntax.CallNode) -> Term:
+        email_conditions = len(self.email_conditions)
         match call.name:
             case "geoDistance":
                 term = self._geo_distance(call)
@@ -257,43 +234,38 @@ class _Resolver:
             case _:
                 return self._refuse_unknown("function", call.name, ("geoDistance", "strftime"))
         # PocketBase doesn't check the visibility of an address in a function's arguments.
-        del self._email_conditions[email_conditions:]
+        del self.email_conditions[email_conditions:]
         return term
 
-    def _geo_distance(self, call: CallNode) -> Term:
+    def _geo_distance(self, call: syntax.CallNode) -> Term:
         if len(call.args) != 4:  # noqa: PLR2004 (two points of two numbers)
             self._refuse(f"geoDistance takes 4 arguments, got {len(call.args)}")
-        for arg in call.args:
-            if isinstance(arg, CallNode) or (
-                isinstance(arg, LiteralNode) and isinstance(arg.value, str)
-            ):
-                self._refuse("arguments of geoDistance are identifiers or numbers")
+        if any(isinstance(arg, syntax.CallNode) or _text_of(arg) is not None for arg in call.args):
+            self._refuse("arguments of geoDistance are identifiers or numbers")
         lon_a, lat_a, lon_b, lat_b = (self._resolve_operand(arg) for arg in call.args)
         return GeoDistance((lon_a, lat_a, lon_b, lat_b))
 
-    def _strftime(self, call: CallNode) -> Term:
+    def _strftime(self, call: syntax.CallNode) -> Term:
         if not 1 <= len(call.args) <= MAX_STRFTIME_ARGUMENTS:
-            self._refuse(
-                f"strftime takes 1 to {MAX_STRFTIME_ARGUMENTS} arguments, got {len(call.args)}"
-            )
-        layout, *rest = call.args
-        if not isinstance(layout, LiteralNode) or not isinstance(layout.value, str):
+            limit = MAX_STRFTIME_ARGUMENTS
+            self._refuse(f"strftime takes 1 to {limit} arguments, got {len(call.args)}")
+        layout, *times = call.args[:2]
+        layout_text = _text_of(layout)
+        if layout_text is None:
             self._refuse("the first argument of strftime is a text, the format")
-        modifiers: list[str] = []
-        for arg in rest[1:]:
-            if not isinstance(arg, LiteralNode) or not isinstance(arg.value, str):
-                self._refuse("modifiers of strftime are texts")
-            modifiers.append(arg.value)
-        if rest and isinstance(rest[0], CallNode):
+        modifiers = [text for arg in call.args[2:] if (text := _text_of(arg)) is not None]
+        if len(modifiers) < len(call.args[2:]):
+            self._refuse("modifiers of strftime are texts")
+        if times and isinstance(times[0], syntax.CallNode):
             self._refuse("the time of strftime is an identifier, a text or a number")
-        time = self._resolve_operand(rest[0]) if rest else None
-        return Strftime(layout.value, time, tuple(modifiers))
+        time = self._resolve_operand(times[0]) if times else None
+        return Strftime(layout_text, time, tuple(modifiers))
 
     # --- paths
 
     def _resolve_path(self, text: str) -> Term:
         if _ALLOWED_IDENTIFIER.fullmatch(text) is None:
-            return self._refuse_unknown("field", text, [*self._collection.fields_by_name, *MACROS])
+            return self._refuse_unknown("field", text, [*self.collection.fields_by_name, *MACROS])
         parts = text.split(".")
         match parts:
             case ["@collection", name, *rest]:
@@ -305,37 +277,37 @@ class _Resolver:
             case ["@request", *rest]:
                 return self._request_value(rest)
             case _:
-                return self._follow_path(RowPath(ScopeRow(self._collection.name)), parts)
+                return self._follow_path(RowPath(ScopeRow(self.collection.name)), parts)
 
     def _collection_rows(self, text: str) -> RowPath:
         name, _, alias = text.partition(":")
         collection = self._find_collection(name)
         if collection is None:
-            self._refuse_unknown("collection", name, self._collections)
-        if alias and self._aliases.setdefault(alias, collection.name) != collection.name:
+            self._refuse_unknown("collection", name, self.collections)
+        if alias and self.aliases.setdefault(alias, collection.name) != collection.name:
             self._refuse(f'alias "{alias}" names two collections', RuleUnsupportedError)
         return self._record_joins(RowPath(CollectionRows(collection.name, alias or None)))
 
     def _find_collection(self, name_or_id: str) -> Collection | None:
         """Return the collection of that id or name; PocketBase ignores the name's case here."""
-        collection = self._collections.find(name_or_id)
+        collection = self.collections.find(name_or_id)
         if collection is not None:
             return collection
         wanted = name_or_id.lower()
-        return next((c for c in self._collections.values() if c.name.lower() == wanted), None)
+        return next((c for c in self.collections.values() if c.name.lower() == wanted), None)
 
     def _auth_path(self, parts: list[str]) -> Term:
-        if len(parts) == 1 and parts[0] in _PRINCIPAL_FIELDS:
+        if len(parts) == 1 and parts[0] in PRINCIPAL_FIELDS:
             return ParameterTerm(RequestValue(("auth", parts[0])))
-        if self._auth_collection is None:
+        if self.auth_collection is None:
             return Keyword(None)
-        caller_row = self._record_joins(RowPath(CallerRow(self._auth_collection.name)))
-        return self._follow_path(caller_row, parts, is_missing_null=True)
+        caller_row = self._record_joins(RowPath(CallerRow(self.auth_collection.name)))
+        return self._follow_path(caller_row, parts)
 
     def _body_path(self, parts: list[str]) -> Term:
         """Return a field of the request's body, which is empty in realtime."""
         name, modifier = self._split_modifier(parts[0])
-        field = self._collection.fields_by_name.get(name)
+        field = self.collection.fields_by_name.get(name)
         if field is None:
             return self._request_value(["body", *parts])
         if len(parts) > 1:
@@ -360,39 +332,33 @@ class _Resolver:
         last, modifier = self._split_modifier(parts[-1])
         if modifier not in {"", "isset", "lower"}:
             self._refuse(f'":{modifier}" can\'t be used with "@request.{parts[0]}"')
-        field = self._collection.fields_by_name.get(last)
-        plain = RequestValue(
-            (*parts[:-1], last),
-            is_read_as_number=field is not None
-            and field.kind is FieldKind.NUMBER
-            and not field.is_multiple,
+        field = self.collection.fields_by_name.get(last)
+        is_number = field and field.kind is FieldKind.NUMBER and not field.is_multiple
+        is_isset = modifier == "isset"
+        return ParameterTerm(
+            RequestValue(
+                (*parts[:-1], last),
+                is_read_as_number=bool(is_number) and not is_isset,
+                is_lower=modifier == "lower",
+                is_isset=is_isset,
+            )
         )
-        match modifier:
-            case "isset":
-                return ParameterTerm(replace(plain, is_read_as_number=False, is_isset=True))
-            case "lower":
-                return ParameterTerm(replace(plain, is_lower=True))
-            case _:
-                return ParameterTerm(plain)
 
-    def _follow_path(
-        self, path: RowPath, parts: list[str], *, is_missing_null: bool = False
-    ) -> Term:
+    def _follow_path(self, path: RowPath, parts: list[str]) -> Term:
         """Follow relations from a row to a field, which may have a modifier.
 
-        With ``is_missing_null`` an unknown name is NULL and no error, as under ``@request.auth``.
+        From the caller's row an unknown name is NULL and no error.
         """
         for index, part in enumerate(parts[:-1]):
-            collection = self._collections[path.collection_name]
+            collection = self.collections[path.collection_name]
             field = self._find_field(collection, part)
             rest = parts[index + 1 :]
             if field is not None and field.kind in {FieldKind.JSON, FieldKind.GEO_POINT}:
-                self._check_supported(field)
-                return self._json_value(path, field, rest)
+                return self._json_value(path, self._check_supported(field), rest)
             if index >= MAX_HOPS:
                 self._refuse(f"a path takes at most {MAX_HOPS} relations")
             if field is None:
-                back = self._back_relation(collection, part, is_missing_null=is_missing_null)
+                back = self._back_relation(path, part)
                 if back is None:
                     return Keyword(None)
                 path = self._record_joins(path.extended_by(back))
@@ -401,55 +367,50 @@ class _Resolver:
                 self._refuse(f'field "{part}" is not a relation')
             if not field.is_multiple and rest == ["id"]:
                 return FieldValue(path, self._check_supported(field))
-            target = self._collections[field.relation.collection_name].name
-            steps = (
-                (EachValue(field), ToEach(target)) if field.is_multiple else (ToOne(field, target),)
-            )
-            path = self._record_joins(path.extended_by(*steps))
-        return self._last_field(path, parts[-1], is_missing_null=is_missing_null)
+            target = self.collections[field.relation.collection_name].name
+            many, one = (EachValue(field), ToEach(target)), (ToOne(field, target),)
+            path = self._record_joins(path.extended_by(*(many if field.is_multiple else one)))
+        return self._last_field(path, parts[-1])
 
-    def _back_relation(
-        self, collection: Collection, part: str, *, is_missing_null: bool
-    ) -> BackRelation | None:
+    def _back_relation(self, path: RowPath, part: str) -> BackRelation | None:
         """Return the step over ``collection_via_field``; None if it is unknown and that is NULL."""
+        collection = self.collections[path.collection_name]
+        is_missing_null = isinstance(path.root, CallerRow)
         match = _BACK_RELATION.fullmatch(part)
         source = None if match is None else self._find_collection(match[1])
         field = None if match is None or source is None else self._find_field(source, match[2])
         if source is None or field is None:
             if is_missing_null:
                 return None
-            return self._refuse_unknown("field", part, _path_names(self._collections, collection))
+            return self._refuse_unknown("field", part, _path_names(self.collections, collection))
         if field.relation is None or field.relation.collection_name != collection.name:
             if is_missing_null and field.relation is not None:
                 return None
             self._refuse(f'"{part}" doesn\'t point to "{collection.name}"')
-        is_unique = (
-            not field.is_multiple
-            and field.column is not None
-            and (field.column.name,) in source.table.unique_keys
-        )
+        key = None if field.column is None else (field.column.name,)
+        is_unique = not field.is_multiple and key in source.table.unique_keys
         return BackRelation(source.name, field, is_unique)
 
     def _json_value(self, path: RowPath, field: Field, keys: list[str]) -> Term:
         if field.is_multiple:
-            self._refuse(
-                f'field "{field.name}" holds several values, which have no keys',
-                RuleUnsupportedError,
-            )
+            message = f'field "{field.name}" holds several values, which have no keys'
+            self._refuse(message, RuleUnsupportedError)
         if field.kind is FieldKind.GEO_POINT and not field.is_stored_as_json and len(keys) != 1:
             return Keyword(None)
         return JsonValue(path, field, tuple(key.replace(":", "") for key in keys))
 
-    def _last_field(self, path: RowPath, part: str, *, is_missing_null: bool) -> Term:
+    def _last_field(self, path: RowPath, part: str) -> Term:
         name, modifier = self._split_modifier(part)
-        collection = self._collections[path.collection_name]
+        collection = self.collections[path.collection_name]
         field = self._find_field(collection, name)
         if field is None:
             if collection.type == "auth" and name in {"password", "tokenKey"}:
-                return self._secret_term(path, name, modifier)
-            if is_missing_null:
+                if self.is_filter:
+                    self._refuse(f'field "{name}" is hidden', RuleNameError)
+                return SecretTerm(path, Modifier.LOWER if modifier == "lower" else Modifier.WHOLE)
+            if isinstance(path.root, CallerRow):
                 return Keyword(None)
-            known = _path_names(self._collections, collection)
+            known = _path_names(self.collections, collection)
             if name in known:
                 hint = f'Perhaps you meant "{name}.id".'
                 self._refuse(f'"{name}" needs a field', RuleNameError, hint=hint)
@@ -458,32 +419,26 @@ class _Resolver:
         if modifier == "length" and _has_countable_values(field):
             return FieldValue(path, field, Modifier.LENGTH)
         if modifier == "each" and _has_countable_values(field):
-            if field.is_multiple:
-                return EachTerm(path.extended_by(EachValue(field)))
-            return FieldValue(path, field, Modifier.EACH)
-        if name == "email" and self._is_filter and collection.type == "auth":
+            one_of_many = EachTerm(path.extended_by(EachValue(field)))
+            return one_of_many if field.is_multiple else FieldValue(path, field, Modifier.EACH)
+        if name == "email" and self.is_filter and collection.type == "auth":
             self._require_visible_email(path, collection)
         is_lower = modifier == "lower"
         if field.kind is FieldKind.JSON and not field.is_multiple:
             return JsonValue(path, field, (), is_lower=is_lower)
         return FieldValue(path, field, Modifier.LOWER if is_lower else Modifier.WHOLE)
 
-    def _secret_term(self, path: RowPath, name: str, modifier: str) -> Term:
-        if self._is_filter:
-            self._refuse(f'field "{name}" is hidden', RuleNameError)
-        return SecretTerm(path, Modifier.LOWER if modifier == "lower" else Modifier.WHOLE)
-
     def _require_visible_email(self, path: RowPath, collection: Collection) -> None:
         """Add the condition that an address which a filter reads is shown by its owner."""
         visible = collection.fields_by_name.get("emailVisibility")
         visible_term: Term = Keyword(False) if visible is None else FieldValue(path, visible)
-        self._email_conditions.append(Comparison(visible_term, Op.EQ, True, Keyword(True)))
+        self.email_conditions.append(Comparison(visible_term, syntax.Op.EQ, True, Keyword(True)))
 
     # --- names
 
     def _find_field(self, collection: Collection, name: str) -> Field | None:
         field = collection.fields_by_name.get(name)
-        if field is not None and self._is_filter and (field.is_hidden or field.is_secret):
+        if field is not None and self.is_filter and (field.is_hidden or field.is_secret):
             self._refuse(f'field "{name}" is hidden', RuleNameError)
         return field
 
@@ -497,13 +452,9 @@ class _Resolver:
             or (field.kind is FieldKind.GEO_POINT and field.is_multiple)
         ):
             is_geometry = field.kind is FieldKind.GEOMETRY and not field.is_multiple
-            self._refuse(
-                f'field "{field.name}" of type {base.name} can\'t be used in rules',
-                RuleUnsupportedError,
-                hint="Show it as geoPoint (fields.types) to use its lon and lat."
-                if is_geometry
-                else "",
-            )
+            hint = "Show it as geoPoint (fields.types) to use its lon and lat."
+            message = f'field "{field.name}" of type {base.name} can\'t be used in rules'
+            self._refuse(message, RuleUnsupportedError, hint=hint if is_geometry else "")
         return field
 
     def _record_joins(self, path: RowPath) -> RowPath:
@@ -511,13 +462,12 @@ class _Resolver:
 
         A collection without list rule is for superusers only, so no filter may join it.
         """
-        if self._is_filter and path not in self._joined_paths:
+        if self.is_filter and path not in self.joined_paths:
             for joined in path.joined_rows():
-                if self._collections[joined.collection_name].list_rule is None:
-                    self._refuse(
-                        f'collection "{joined.collection_name}" can\'t be listed', RuleNameError
-                    )
-                self._joined_paths.setdefault(joined)
+                name = joined.collection_name
+                if self.collections[name].list_rule is None:
+                    self._refuse(f'collection "{name}" can\'t be listed', RuleNameError)
+                self.joined_paths.setdefault(joined)
         return path
 
     def _split_modifier(self, part: str) -> tuple[str, str]:
@@ -534,7 +484,7 @@ class _Resolver:
     def _refuse(
         self, message: str, error: type[RuleError] = RuleSyntaxError, *, hint: str = ""
     ) -> NoReturn:
-        operand = self._current_operand
+        operand = self.current_operand
         raise error(message, start=operand.start, end=operand.end, hint=hint)
 
     def _refuse_unknown(self, noun: str, name: str, known: Iterable[str]) -> NoReturn:
@@ -543,11 +493,18 @@ class _Resolver:
         self._refuse(f'there is no {noun} "{name}"', RuleNameError, hint=hint)
 
 
+def _text_of(operand: syntax.OperandNode) -> str | None:
+    match operand:
+        case syntax.LiteralNode(str(text)):
+            return text
+        case _:
+            return None
+
+
 def _has_countable_values(field: Field) -> bool:
     """Return whether ``:each`` and ``:length`` apply: PocketBase's selects, relations and files."""
-    return (
-        field.is_multiple or field.is_select or field.kind in {FieldKind.RELATION, FieldKind.FILE}
-    )
+    is_link = field.kind in {FieldKind.RELATION, FieldKind.FILE}
+    return field.is_multiple or field.is_select or is_link
 
 
 def _path_names(collections: Collections, collection: Collection) -> list[str]:

@@ -5,8 +5,6 @@ and which pattern LIKE gets are SQLite's. ``sql.conversions`` does the same in S
 both with SQLite.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -34,7 +32,7 @@ MAX_NUMERIC_TEXT_LENGTH = 200
 _NUMERIC_TEXT = re.compile(
     r"[ \t\n\v\f\r]*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[ \t\n\v\f\r]*", re.ASCII
 )
-_WHOLE_NUMBER_TEXT = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+[ \t\n\v\f\r]*")
+_WHOLE_NUMBER = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+[ \t\n\v\f\r]*")
 _MAX_SHORT_NUMBER_LENGTH = 30
 _EXACT_DOUBLE_DIGITS = 15
 """All whole numbers of so many digits are doubles."""
@@ -52,8 +50,13 @@ def exact_number(value: str | float) -> Number | None:
     is. What no double reaches is infinite or 0, as in SQLite. None is for NaN.
     """
     match value:
+        case str() if len(value) <= _MAX_SHORT_NUMBER_LENGTH and _WHOLE_NUMBER.fullmatch(value):
+            return int(value)
         case str():
-            return _exact_number_of_text(value)
+            double = float(value)
+            if math.isinf(double):
+                return double
+            return Decimal(value) if double else 0
         case int():
             return int(value)
         case float() if value.is_integer():
@@ -62,15 +65,6 @@ def exact_number(value: str | float) -> Number | None:
             return Decimal(repr(value))
         case float():
             return None if math.isnan(value) else value
-
-
-def _exact_number_of_text(text: str) -> Number:
-    if len(text) <= _MAX_SHORT_NUMBER_LENGTH and _WHOLE_NUMBER_TEXT.fullmatch(text):
-        return int(text)
-    double = float(text)
-    if math.isinf(double):
-        return double
-    return Decimal(text) if double else 0
 
 
 def double_or_exact_integer(number_text: str, double: float) -> float:
@@ -149,15 +143,15 @@ def _shortest_decimal(number: float) -> str:
 
 
 def storable(value: str | float) -> str | float:
-    """Return a value that PostgreSQL can hold; for texts see ``replace_unstorable``."""
-    return replace_unstorable(value) if isinstance(value, str) else value
+    """Return a value that PostgreSQL can hold.
 
-
-def replace_unstorable(text: str) -> str:
-    """Return the text with NUL and unpaired surrogates replaced by U+FFFD, as Go does or nearly."""
-    if not text.isascii():
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.replace("\0", "\ufffd")
+    Of a text NUL and unpaired surrogates are replaced by U+FFFD, as Go does or nearly.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.isascii():
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value.replace("\0", "\ufffd")
 
 
 def ascii_lower(text: str) -> str:

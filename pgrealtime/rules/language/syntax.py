@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from typing import NoReturn, TypeAlias
 
 from pgrealtime.errors import RuleSyntaxError, RuleUnsupportedError
@@ -143,41 +143,19 @@ _CONNECTIVE = re.compile(r"[&|]+")
 _BRACKET = re.compile(r"""[()'"]""")
 _ESCAPED_CHARACTERS = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "r": "\r", "t": "\t"}
 _OPERATORS = {op.value: op for op in Op}
-
-
-class _OperatorToken(str):
-    """A comparison operator, as written."""
-
-    __slots__ = ()
-
-
-class _ConnectiveToken(str):
-    """``&&`` or ``||``."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The inside of a pair of brackets."""
-
-    start: int
-    end: int
-
-
-_Token: TypeAlias = OperandNode | _OperatorToken | _ConnectiveToken | _Group
+_CONNECTIVES = frozenset({"&&", "||"})
 
 
 class _Expected(Enum):
-    LEFT = auto()
-    OPERATOR = auto()
-    RIGHT = auto()
-    CONNECTIVE = auto()
+    LEFT = "an identifier, text, number, function or group"
+    OPERATOR = "a comparison"
+    RIGHT = "an identifier, text, number or function"
+    CONNECTIVE = '"&&" or "||"'
 
 
 @dataclass(slots=True)
 class _OpenGroup:
-    """A group that isn't closed yet: its comparisons so far and what may follow."""
+    """The inside of a pair of brackets: its comparisons so far and what may follow."""
 
     start: int
     end: int
@@ -200,6 +178,10 @@ class _Subtree:
     depth: int
 
 
+_Token: TypeAlias = OperandNode | str | _OpenGroup
+"""An operand, a comparison operator or connective as written, or a group."""
+
+
 class _Parser:
     """Parses one text. ``_position`` is behind the last token that was read."""
 
@@ -216,8 +198,8 @@ class _Parser:
         while True:
             group = groups[-1]
             begin, token = self._next_token(group.end)
-            if isinstance(token, _Group):
-                groups.append(_OpenGroup(token.start, token.end))
+            if isinstance(token, _OpenGroup):
+                groups.append(token)
                 self._position = token.start
             elif token is not None:
                 self._accept_token(group, token, begin)
@@ -232,14 +214,14 @@ class _Parser:
         match group.expected, token:
             case _Expected.LEFT, LiteralNode() | IdentifierNode() | CallNode():
                 group.left, group.expected = token, _Expected.OPERATOR
-            case _Expected.OPERATOR, _OperatorToken():
+            case _Expected.OPERATOR, str() if token not in _CONNECTIVES:
                 group.operator, group.expected = token, _Expected.RIGHT
             case _Expected.RIGHT, LiteralNode() | IdentifierNode() | CallNode():
                 group.add(_Subtree(self._make_comparison(group, token), 0))
-            case _Expected.CONNECTIVE, _ConnectiveToken():
-                group.is_or, group.expected = token == "||", _Expected.LEFT  # noqa: S105 (a token of the text)
+            case _Expected.CONNECTIVE, "&&" | "||" as connective:
+                group.is_or, group.expected = connective == "||", _Expected.LEFT
             case _:
-                self._fail(f"expected {_EXPECTED_TEXT[group.expected]}", begin, self._position)
+                self._fail(f"expected {group.expected.value}", begin, self._position)
 
     def _make_comparison(self, group: _OpenGroup, right: OperandNode) -> ComparisonNode:
         left = group.left
@@ -257,9 +239,7 @@ class _Parser:
             is_empty = not group.alternatives and group.left is None
             message = "empty expression" if is_empty else "incomplete expression"
             self._fail(message, group.start, group.end)
-        tree = _combine(
-            OrNode, [_combine(AndNode, alternative) for alternative in group.alternatives]
-        )
+        tree = _combine(OrNode, [_combine(AndNode, nodes) for nodes in group.alternatives])
         if tree.depth > MAX_DEPTH:
             message = f'"&&" and "||" alternate deeper than {MAX_DEPTH} levels'
             raise RuleUnsupportedError(message, start=group.start, end=group.end)
@@ -267,27 +247,27 @@ class _Parser:
 
     def _next_token(self, limit: int) -> tuple[int, _Token | None]:
         """Return where the next token begins, and the token; None at the limit."""
-        self._skip_blanks(limit)
+        self._match(_BLANK, limit)
         begin = self._position
         if begin >= limit:
             return begin, None
         char = self._text[begin]
         if char == "(":
-            return begin, _Group(begin + 1, self._group_end(begin, limit))
+            return begin, _OpenGroup(begin + 1, self._group_end(begin, limit))
         operand = self._parse_operand(limit, MAX_CALL_DEPTH)
         if operand is not None:
             return begin, operand
         if sign := self._match(_OPERATOR_SIGN, limit):
             if sign.removeprefix("?") not in _OPERATORS:
                 self._fail(f'invalid comparison "{sign}"', begin, self._position)
-            return begin, _OperatorToken(sign)
+            return begin, sign
         if join := self._match(_CONNECTIVE, limit):
-            if join not in {"&&", "||"}:
+            if join not in _CONNECTIVES:
                 self._fail(f'invalid join "{join}"', begin, self._position)
-            return begin, _ConnectiveToken(join)
+            return begin, join
         if char == "/":
-            self._fail('a comment begins with "//"', begin, begin + 1)
-        return self._fail(f"unexpected character {char!r}", begin, begin + 1)
+            self._fail('a comment begins with "//"', begin)
+        return self._fail(f"unexpected character {char!r}", begin)
 
     def _parse_operand(self, limit: int, depth: int) -> OperandNode | None:
         begin = self._position
@@ -309,11 +289,9 @@ class _Parser:
         if name[-1] in ".:" or name in {"@", "_", "#"}:
             kind = "function name" if is_call else "identifier"
             self._fail(f'invalid {kind} "{name}"', begin, self._position)
-        return (
-            self._parse_call(name, begin, limit, depth)
-            if is_call
-            else IdentifierNode(name, begin, self._position)
-        )
+        if is_call:
+            return self._parse_call(name, begin, limit, depth)
+        return IdentifierNode(name, begin, self._position)
 
     def _parse_text(self, limit: int) -> LiteralNode:
         begin = self._position
@@ -331,7 +309,7 @@ class _Parser:
         args: list[OperandNode] = []
         wants_comma = False
         while True:
-            self._skip_blanks(limit)
+            self._match(_BLANK, limit)
             if self._position >= limit:
                 self._fail(f'function "{name}" is not closed', begin, limit)
             char = self._text[self._position]
@@ -340,23 +318,14 @@ class _Parser:
                 return CallNode(name, tuple(args), begin, self._position)
             if (char == ",") is not wants_comma:
                 what = "expected" if wants_comma else "unexpected"
-                self._fail(f'{what} comma in function "{name}"', self._position, self._position + 1)
+                self._fail(f'{what} comma in function "{name}"', self._position)
             if wants_comma:
                 self._position += 1
+            elif operand := self._parse_operand(limit, depth - 1):
+                args.append(operand)
             else:
-                args.append(self._parse_argument(name, limit, depth))
+                self._fail(f'unexpected character in function "{name}"', self._position)
             wants_comma = not wants_comma
-
-    def _parse_argument(self, name: str, limit: int, depth: int) -> OperandNode:
-        operand = self._parse_operand(limit, depth - 1)
-        if operand is None:
-            self._fail(
-                f'unexpected character in function "{name}"', self._position, self._position + 1
-            )
-        return operand
-
-    def _skip_blanks(self, limit: int) -> None:
-        self._match(_BLANK, limit)
 
     def _match(self, pattern: re.Pattern[str], limit: int) -> str:
         match = pattern.match(self._text, self._position, limit)
@@ -376,9 +345,8 @@ class _Parser:
         if begin not in self._closing_brackets:
             self._rescan_count += 1
             if self._rescan_count > _MAX_BRACKET_RESCANS:
-                raise RuleUnsupportedError(
-                    "too many groups with quotes in their comments", start=begin, end=begin + 1
-                )
+                message = "too many groups with quotes in their comments"
+                raise RuleUnsupportedError(message, start=begin, end=begin + 1)
             self._count_brackets(begin, limit)
         return self._closing_brackets[begin]
 
@@ -400,16 +368,9 @@ class _Parser:
                 position = text.end()
         self._fail("a bracket is not closed", opened[-1], limit)
 
-    def _fail(self, message: str, start: int, end: int) -> NoReturn:
-        raise RuleSyntaxError(message, start=start, end=end)
-
-
-_EXPECTED_TEXT = {
-    _Expected.LEFT: "an identifier, text, number, function or group",
-    _Expected.OPERATOR: "a comparison",
-    _Expected.RIGHT: "an identifier, text, number or function",
-    _Expected.CONNECTIVE: '"&&" or "||"',
-}
+    def _fail(self, message: str, start: int, end: int | None = None) -> NoReturn:
+        """Refuse the text from ``start`` to ``end``, or the one character there."""
+        raise RuleSyntaxError(message, start=start, end=start + 1 if end is None else end)
 
 
 def _combine(kind: type[AndNode | OrNode], nodes: list[_Subtree]) -> _Subtree:

@@ -19,7 +19,7 @@ from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
-from pgrealtime.rules.language.parameters import macro_values_at
+from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar, json_in_jsonb_order
 from pgrealtime.rules.memory import operands
@@ -71,7 +71,7 @@ def test_what_holds_for_all_items_is_found_out_once(
     monkeypatch.setattr(WORK_BUDGET, "units_left", 10_000.0)
 
     evaluated: RowEvaluation[Member] = RowEvaluation(
-        {**row, **lists}, frozenset(), macro_values_at(NOW)
+        {**row, **lists}, frozenset(), MacroValues(NOW)
     )
     assert evaluated.evaluate(bound.specialization.formula, bound.values) is not None
     assert WORK_BUDGET.units_left > 8_000  # 400 pairs for all of it, and 400 for what is searched
@@ -100,7 +100,7 @@ def test_a_json_literal_is_parsed_within_the_budget(
     monkeypatch.setattr(WORK_BUDGET, "units_left", 2_000.0)
 
     for _ in range(2):
-        RowEvaluation[Member](row, frozenset(), macro_values_at(NOW)).evaluate(
+        RowEvaluation[Member](row, frozenset(), MacroValues(NOW)).evaluate(
             bound.specialization.formula, bound.values
         )
     assert parses
@@ -141,7 +141,7 @@ def post(chance: Random) -> Row:
 
 
 def found(index: PredicateIndex[Member], row: Row) -> set[Member]:
-    evaluated: RowEvaluation[Member] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
+    evaluated: RowEvaluation[Member] = RowEvaluation(row, frozenset(), MacroValues(NOW))
     evaluated.evaluate_index(index)
     assert not evaluated.has_open_tests
     return set(evaluated.hits)
@@ -149,7 +149,7 @@ def found(index: PredicateIndex[Member], row: Row) -> set[Member]:
 
 def tried(members: list[Member], row: Row) -> set[Member]:
     """Return the matches of all members, tested without any index."""
-    evaluated: RowEvaluation[Member] = RowEvaluation(row, frozenset(), macro_values_at(NOW))
+    evaluated: RowEvaluation[Member] = RowEvaluation(row, frozenset(), MacroValues(NOW))
     return {one for one in members if evaluated.evaluate(one.specialization.formula, one.values)}
 
 
