@@ -229,17 +229,8 @@ class GeoDistance:
     """lonA, latA, lonB, latB."""
 
 
-Term: TypeAlias = (
-    ParameterTerm
-    | Keyword
-    | AbsentEach
-    | FieldValue
-    | EachTerm
-    | JsonValue
-    | SecretTerm
-    | Strftime
-    | GeoDistance
-)
+RowTerm: TypeAlias = FieldValue | EachTerm | JsonValue | SecretTerm
+Term: TypeAlias = ParameterTerm | Keyword | AbsentEach | RowTerm | Strftime | GeoDistance
 
 
 # --- conditions
