@@ -9,8 +9,6 @@ No value can be part of a reference cycle. ``gc=False`` keeps them from the garb
 would otherwise traverse the whole changelog at each full collection.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple, TypeAlias
 
 from msgspec import Struct

@@ -1,7 +1,5 @@
 """WAL positions, cursors that order changes, and the positions that clients receive and submit."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, NewType
 
 LSN = NewType("LSN", int)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.lsn import Cursor
 
 
@@ -20,7 +20,7 @@ class Follower:
         said: The streams' starts, continuations and losses, in order, with their epochs.
     """
 
-    def __init__(self, changelog: MemoryChangelog, deadline: float) -> None:
+    def __init__(self, changelog: Changelog, deadline: float) -> None:
         self._changelog = changelog
         self._deadline = deadline
         self.progressed = asyncio.Event()

@@ -81,7 +81,7 @@ async def read_to_finish(stream: WalStream) -> list[Transaction | OversizedTrans
     read: list[Transaction | OversizedTransaction] = []
     async with asyncio.timeout(DEADLINE_SECONDS):
         async for batch in stream:
-            stream.confirm(batch[-1].end_lsn)
+            stream.feedback.confirm(batch[-1].end_lsn)
             read += batch
             match read[-1]:
                 case Transaction(changes=(only,)) if only.table == FINISH:

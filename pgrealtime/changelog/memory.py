@@ -1,15 +1,33 @@
-"""The changelog in the process's memory, bounded by bytes and by age."""
-
-from __future__ import annotations
+"""The changelog, bounded by bytes and by age: ``feed`` appends transactions, the hub reads them."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from pgrealtime.changelog.base import Entry, Gap
-from pgrealtime.changes import Transaction
+from msgspec import Struct
+
+from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.errors import ChangelogError
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, format_lsn
+
+
+class Gap(Struct, frozen=True):
+    """Changes that are missing in the stream."""
+
+    end_lsn: LSN
+    """Changes up to here may be missing; what follows is complete."""
+    reason: str
+    """Sent to clients: ``slot_lost``, ``too_large``, ``decoder`` or ``schema``."""
+    tables: frozenset[TableName] | None = None
+
+
+class Watermark(Struct, frozen=True):
+    """An LSN up to which the stream has no more changes since the previous entry."""
+
+    end_lsn: LSN
+
+
+Entry: TypeAlias = Transaction | OversizedTransaction | Gap | Watermark
 
 _COMPACT_AT = 4096
 """Trimmed elements at the front of the list from which on they are deleted."""
@@ -27,11 +45,15 @@ _MAX_CURSOR = Cursor(LSN((1 << 64) - 1), END_ORDINAL)
 _TRIMMED = _StoredEntry(LSN(0), Gap(LSN(0), ""), 0, 0.0)
 
 
-class MemoryChangelog:
-    """Implements ``changelog.base.Changelog``.
+class Changelog:
+    """A window of recent entries in stream order, addressed by cursors.
 
     ``start`` is floor and end of the empty changelog. ``max_bytes`` bounds all entries but the
     newest, approximately; ``expire`` applies ``max_age_seconds``.
+
+    Attributes:
+        floor: The oldest cursor that ``read`` accepts.
+        end_cursor: The cursor after the last entry.
     """
 
     def __init__(self, start: LSN, *, max_bytes: int, max_age_seconds: float) -> None:
@@ -41,17 +63,7 @@ class MemoryChangelog:
         self._first_index = 0
         self._total_bytes = 0
         self._trimmed_bytes = 0
-        self._floor = self._head = Cursor(start, END_ORDINAL)
-
-    @property
-    def floor(self) -> Cursor:
-        """The oldest cursor that ``read`` serves."""
-        return self._floor
-
-    @property
-    def end_cursor(self) -> Cursor:
-        """The cursor after the last entry."""
-        return self._head
+        self.floor = self.end_cursor = Cursor(start, END_ORDINAL)
 
     @property
     def size_bytes(self) -> int:
@@ -65,15 +77,19 @@ class MemoryChangelog:
         """Append the entry; trim the oldest ones above ``max_bytes``.
 
         Entries that end after ``upto`` aren't trimmed: the hub has yet to read them.
+
+        Raises:
+            ChangelogError: Its end LSN isn't after the head's.
         """
-        if entry.end_lsn <= self._head.lsn and self._entries:
+        end_lsn, head_lsn = entry.end_lsn, self.end_cursor.lsn
+        if end_lsn <= head_lsn and self._entries:
             raise ChangelogError(
                 "an entry must end after the one before",
-                detail=f"{format_lsn(entry.end_lsn)} is not after {format_lsn(self._head.lsn)}.",
+                detail=f"{format_lsn(end_lsn)} is not after {format_lsn(head_lsn)}.",
             )
         self._total_bytes += entry.size_bytes if isinstance(entry, Transaction) else 0
-        self._entries.append(_StoredEntry(entry.end_lsn, entry, self._total_bytes, now))
-        self._head = Cursor(entry.end_lsn, END_ORDINAL)
+        self._entries.append(_StoredEntry(end_lsn, entry, self._total_bytes, now))
+        self.end_cursor = Cursor(end_lsn, END_ORDINAL)
         while self.size_bytes > self._max_bytes and len(self) > 1 and self._oldest_ends_by(upto):
             self._trim()
 
@@ -81,7 +97,7 @@ class MemoryChangelog:
         """Remove all entries; the stream begins anew at ``start``, which may be a lower LSN."""
         self._entries, self._first_index = [], 0
         self._trimmed_bytes = self._total_bytes
-        self._floor = self._head = Cursor(start, END_ORDINAL)
+        self.floor = self.end_cursor = Cursor(start, END_ORDINAL)
 
     def expire(self, now: float, upto: Cursor) -> None:
         """Trim entries older than ``max_age_seconds`` that end by ``upto``."""
@@ -96,7 +112,7 @@ class MemoryChangelog:
 
     def _trim(self) -> None:
         oldest = self._entries[self._first_index]
-        self._floor = Cursor(oldest.end_lsn, END_ORDINAL)
+        self.floor = Cursor(oldest.end_lsn, END_ORDINAL)
         self._trimmed_bytes = oldest.total_bytes
         # Deleting at the front of a list moves the rest, so elements are deleted many at a time;
         # the rows are freed at once.
@@ -107,11 +123,18 @@ class MemoryChangelog:
             self._first_index = 0
 
     def read(self, after: Cursor, upto: Cursor, limit: int) -> Sequence[Entry]:
-        """Return the entries after ``after`` up to ``upto``, see ``Changelog.read``."""
-        if after < self._floor:
+        """Return the entries in order that have a change after ``after`` and end by ``upto``.
+
+        ``after`` may be inside the first one, a transaction. Returns at least one entry if there
+        is one, then more until they have ``limit`` changes.
+
+        Raises:
+            ChangelogError: ``after`` is before the floor (code ``changelog_trimmed``).
+        """
+        if after < self.floor:
             raise ChangelogError(
                 "the position lies before the changelog",
-                detail=f"It reaches back to {format_lsn(self._floor.lsn)}.",
+                detail=f"It reaches back to {format_lsn(self.floor.lsn)}.",
                 code="changelog_trimmed",
             )
         entries: list[Entry] = []

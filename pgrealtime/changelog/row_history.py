@@ -9,15 +9,13 @@ A table is indexed at the first look-up in it, each changelog entry once, so a t
 look-ups costs nothing.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
-from pgrealtime.changelog.base import Changelog, Entry, Gap, Watermark
+from pgrealtime.changelog.memory import Changelog, Entry, Gap, Watermark
 from pgrealtime.changes import (
     Change,
     Insert,
@@ -185,17 +183,13 @@ class TableHistory:
         while self._unknown_row_writes and self._unknown_row_writes[0].end_lsn <= floor:
             self._unknown_row_writes.popleft()
         if self._indexed_upto:
-            self._indexed_after, self._indexed_upto = (
-                max(self._indexed_after, floor),
-                max(self._indexed_upto, floor),
-            )
+            self._indexed_after = max(self._indexed_after, floor)
+            self._indexed_upto = max(self._indexed_upto, floor)
 
 
 def _writes_after(writes: Sequence[RowWrite], after: LSN) -> list[RowWrite]:
     """Return the writes after an LSN. Searched from the end: most often they are few of many."""
-    later = list(takewhile(lambda write: write.end_lsn > after, reversed(writes)))
-    later.reverse()
-    return later
+    return [*takewhile(lambda write: write.end_lsn > after, reversed(writes))][::-1]
 
 
 def column_values(change: Change, column: str) -> Sequence[str]:

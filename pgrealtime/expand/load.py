@@ -29,7 +29,7 @@ from pgrealtime.expand.plan import ExpandViewer, JunctionHops, junction_hops
 from pgrealtime.expand.render import ExpandTooLargeError, RenderRecord, render_expand
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.lsn import Xid
-from pgrealtime.postgres.outage import CONNECTION_RETRY_DELAYS
+from pgrealtime.postgres.session import CONNECTION_RETRY_DELAYS
 from pgrealtime.rule_queries.session import ReadSession, ReadSessionFactory
 from pgrealtime.rules.engine.before_state import BeforeState
 

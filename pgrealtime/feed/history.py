@@ -1,7 +1,5 @@
 """Distinguishes a server's histories: by epochs, and by transactions sent again. Pure."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple

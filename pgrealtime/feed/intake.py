@@ -1,10 +1,8 @@
 """Appends entries to the changelog, waits while it is full, and wakes the follower.
 
-The reader of the replication stream hands its transactions over here; this is the only writer of
-the changelog. Knows neither streams nor connections.
+The reader of the replication stream hands its transactions over here; nothing else appends to the
+changelog. Knows neither streams nor connections.
 """
-
-from __future__ import annotations
 
 import asyncio
 import time
@@ -13,8 +11,7 @@ from typing import Protocol
 
 import structlog
 
-from pgrealtime.changelog.base import Entry, Gap, Watermark
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Entry, Gap, Watermark
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.lsn import LSN, Cursor, format_lsn
 
@@ -27,53 +24,42 @@ class Follower(Protocol):
     @property
     def head(self) -> Cursor:
         """The cursor up to which everything was delivered."""
-        ...
 
     @property
     def progressed(self) -> asyncio.Event:
         """Set whenever the head advanced."""
-        ...
 
     def wake(self) -> None:
         """Read on: the changelog has new entries."""
-        ...
 
     def stream_started(self, epoch: str) -> None:
         """A stream is being read."""
-        ...
 
     def stream_continued(self, epoch: str) -> None:
         """Another stream continues exactly where the last one ended."""
-        ...
 
     def stream_lost(self) -> None:
         """No stream is being read."""
-        ...
 
 
 class Intake:
-    """The writing end of the changelog, which nothing else writes.
+    """Appends to the changelog, which nothing else does.
 
     ``max_size`` bytes may wait in the changelog for the follower. Beyond them ``append`` waits, and
     the stream is closed after its ``max_pause``: a gap.
     """
 
-    def __init__(self, changelog: MemoryChangelog, follower: Follower, *, max_size: int) -> None:
+    def __init__(self, changelog: Changelog, follower: Follower, *, max_size: int) -> None:
+        self.changelog = changelog
         self.follower = follower
         self.changes_received = 0
-        self._changelog = changelog
         self._max_size = max_size
         self._appended_at = time.monotonic()
 
     @property
     def end_lsn(self) -> LSN:
         """The end of the last entry."""
-        return self._changelog.end_cursor.lsn
-
-    @property
-    def floor_lsn(self) -> LSN:
-        """Nothing up to here is needed any more."""
-        return self._changelog.floor.lsn
+        return self.changelog.end_cursor.lsn
 
     async def append(self, entry: Transaction | OversizedTransaction) -> None:
         """Append a transaction once there is room for it. The caller wakes the follower.
@@ -81,7 +67,7 @@ class Intake:
         A transaction larger than ``max_size`` is appended when nothing else waits.
         """
         size = entry.size_bytes if isinstance(entry, Transaction) else 0
-        bytes_after, follower = self._changelog.bytes_after, self.follower
+        bytes_after, follower = self.changelog.bytes_after, self.follower
         while (waiting := bytes_after(follower.head)) and waiting + size > self._max_size:
             # Cleared before the follower is woken: its progress in between would be missed.
             follower.progressed.clear()
@@ -114,17 +100,9 @@ class Intake:
         self.follower.wake()
         return True
 
-    def restart(self, lsn: LSN) -> None:
-        """Empty the changelog: another history begins."""
-        self._changelog.restart(lsn)
-
-    def expire(self, now: float) -> None:
-        """Remove the entries that are too old and delivered."""
-        self._changelog.expire(now, self.follower.head)
-
     def _append(self, entry: Entry, now: float) -> None:
         # What the follower has yet to deliver is not trimmed.
-        self._changelog.append(entry, now, self.follower.head)
+        self.changelog.append(entry, now, self.follower.head)
         self._appended_at = now
 
 

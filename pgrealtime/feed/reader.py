@@ -6,8 +6,6 @@ in the changelog. A durable slot lags behind the changelog: it is confirmed up t
 changelog begins, and the server sends the rest again after a break, in this process or the next.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time
@@ -131,7 +129,7 @@ class ReplicationReader:
                 if self._is_expected_while_reopening(error):
                     await asyncio.sleep(_POLL_SECONDS)
                     continue
-                is_durable = self.stream is not None and self.stream.is_durable
+                is_durable = self.stream is not None and self.stream.slot.is_durable
                 self._on_stream_broken(error)
                 if not error.retryable:
                     raise
@@ -145,10 +143,10 @@ class ReplicationReader:
         self._system, self.stream = stream.system, stream
         log.info(
             "replication.started",
-            plugin=stream.plugin,
-            reason=stream.plugin_reason or None,
-            slot=stream.slot_name,
-            lsn=format_lsn(stream.start_lsn),
+            plugin=stream.slot.plugin,
+            reason=stream.slot.plugin_reason or None,
+            slot=stream.slot.name,
+            lsn=format_lsn(stream.slot.start_lsn),
         )
         self._intake.follower.stream_started(self._epoch)
         self._intake.follower.wake()
@@ -159,28 +157,28 @@ class ReplicationReader:
     def _join_to_changelog(self, stream: WalStream) -> str:
         """Return the stream's epoch; continue the changelog, leave a gap in it or restart it."""
         epoch = self._epoch_of(stream)
-        head_lsn = self._intake.end_lsn
+        head_lsn, start_lsn = self._intake.end_lsn, stream.slot.start_lsn
         # Only a durable slot begins before the head: at what it was last confirmed. A restored
         # server's WAL may end before what was read from it.
-        begins_within = stream.start_lsn <= head_lsn and self._read_upto <= stream.initial_wal_end
+        begins_within = start_lsn <= head_lsn and self._read_upto <= stream.initial_wal_end
         is_restored = self._repeats.begin_stream()
         if self._reopening is not None:
             self._repeats.forget()  # the last transaction may have nothing of the new tables
         if begins_within and stream.system == self._system and not is_restored:
             if epoch != self._epoch:
                 self._intake.follower.stream_continued(epoch)
-            self._repeats.expect_from(stream.start_lsn)
-        elif epoch != self._epoch or stream.start_lsn < head_lsn or is_restored:
+            self._repeats.expect_from(start_lsn)
+        elif epoch != self._epoch or start_lsn < head_lsn or is_restored:
             # Another history (first start, failover, restore): its LSNs may have been used before.
             if epoch == self._epoch:
                 self._restore_count += 1
                 epoch = self._epoch_of(stream)
-            self._read_upto = stream.start_lsn
+            self._read_upto = start_lsn
             self._repeats.forget()
             self._timed_out_lsn = LSN(0)
-            self._intake.restart(stream.start_lsn)
-        elif stream.start_lsn > head_lsn:
-            self._intake.append_lost_slot(stream.start_lsn)
+            self._intake.changelog.restart(start_lsn)
+        elif start_lsn > head_lsn:
+            self._intake.append_lost_slot(start_lsn)
         return epoch
 
     def _epoch_of(self, stream: WalStream) -> str:
@@ -230,7 +228,7 @@ class ReplicationReader:
             PgRealtimeError: The new stream can't be opened; the current one continues.
         """
         async with self._switch_lock:
-            if self._is_durable or (self.stream is not None and self.stream.is_durable):
+            if self._is_durable or (self.stream is not None and self.stream.slot.is_durable):
                 await self._reopen(open_stream, tuple(tables))
             else:
                 await self._open_successor(open_stream, tuple(tables))
@@ -280,9 +278,9 @@ class ReplicationReader:
         self._epoch, self.stream = self._epoch_of(stream), stream
         log.info(
             "replication.continued",
-            plugin=stream.plugin,
-            slot=stream.slot_name,
-            lsn=format_lsn(stream.start_lsn),
+            plugin=stream.slot.plugin,
+            slot=stream.slot.name,
+            lsn=format_lsn(stream.slot.start_lsn),
         )
         self._intake.follower.stream_continued(self._epoch)
 
@@ -320,12 +318,12 @@ class ReplicationReader:
                 stream.request_keepalive()
             if batch:
                 self._read_upto = max(self._read_upto, batch[-1].end_lsn)
-                if stream.is_durable:
+                if stream.slot.is_durable:
                     self._release_expired(stream)
                 else:
-                    stream.confirm(batch[-1].end_lsn)
+                    stream.feedback.confirm(batch[-1].end_lsn)
                 self._intake.follower.wake()
-            if successor is not None and wal_end >= successor.stream.start_lsn:
+            if successor is not None and wal_end >= successor.stream.slot.start_lsn:
                 return successor
 
     async def _next_batch(
@@ -358,14 +356,14 @@ class ReplicationReader:
         while True:
             await asyncio.sleep(_EXPIRE_SECONDS)
             now = time.monotonic()
-            self._intake.expire(now)
-            if self.stream is not None and self.stream.is_durable:
+            self._intake.changelog.expire(now, self._intake.follower.head)
+            if self.stream is not None and self.stream.slot.is_durable:
                 self._append_watermark(self.stream, now)
                 self._release_expired(self.stream)
 
     def _append_watermark(self, stream: WalStream, now: float) -> None:
         """Let a durable slot advance while the WAL grows by other tables' commits alone."""
-        quiet_until = stream.empty_until(self._intake.end_lsn)
+        quiet_until = stream.feedback.empty_until(self._intake.end_lsn)
         if self._intake.append_watermark(quiet_until, now, min_interval_seconds=_MARK_SECONDS):
             self._read_upto = max(self._read_upto, quiet_until)
 
@@ -374,8 +372,8 @@ class ReplicationReader:
         # A gap that was appended on its own ends inside the record that follows, perhaps a commit;
         # and a commit that begins before the released LSN isn't sent again. Records begin at
         # multiples of 8 (MAXALIGN).
-        floor = self._intake.floor_lsn
-        stream.release(LSN(floor - floor % 8))
+        floor = self._intake.changelog.floor.lsn
+        stream.feedback.release(LSN(floor - floor % 8))
 
     # -- waiting for an LSN
 
@@ -404,7 +402,7 @@ class ReplicationReader:
             return head_lsn
         # What ends before a stream begins is in the changelog, or is a gap in it; the last commit
         # among it may have ended earlier.
-        return self.stream.empty_until(max(head_lsn, self.stream.start_lsn))
+        return self.stream.feedback.empty_until(max(head_lsn, self.stream.slot.start_lsn))
 
 
 def _end_of_record(insert_lsn: LSN) -> LSN:

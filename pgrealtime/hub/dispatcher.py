@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changes import Action
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.hub.catchup.tasks import CatchUpTasks

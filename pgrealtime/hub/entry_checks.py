@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from pgrealtime.changelog.base import Entry
+from pgrealtime.changelog.memory import Entry
 from pgrealtime.changes import Transaction
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.hub.state.progress import DispatchProgress

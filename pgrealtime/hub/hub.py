@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from pgrealtime.auth.principal import Caller
-from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changelog.row_history import RowHistory, WaitForLSN
 from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import reachable_tables

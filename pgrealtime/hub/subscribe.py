@@ -15,7 +15,7 @@ from itertools import islice
 import structlog
 
 from pgrealtime.auth.principal import GUEST, Caller, is_same_principal
-from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.fairness import FairLock

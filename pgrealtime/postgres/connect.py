@@ -1,7 +1,5 @@
 """Opens the query pool of the service, or one connection for a command."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator

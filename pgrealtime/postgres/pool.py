@@ -9,8 +9,6 @@ transaction mode (PgBouncer's ``pool_mode = transaction``) runs each transaction
 the server, with what its last user set there, and accepts no settings at connect.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import os

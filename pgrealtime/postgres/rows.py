@@ -5,8 +5,6 @@ callers' accounts, ``explain``. Values are returned as PostgreSQL prints them, w
 because rules and records are evaluated on texts of the same form as in the replication stream.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
@@ -66,13 +64,9 @@ async def fetch_texts(
     result = (await connection.execute(statement, params)).pgresult
     assert result is not None  # an executed query has one
     # Without the driver's loaders, which would make numbers and dates of the texts.
+    get_value, columns = result.get_value, range(result.nfields)
     return [
-        tuple(
-            [
-                None if value is None else value.decode()
-                for value in (result.get_value(row, n) for n in range(result.nfields))
-            ]
-        )
+        tuple([None if (v := get_value(row, n)) is None else v.decode() for n in columns])
         for row in range(result.ntuples)
     ]
 

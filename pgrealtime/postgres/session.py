@@ -4,8 +4,6 @@ Questions about rules, related records and live rows are asked in one, because w
 not be older than the event they are asked for.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -143,3 +141,44 @@ class ReadTransaction:
         else:
             await self.finish()
             await self.begin()
+
+
+_MAX_RETRY_SECONDS = 10.0
+"""A restart takes less; and what waits for an answer delays all that follows it."""
+CONNECTION_RETRY_DELAYS = (0.0, 0.1, 0.5, None)
+"""Seconds before a query is retried on another connection that may also fail; None: no more."""
+_FIRST_RETRY_DELAYS = (0.0, 0.1)
+_RETRY_DELAY_SECONDS = 0.5
+
+
+class DatabaseOutage:
+    """Since when no query has been answered, which bounds the retries of all queries together.
+
+    The executor and the reader of live rows share one; readiness asks it too.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    @property
+    def is_ongoing(self) -> bool:
+        """Whether the last query failed because the database was away."""
+        return self._since is not None
+
+    def record_answer(self) -> None:
+        """Record that the database has answered."""
+        self._since = None
+
+    def retry_delays(self) -> Iterator[float | None]:
+        """Yield the seconds to wait before another attempt; None after the last one.
+
+        Advance it before each attempt. Once an outage has lasted too long no query waits, until
+        the database has answered one.
+        """
+        # A broken connection says nothing about the next one, so the first attempts follow at once.
+        yield from _FIRST_RETRY_DELAYS
+        if self._since is None:
+            self._since = time.monotonic()
+        while time.monotonic() - self._since < _MAX_RETRY_SECONDS:
+            yield _RETRY_DELAY_SECONDS
+        yield None

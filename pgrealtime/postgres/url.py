@@ -1,7 +1,5 @@
 """Parses a database URL as libpq would, for everything that connects to PostgreSQL."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import psycopg

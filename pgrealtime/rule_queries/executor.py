@@ -22,8 +22,8 @@ from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.lsn import Xid
 from pgrealtime.observe.redact import message_without_values
-from pgrealtime.postgres.outage import DatabaseOutage
 from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.postgres.session import DatabaseOutage
 from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow, LiveRowReader
 from pgrealtime.rule_queries.rounds import (
     BudgetedTransaction,
@@ -56,7 +56,7 @@ class QueryExecutor:
         on_statement_seconds: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self._pool = pool
-        self.outage = DatabaseOutage(time.monotonic)
+        self.outage = DatabaseOutage()
         self._unanswered = UnansweredQuestions(on_schema_mismatch)
         self.unanswered_counts = self._unanswered.counts
         self._rounds = QuestionRounds(self._unanswered, on_statement_seconds)

@@ -19,11 +19,11 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.observe.redact import message_without_values
-from pgrealtime.postgres.outage import DatabaseOutage
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.postgres.rows import rows_by_key_statement
 from pgrealtime.postgres.session import (
     TIMEOUT_ERRORS,
+    DatabaseOutage,
     ReadTransaction,
     is_connection_error,
     visibility_retry_delays,

@@ -20,7 +20,7 @@ from pgrealtime.api.login import LoginRoutes
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
@@ -146,7 +146,7 @@ def _build_parts(
     executor = QueryExecutor(
         pool, on_schema_mismatch=on_schema_mismatch, on_statement_seconds=on_statement_seconds
     )
-    changelog = MemoryChangelog(
+    changelog = Changelog(
         LSN(0), max_bytes=config.changelog.max_size, max_age_seconds=config.changelog.max_age
     )
     hub = Hub(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
@@ -21,7 +21,7 @@ class ServiceParts:
 
     pool: QueryPool
     executor: QueryExecutor
-    changelog: MemoryChangelog
+    changelog: Changelog
     intake: Intake
     replication_reader: ReplicationReader
     hub: Hub

@@ -199,7 +199,7 @@ class Reloader:
     async def _check_publication(self) -> None:
         """Announce a gap of the tables that the publication doesn't send, or sends again."""
         stream = self._parts.replication_reader.stream
-        if stream is None or stream.plugin != "pgoutput":
+        if stream is None or stream.slot.plugin != "pgoutput":
             return
         if changed := await self._publication.find_tables_with_gap(
             list(self._streamed_tables.values())

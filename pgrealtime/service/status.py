@@ -66,7 +66,7 @@ class StatusReader:
 
     async def _read_slot_lag(self) -> tuple[int | None, int | None]:
         stream = self._parts.replication_reader.stream
-        row = None if stream is None else await self._fetch_row(_SLOT_LAG_QUERY, stream.slot_name)
+        row = None if stream is None else await self._fetch_row(_SLOT_LAG_QUERY, stream.slot.name)
         return (None, None) if row is None else (int(row[0]), int(row[1]))
 
     async def _fetch_row(self, query: str, *params: str) -> tuple[Any, ...] | None:

@@ -1,7 +1,5 @@
 """Assembles a decoder's messages to whole transactions, for ``wal.stream``. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from itertools import takewhile
 

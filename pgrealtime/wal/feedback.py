@@ -7,8 +7,6 @@ behind *written* the server could not shut down. So it is 0, which leaves the sl
 in the single update that advances it.
 """
 
-from __future__ import annotations
-
 from pgrealtime.lsn import LSN
 from pgrealtime.wal.wire import StandbyStatusUpdate
 

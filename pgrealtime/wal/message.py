@@ -1,7 +1,5 @@
 """The messages of a decoder, wal2json or pgoutput alike, for ``wal.assembler``. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Protocol, TypeAlias
 

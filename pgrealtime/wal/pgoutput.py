@@ -16,11 +16,8 @@ with a zero byte:
 A row is count:int16, then per column 'n' (NULL), 'u' (unchanged in TOAST) or 't' length:int32 text.
 """
 
-from __future__ import annotations
-
 import struct
-from collections.abc import Callable, Collection
-from typing import TypeAlias
+from collections.abc import Collection
 
 from msgspec import Struct
 
@@ -89,39 +86,43 @@ class PgoutputDecoder:
         # A publication has tables, not names: a renamed table is streamed further.
         self._tables_by_oid = {table.oid: self._tables_by_name[table.name] for table in tables}
         self._relations: dict[int, _Relation] = {}
-        self._handlers: dict[int, _Handler] = {
-            ord("B"): _begin,
-            ord("C"): _commit,
-            ord("R"): self._relation,
-            ord("I"): self._insert,
-            ord("U"): self._update,
-            ord("D"): self._delete,
-            ord("T"): self._truncate,
-            # Types, origins and logical messages.
-            ord("Y"): _ignore,
-            ord("O"): _ignore,
-            ord("M"): _ignore,
-        }
 
     def decode(self, payload: memoryview | bytes) -> Message | None:
         """Return the payload's message, see ``wal.message.Decoder``."""
         data = bytes(payload)
         try:
-            return self._handlers[data[0]](data)
+            if row_change := _ROW_CHANGES.get(data[0]):
+                relation = self._relations.get(_RELATION_ID.unpack_from(data)[0])
+                return None if relation is None else row_change(data, relation)
+            match data[:1]:
+                case b"B":
+                    return Begin(Xid(_BEGIN.unpack_from(data)[2]))
+                case b"C":
+                    _, _, end, time = _COMMIT.unpack_from(data)
+                    return Commit(LSN(end), time + UNIX_EPOCH_OFFSET)
+                case b"R":
+                    self._read_relation(data)
+                    return None
+                case b"T":
+                    return self._truncate(data)
+                # Types, origins and logical messages.
+                case b"Y" | b"O" | b"M":
+                    return None
+                case letter:
+                    raise ValueError(letter)  # noqa: TRY301 (as all that can't be read)
         except (struct.error, LookupError, ValueError) as error:
             # Doesn't quote the payload, which has a row's values.
             raise UnexpectedMessageError("pgoutput sent a message that can't be read") from error
 
-    def _relation(self, data: bytes) -> None:
+    def _read_relation(self, data: bytes) -> None:
         # Sent before the first row of a table, and again after its definition or the publication
         # changed. From then on rows have the new columns.
         (oid,) = _RELATION_ID.unpack_from(data)
         schema, offset = _read_string(data, _AFTER_RELATION_ID)
         name, offset = _read_string(data, offset)
-        (count,) = _COLUMN_COUNT.unpack_from(
-            data, offset + 1
-        )  # after the replica identity's letter
-        offset += 1 + _COLUMN_COUNT.size
+        offset += 1  # the replica identity's letter
+        (count,) = _COLUMN_COUNT.unpack_from(data, offset)
+        offset += _COLUMN_COUNT.size
         names: list[str] = []
         types: list[int] = []
         key: list[str] = []
@@ -140,54 +141,11 @@ class PgoutputDecoder:
             self._relations.pop(oid, None)
         else:
             overhead = _ROW_BYTES + _VALUE_BYTES * count
-            before = self._relations.get(oid)
-            is_redescribed = before is not None and source.leaf is not None
-            shape = RowShape(
-                source.root,
-                source.leaf,
-                tuple(zip(names, types, strict=True)),
-                before.shape.description_count + 1 if before is not None and is_redescribed else 0,
-            )
+            before = self._relations.get(oid) if source.leaf is not None else None
+            descriptions = 0 if before is None else before.shape.description_count + 1
+            columns = tuple(zip(names, types, strict=True))
+            shape = RowShape(source.root, source.leaf, columns, descriptions)
             self._relations[oid] = _Relation(source, tuple(names), tuple(key), overhead, shape)
-
-    def _insert(self, data: bytes) -> RowChange | None:
-        relation = self._relation_of(data)
-        if relation is None:
-            return None
-        new, _ = _read_row(data, _AFTER_RELATION_ID + 1, relation.column_names)
-        source = relation.streamed_table
-        change = Insert(source.root, _in_root_order(new, source))
-        return RowChange(change, source.leaf, relation.overhead_bytes, relation.shape)
-
-    def _update(self, data: bytes) -> RowChange | None:
-        relation = self._relation_of(data)
-        if relation is None:
-            return None
-        source, offset, old = relation.streamed_table, _AFTER_RELATION_ID, None
-        if data[offset] != _NEW_IMAGE:
-            # 'O' with FULL; 'K' only if a column of the identity changed.
-            old, offset = _read_old_image(data, offset, relation)
-        new, _ = _read_row(data, offset + 1, relation.column_names)
-        if old is None:
-            # The WAL has the identity only if it changed.
-            old = Key({name: new[name] for name in relation.identity_names})
-        elif len(new) < len(relation.column_names):
-            # Unchanged TOASTed values are missing. The old image has them: all with FULL, those
-            # of the identity otherwise.
-            known = old.row | new
-            new = {name: known[name] for name in relation.column_names if name in known}
-        overhead = relation.overhead_bytes * (2 if isinstance(old, WholeRow) else 1)
-        change = Update(source.root, _in_root_order(new, source), old)
-        return RowChange(change, source.leaf, overhead, relation.shape)
-
-    def _delete(self, data: bytes) -> RowChange | None:
-        relation = self._relation_of(data)
-        if relation is None:
-            return None
-        old, _ = _read_old_image(data, _AFTER_RELATION_ID, relation)
-        source = relation.streamed_table
-        change = Delete(source.root, old)
-        return RowChange(change, source.leaf, relation.overhead_bytes, relation.shape)
 
     def _truncate(self, data: bytes) -> TruncateMessage | None:
         # Options: 1 is CASCADE, 2 RESTART IDENTITY. Each truncated table is listed, also by
@@ -198,26 +156,40 @@ class PgoutputDecoder:
         tables = tuple(relation.streamed_table.root for relation in known if relation is not None)
         return TruncateMessage(tables) if tables else None
 
-    def _relation_of(self, data: bytes) -> _Relation | None:
-        (oid,) = _RELATION_ID.unpack_from(data)
-        return self._relations.get(oid)
+
+def _insert(data: bytes, relation: _Relation) -> RowChange:
+    new, _ = _read_row(data, _AFTER_RELATION_ID + 1, relation.column_names)
+    source = relation.streamed_table
+    change = Insert(source.root, _in_root_order(new, source))
+    return RowChange(change, source.leaf, relation.overhead_bytes, relation.shape)
 
 
-_Handler: TypeAlias = Callable[[bytes], Message | None]
+def _update(data: bytes, relation: _Relation) -> RowChange:
+    source, offset, old = relation.streamed_table, _AFTER_RELATION_ID, None
+    if data[offset] != _NEW_IMAGE:
+        # 'O' with FULL; 'K' only if a column of the identity changed.
+        old, offset = _read_old_image(data, offset, relation)
+    new, _ = _read_row(data, offset + 1, relation.column_names)
+    if old is None:
+        # The WAL has the identity only if it changed.
+        old = Key({name: new[name] for name in relation.identity_names})
+    elif len(new) < len(relation.column_names):
+        # Unchanged TOASTed values are missing. The old image has them: all with FULL, those
+        # of the identity otherwise.
+        known = old.row | new
+        new = {name: known[name] for name in relation.column_names if name in known}
+    overhead = relation.overhead_bytes * (2 if isinstance(old, WholeRow) else 1)
+    change = Update(source.root, _in_root_order(new, source), old)
+    return RowChange(change, source.leaf, overhead, relation.shape)
 
 
-def _begin(data: bytes) -> Begin:
-    _, _, xid = _BEGIN.unpack_from(data)
-    return Begin(Xid(xid))
+def _delete(data: bytes, relation: _Relation) -> RowChange:
+    old, _ = _read_old_image(data, _AFTER_RELATION_ID, relation)
+    source = relation.streamed_table
+    return RowChange(Delete(source.root, old), source.leaf, relation.overhead_bytes, relation.shape)
 
 
-def _commit(data: bytes) -> Commit:
-    _, _, end, time = _COMMIT.unpack_from(data)
-    return Commit(LSN(end), time + UNIX_EPOCH_OFFSET)
-
-
-def _ignore(_data: bytes) -> None:
-    return None
+_ROW_CHANGES = {ord("I"): _insert, ord("U"): _update, ord("D"): _delete}
 
 
 def _read_string(data: bytes, offset: int) -> tuple[str, int]:
@@ -232,9 +204,8 @@ def _read_old_image(data: bytes, offset: int, relation: _Relation) -> tuple[OldI
         return WholeRow(_in_root_order(row, source)), end
     if data[offset] == _KEY_IMAGE:
         # The other columns are sent as NULL, whatever their values.
-        return Key(
-            _in_root_order({name: row[name] for name in relation.identity_names}, source)
-        ), end
+        key = {name: row[name] for name in relation.identity_names}
+        return Key(_in_root_order(key, source)), end
     raise ValueError(data[offset])
 
 

@@ -5,8 +5,6 @@ refuses UPDATE and DELETE on a published table without replica identity. So only
 published: one by one, without inheritance children, never FOR ALL TABLES.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -39,23 +37,16 @@ class Publication:
 
 def publication_sql(name: str, tables: Collection[Table], server_version: int) -> str:
     """Return the SQL that creates the publication of tables checked by ``check_tables``."""
-    clauses = f"{_for_clause(tables)}{_with_clause(tables, server_version)}"
-    return f"CREATE PUBLICATION {quote_identifier(name)} {clauses};"
-
-
-def _for_clause(tables: Iterable[Table]) -> str:
-    return "FOR TABLE " + ", ".join(
+    published = ", ".join(
         # A partitioned table includes its partitions, also later ones. Without ONLY any other
         # includes its inheritance children.
         ("" if table.kind is TableKind.PARTITIONED else "ONLY ") + quote_table_name(table.name)
         for table in sorted(tables, key=lambda table: table.name)
     )
-
-
-def _with_clause(tables: Iterable[Table], server_version: int) -> str:
-    if server_version < GENERATED_COLUMNS_VERSION or not _has_generated_column(tables):
-        return ""
-    return " WITH (publish_generated_columns = stored)"
+    options = ""
+    if server_version >= GENERATED_COLUMNS_VERSION and _has_generated_column(tables):
+        options = " WITH (publish_generated_columns = stored)"
+    return f"CREATE PUBLICATION {quote_identifier(name)} FOR TABLE {published}{options};"
 
 
 def _has_generated_column(tables: Iterable[Table]) -> bool:

@@ -4,12 +4,10 @@ A replication connection has settings pinned that decide how values are printed,
 in ``changes`` do not depend on settings of the role, the database or the environment.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import AsyncConnection
@@ -44,15 +42,13 @@ class SystemIdentity:
     database_name: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """Settings and state of the server that decide whether and how it can be streamed."""
+    """Settings of the server that decide how it can be streamed."""
 
     version: int
     """As ``server_version_num``."""
     encoding: str
-    wal_level: str
-    is_standby: bool
     wal_sender_timeout: float
     """Seconds; 0 is never."""
     synchronous_standby_names: str
@@ -105,10 +101,16 @@ def translate_driver_errors() -> Iterator[None]:
 
 async def open_ordinary_connection(url: str) -> AsyncConnection[Any]:
     """Open an ordinary connection in autocommit, whose driver's errors are not translated."""
-    connection: AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
-        _conninfo(url), autocommit=True
-    )
-    return connection
+    return await AsyncConnection.connect(_conninfo(url), autocommit=True)
+
+
+async def fetch_row(
+    connection: AsyncConnection[Any], query: LiteralString | bytes, *params: object
+) -> tuple[Any, ...]:
+    """Return the row of a query that has one."""
+    row: tuple[Any, ...] | None = await (await connection.execute(query, params or None)).fetchone()
+    assert row is not None
+    return row
 
 
 def _conninfo(url: str, **more: str) -> str:
@@ -119,21 +121,18 @@ def _conninfo(url: str, **more: str) -> str:
 async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealtimeError:
     """Return why a replication connection was refused, from queries on an ordinary one."""
     # The refusal itself has no SQLSTATE, and its text is in the server's language.
+    detail = str(error).strip()
     try:
         async with await open_ordinary_connection(url) as connection:
-            cursor = await connection.execute(
-                "SELECT current_user, r.rolreplication OR r.rolsuper,"
-                " current_setting('wal_level'),"
+            role, may_replicate, wal_level, senders, max_senders = await fetch_row(
+                connection,
+                "SELECT current_user, (SELECT rolreplication OR rolsuper FROM pg_catalog.pg_roles"
+                " WHERE rolname = current_user), current_setting('wal_level'),"
                 " (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders()),"
-                " current_setting('max_wal_senders')::int"
-                " FROM pg_catalog.pg_roles r WHERE r.rolname = current_user"
+                " current_setting('max_wal_senders')::int",
             )
-            row = await cursor.fetchone()
     except psycopg.Error:
-        return _unreachable_error(error)
-    if row is None:
-        return _unreachable_error(error)
-    role, may_replicate, wal_level, senders, max_senders = row
+        return DatabaseUnreachableError("the database can't be reached", detail=detail)
     if not may_replicate:
         return SetupError(
             f'role "{role}" may not read the replication stream',
@@ -142,7 +141,7 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
             code="replication_attribute_missing",
         )
     if wal_level != "logical":
-        return wal_level_error(wal_level)
+        return _wal_level_error(wal_level)
     if senders >= max_senders:
         return SlotBusyError(
             "all walsenders of the server are in use",
@@ -152,19 +151,14 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
         )
     return DatabaseUnreachableError(
         "the server refuses replication connections",
-        detail=str(error).strip(),
+        detail=detail,
         hint="An ordinary connection with the same URL succeeds. Check pg_hba.conf, and that the"
         " URL leads to the server itself: poolers don't carry replication.",
         code="replication_refused",
     )
 
 
-def _unreachable_error(error: psycopg.OperationalError) -> DatabaseUnreachableError:
-    return DatabaseUnreachableError("the database can't be reached", detail=str(error).strip())
-
-
-def wal_level_error(wal_level: str) -> SetupError:
-    """Return the error for a server whose WAL has too little for decoding."""
+def _wal_level_error(wal_level: str) -> SetupError:
     return SetupError(
         f'wal_level is "{wal_level}" and has to be "logical"',
         hint="Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.",
@@ -174,9 +168,7 @@ def wal_level_error(wal_level: str) -> SetupError:
 
 async def identify_system(connection: AsyncConnection[Any]) -> tuple[SystemIdentity, LSN]:
     """Return the identity of the connected server, and the flush LSN of its WAL."""
-    row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
-    assert row is not None
-    system_id, timeline, flushed, database = row
+    system_id, timeline, flushed, database = await fetch_row(connection, "IDENTIFY_SYSTEM")
     system = SystemIdentity(system_id=system_id, timeline=int(timeline), database_name=database)
     return system, parse_lsn(flushed)
 
@@ -187,29 +179,16 @@ async def read_server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
     Raises:
         SetupError: The server can't be streamed: wal_level, or it is a standby.
     """
-    row = await (
-        await connection.execute(
-            "SELECT current_setting('server_version_num')::int, current_setting('server_encoding'),"
-            " current_setting('wal_level'), pg_is_in_recovery(),"
-            " (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'),"
-            " current_setting('synchronous_standby_names'), current_setting('application_name'),"
-            " (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size')"
-        )
-    ).fetchone()
-    assert row is not None
-    version, encoding, wal_level, is_standby, timeout_ms, standby_names, *others = row
-    application_name, slot_wal_limit = others
-    facts = ServerFacts(
-        version=version,
-        encoding=encoding,
-        wal_level=wal_level,
-        is_standby=is_standby,
-        wal_sender_timeout=timeout_ms / 1000,
-        synchronous_standby_names=standby_names,
-        application_name=application_name,
-        max_slot_wal_keep_mb=slot_wal_limit,
+    is_standby, wal_level, *settings = await fetch_row(
+        connection,
+        "SELECT pg_is_in_recovery(), current_setting('wal_level'),"
+        # In the order of ServerFacts.
+        " current_setting('server_version_num')::int, current_setting('server_encoding'),"
+        " (SELECT setting::float / 1000 FROM pg_settings WHERE name = 'wal_sender_timeout'),"
+        " current_setting('synchronous_standby_names'), current_setting('application_name'),"
+        " (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size')",
     )
-    if facts.is_standby:
+    if is_standby:
         raise SetupError(
             "the server is a standby",
             detail="A standby's snapshots leave out running transactions, so that what a new"
@@ -218,6 +197,6 @@ async def read_server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
             " target_session_attrs=primary.",
             code="standby",
         )
-    if facts.wal_level != "logical":
-        raise wal_level_error(facts.wal_level)
-    return facts
+    if wal_level != "logical":
+        raise _wal_level_error(wal_level)
+    return ServerFacts(*settings)

@@ -3,12 +3,10 @@
 Between ``wal.server`` (the connection) and ``wal.stream``, which reads what is sent.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import psycopg
@@ -28,14 +26,16 @@ from pgrealtime.errors import (
     WalError,
 )
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal import slot_status
 from pgrealtime.wal.publication import Publication, check_publication, check_tables
-from pgrealtime.wal.server import ServerFacts, open_ordinary_connection
+from pgrealtime.wal.server import ServerFacts, fetch_row, open_ordinary_connection
+from pgrealtime.wal.slot_status import SlotStatus, drop_slot, find_durable_slot
 
 Plugin: TypeAlias = Literal["wal2json", "pgoutput"]
 
 _WAIT_REPORT_SECONDS = 2.0
 """Creating a slot that takes longer waits for open transactions, which are then reported."""
+_DRY_RUN_SECONDS = 10.0
+"""Timeout of creating a slot in a dry run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,8 @@ class Slot:
     """Every transaction that commits later is sent. The consistent point of a new slot, the
     confirmed flush LSN of a reused one."""
     is_durable: bool = False
+    plugin_reason: str = ""
+    """Why ``auto`` chose pgoutput; empty otherwise."""
 
 
 async def acquire_slot(
@@ -67,10 +69,8 @@ async def acquire_slot(
     facts: ServerFacts,
     tables: Collection[Table],
     on_wait: Callable[[SlotWait], None] | None = None,
-) -> tuple[Slot, str]:
+) -> Slot:
     """Create a slot for the configured or the first usable decoder, or reuse the durable one.
-
-    The text returned with it is why ``auto`` chose pgoutput; empty otherwise.
 
     Raises:
         SetupError: No allowed decoder, or not the durable slot, can be used.
@@ -80,12 +80,12 @@ async def acquire_slot(
     if config.slot.durable and (durable := await _reuse_durable_slot(connection, config, facts)):
         if durable.plugin == "pgoutput":
             await _check_publication(connection, config, tables, facts)
-        return durable, ""
+        return durable
     refusal: SetupError | None = None
     if config.plugin != "pgoutput":
         try:
             _check_encoding("wal2json", facts)
-            return await create_slot(connection, url, "wal2json", config, on_wait=on_wait), ""
+            return await create_slot(connection, url, "wal2json", config, on_wait=on_wait)
         except SetupError as error:
             if config.plugin == "wal2json":
                 raise
@@ -98,31 +98,25 @@ async def acquire_slot(
         slot = await create_slot(connection, url, "pgoutput", config, on_wait=on_wait)
     except SetupError as error:
         raise (error if refusal is None else _no_decoder_error(refusal, error)) from error
-    return slot, "" if refusal is None else refusal.message
+    return slot if refusal is None else replace(slot, plugin_reason=refusal.message)
 
 
-async def dry_run_slot(
-    connection: AsyncConnection[Any],
-    url: str,
-    config: ReplicationConfig,
-    *,
-    facts: ServerFacts,
-    tables: Collection[Table],
-    create_timeout_seconds: float,
-    on_wait: Callable[[SlotWait], None] | None = None,
-) -> tuple[Slot, str]:
-    """As ``acquire_slot``, but create a temporary slot within a timeout, whatever is configured.
+async def dry_run_config(
+    connection: AsyncConnection[Any], config: ReplicationConfig, facts: ServerFacts
+) -> ReplicationConfig:
+    """Return a configuration with which ``acquire_slot`` only tries whether it would succeed.
+
+    The slot is temporary, whatever is configured, and has to be created within a timeout.
 
     Raises:
-        PgRealtimeError: Why the stream could not be opened.
+        SetupError: As ``find_durable_slot``.
     """
     plugin = config.plugin
     if config.slot.durable and (status := await find_durable_slot(connection, config, facts)):
         plugin = _plugin_of(status)
-    temporary = {"durable": False, "failover": False, "create_timeout": create_timeout_seconds}
+    temporary = {"durable": False, "failover": False, "create_timeout": _DRY_RUN_SECONDS}
     slot = config.slot.model_copy(update=temporary)
-    config = config.model_copy(update={"slot": slot, "plugin": plugin})
-    return await acquire_slot(connection, url, config, facts=facts, tables=tables, on_wait=on_wait)
+    return config.model_copy(update={"slot": slot, "plugin": plugin})
 
 
 async def _reuse_durable_slot(
@@ -133,10 +127,10 @@ async def _reuse_durable_slot(
     if status is None:
         return None
     if status.is_lost:
-        await slot_status.drop_slot(connection, status)
+        await drop_slot(connection, status)
         return None
     if config.slot.failover and not status.has_failover:
-        await slot_status.enable_failover(connection, status)
+        await connection.execute(f'ALTER_REPLICATION_SLOT "{status.name}" (FAILOVER true)'.encode())
     return Slot(
         name=status.name,
         plugin=_plugin_of(status),
@@ -145,27 +139,9 @@ async def _reuse_durable_slot(
     )
 
 
-def _plugin_of(slot: slot_status.SlotStatus) -> Plugin:
-    return "wal2json" if slot.plugin == "wal2json" else "pgoutput"  # check_slot refuses others
-
-
-async def find_durable_slot(
-    connection: AsyncConnection[Any], config: ReplicationConfig, facts: ServerFacts
-) -> slot_status.SlotStatus | None:
-    """Return the checked slot with the configured name, None if there is none.
-
-    Raises:
-        SetupError: As ``slot_status.check_slot``.
-    """
-    status = await slot_status.find_slot(connection, config.slot.name)
-    slot_status.check_slot(
-        config,
-        status,
-        database=connection.info.dbname,
-        server_version=facts.version,
-        max_slot_wal_keep_mb=facts.max_slot_wal_keep_mb,
-    )
-    return status
+def _plugin_of(slot: SlotStatus) -> Plugin:
+    # ``find_durable_slot`` refuses others.
+    return "wal2json" if slot.plugin == "wal2json" else "pgoutput"
 
 
 async def _check_publication(
@@ -208,30 +184,28 @@ def _check_encoding(plugin: Plugin, facts: ServerFacts) -> None:
 
 async def read_publication(connection: AsyncConnection[Any], name: str) -> Publication | None:
     """Return the publication of that name, None if the database has none."""
-    row = await (
-        await connection.execute(
-            "SELECT puballtables OR EXISTS (SELECT FROM pg_publication_namespace"
-            "                               WHERE pnpubid = p.oid),"
-            " pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate,"
-            " coalesce(to_jsonb(p) ->> 'pubgencols' = 's', false)"  # from 18 on
-            " FROM pg_publication p WHERE pubname = %s",
-            (name,),
-        )
-    ).fetchone()
+    cursor = await connection.execute(
+        "SELECT puballtables OR EXISTS (SELECT FROM pg_publication_namespace"
+        "                               WHERE pnpubid = p.oid),"
+        " pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate,"
+        " coalesce(to_jsonb(p) ->> 'pubgencols' = 's', false)"  # from 18 on
+        " FROM pg_publication p WHERE pubname = %s",
+        (name,),
+    )
+    row = await cursor.fetchone()
     if row is None:
         return None
     is_open, via_root, is_complete, has_generated_columns = row
-    tables = await (
-        await connection.execute(
-            "SELECT schemaname, tablename, rowfilter IS NOT NULL OR EXISTS ("
-            "   SELECT FROM pg_attribute a"
-            "   WHERE a.attrelid = format('%%I.%%I', schemaname, tablename)::regclass"
-            "   AND attnum > 0 AND NOT attisdropped AND attgenerated = ''"
-            "   AND attname <> ALL (attnames))"
-            " FROM pg_publication_tables WHERE pubname = %s",
-            (name,),
-        )
-    ).fetchall()
+    cursor = await connection.execute(
+        "SELECT schemaname, tablename, rowfilter IS NOT NULL OR EXISTS ("
+        "   SELECT FROM pg_attribute a"
+        "   WHERE a.attrelid = format('%%I.%%I', schemaname, tablename)::regclass"
+        "   AND attnum > 0 AND NOT attisdropped AND attgenerated = ''"
+        "   AND attname <> ALL (attnames))"
+        " FROM pg_publication_tables WHERE pubname = %s",
+        (name,),
+    )
+    tables = await cursor.fetchall()
     return Publication(
         tables=frozenset(TableName(schema, table) for schema, table, _ in tables),
         partial_tables=frozenset(
@@ -285,8 +259,7 @@ async def _run_create(
         # The timeout cancels the command on the server too, so that no slot is left.
         # statement_timeout does not end this wait.
         async with asyncio.timeout(timeout_seconds):
-            cursor = await connection.execute(command.encode())
-            row = await cursor.fetchone()
+            _, consistent_point, *_ = await fetch_row(connection, command.encode())
     except TimeoutError:
         return SlotBusyError(
             f"no slot could be created within {timeout_seconds:g} s",
@@ -297,8 +270,7 @@ async def _run_create(
         )
     except psycopg.Error as error:
         return _create_error(error, plugin)
-    assert row is not None
-    return parse_lsn(row[1])
+    return parse_lsn(consistent_point)
 
 
 def _create_error(error: psycopg.Error, plugin: Plugin) -> PgRealtimeError:
@@ -350,17 +322,15 @@ async def _watch_wait(
 
 
 async def _read_wait(connection: AsyncConnection[Any], backend_pid: int) -> SlotWait:
-    row = await (
-        await connection.execute(
-            "SELECT pg_catalog.pg_blocking_pids(%s),"
-            " ARRAY(SELECT gid FROM pg_catalog.pg_prepared_xacts ORDER BY prepared)",
-            (backend_pid,),
-        )
-    ).fetchone()
-    assert row is not None
+    blocking_pids, prepared = await fetch_row(
+        connection,
+        "SELECT pg_catalog.pg_blocking_pids(%s),"
+        " ARRAY(SELECT gid FROM pg_catalog.pg_prepared_xacts ORDER BY prepared)",
+        backend_pid,
+    )
     # A prepared transaction has pid 0 there.
-    pids = tuple(pid for pid in row[0] if pid)
-    return SlotWait(pids=pids, prepared=() if pids else tuple(row[1]))
+    pids = tuple(pid for pid in blocking_pids if pid)
+    return SlotWait(pids=pids, prepared=() if pids else tuple(prepared))
 
 
 async def start_replication(

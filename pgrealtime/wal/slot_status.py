@@ -4,9 +4,6 @@ Used by ``wal.slot`` and the command ``slot``. A durable slot outlives the proce
 keeps all WAL that was not read from it; so one is created only where the server limits that.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,27 +13,27 @@ from psycopg import errors as pg
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import SetupError, SlotBusyError
 from pgrealtime.lsn import LSN, parse_lsn
+from pgrealtime.wal.server import ServerFacts
 
 _FAILOVER_VERSION = 170000
 
 _SLOTS_QUERY = """
-SELECT slot_name, coalesce(plugin, ''), coalesce(database, ''), temporary, active_pid,
-       wal_status, coalesce(confirmed_flush_lsn, '0/0')::text,
+SELECT coalesce(confirmed_flush_lsn, '0/0')::text,
+       slot_name, coalesce(plugin, ''), coalesce(database, ''), temporary, active_pid,
+       coalesce(wal_status, ''),
        coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint,
        coalesce((to_jsonb(s) ->> 'failover')::boolean, false),
        coalesce(to_jsonb(s) ->> 'invalidation_reason', '')
 FROM pg_replication_slots s
+WHERE slot_name = %s OR starts_with(slot_name, %s) ORDER BY slot_name
 """
-_SLOT_BY_NAME_QUERY = _SLOTS_QUERY + "WHERE slot_name = %s"
-_OWN_SLOTS_QUERY = (
-    _SLOTS_QUERY + "WHERE slot_name = %s OR starts_with(slot_name, %s) ORDER BY slot_name"
-)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SlotStatus:
-    """A row of ``pg_replication_slots``."""
+    """A row of ``pg_replication_slots``, in the order of the query above."""
 
+    confirmed_flush_lsn: LSN
     name: str
     plugin: str
     """Empty for a physical slot."""
@@ -45,7 +42,6 @@ class SlotStatus:
     active_pid: int | None
     """Of the walsender that reads it; None if none does."""
     wal_status: str
-    confirmed_flush_lsn: LSN
     retained_bytes: int
     has_failover: bool
     invalidation_reason: str
@@ -56,50 +52,21 @@ class SlotStatus:
         return self.wal_status == "lost" or bool(self.invalidation_reason)
 
 
-def _slot_status(row: Sequence[Any]) -> SlotStatus:
-    name, plugin, database, temporary, pid, status, flushed, retained, failover, reason = row
-    return SlotStatus(
-        name=name,
-        plugin=plugin,
-        database_name=database,
-        is_temporary=temporary,
-        active_pid=pid,
-        wal_status=status or "",
-        confirmed_flush_lsn=parse_lsn(flushed),
-        retained_bytes=retained,
-        has_failover=failover,
-        invalidation_reason=reason,
-    )
-
-
-async def find_slot(connection: AsyncConnection[Any], name: str) -> SlotStatus | None:
-    """Return the slot of that name, None if there is none."""
-    row = await (await connection.execute(_SLOT_BY_NAME_QUERY.encode(), (name,))).fetchone()
-    return None if row is None else _slot_status(row)
-
-
 async def list_own_slots(connection: AsyncConnection[Any], name: str) -> list[SlotStatus]:
     """Return the slots that a process with this configured slot name may have created."""
-    rows = await (
-        await connection.execute(_OWN_SLOTS_QUERY.encode(), (name, f"{name}_"))
-    ).fetchall()
-    return [_slot_status(row) for row in rows]
+    cursor = await connection.execute(_SLOTS_QUERY, (name, f"{name}_"))
+    return [SlotStatus(parse_lsn(flushed), *others) async for flushed, *others in cursor]
 
 
-def check_slot(
-    config: ReplicationConfig,
-    status: SlotStatus | None,
-    *,
-    database: str,
-    server_version: int,
-    max_slot_wal_keep_mb: int,
-) -> None:
-    """Check that a durable slot may be created, or the existing one (``status``) be read.
+async def find_durable_slot(
+    connection: AsyncConnection[Any], config: ReplicationConfig, facts: ServerFacts
+) -> SlotStatus | None:
+    """Return the slot with the configured name, None if there is none.
 
     Raises:
-        SetupError: Why not.
+        SetupError: A durable slot may not be created, or the existing one can't be read.
     """
-    if max_slot_wal_keep_mb < 0 and not config.slot.allow_unlimited_wal:
+    if facts.max_slot_wal_keep_mb < 0 and not config.slot.allow_unlimited_wal:
         raise SetupError(
             "a durable slot could fill the server's disk",
             detail="The server retains the WAL that the slot has not sent yet, also while no"
@@ -108,14 +75,17 @@ def check_slot(
             " pg_reload_conf(); or set replication.slot.allow_unlimited_wal: true.",
             code="wal_unlimited",
         )
-    if config.slot.failover and server_version < _FAILOVER_VERSION:
+    if config.slot.failover and facts.version < _FAILOVER_VERSION:
         raise SetupError(
             "slots for failover need PostgreSQL 17",
             hint="Set replication.slot.failover: false.",
             code="failover_unsupported",
         )
-    if status is not None:
-        _check_readable(config, status, database)
+    for status in await list_own_slots(connection, config.slot.name):
+        if status.name == config.slot.name:
+            _check_readable(config, status, connection.info.dbname)
+            return status
+    return None
 
 
 def _check_readable(config: ReplicationConfig, status: SlotStatus, database: str) -> None:
@@ -132,11 +102,6 @@ def _check_readable(config: ReplicationConfig, status: SlotStatus, database: str
         f" pgrealtime slot drop {status.name}",
         code="slot_unfit",
     )
-
-
-async def enable_failover(connection: AsyncConnection[Any], status: SlotStatus) -> None:
-    """Make the slot one that is synchronized to standbys (PostgreSQL 17)."""
-    await connection.execute(f'ALTER_REPLICATION_SLOT "{status.name}" (FAILOVER true)'.encode())
 
 
 async def advance_slot(connection: AsyncConnection[Any], name: str) -> None:

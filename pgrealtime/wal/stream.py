@@ -6,14 +6,13 @@ completed by it are one batch. Status updates are sent from a timer, whether or 
 takes batches: it may be busy for longer than wal_sender_timeout.
 """
 
-from __future__ import annotations
-
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 from psycopg import AsyncConnection, pq
@@ -44,9 +43,6 @@ TransactionBatch = list[Transaction | OversizedTransaction]
 
 _MAX_STATUS_SECONDS = 10.0
 """Between status updates, also where wal_sender_timeout is longer or off."""
-
-_DRY_RUN_SECONDS = 10.0
-"""Timeout of creating a slot in a dry run; it waits for open transactions."""
 
 _MAX_DRAIN_SECONDS = 0.005
 """After this a drain of the socket ends, so that other tasks run under load."""
@@ -91,25 +87,27 @@ class WalStream:
         facts: ServerFacts,
         system: SystemIdentity,
         initial_wal_end: LSN,
-        plugin_reason: str,
         max_pause_seconds: float,
         max_transaction_bytes: int,
         record_keys: RecordKeys | None = None,
     ) -> None:
-        self.plugin = slot.plugin
-        self.plugin_reason = plugin_reason
-        """Why ``auto`` chose this decoder; empty otherwise."""
+        self.slot = slot
+        """If it is durable, the next stream begins with the transactions not released of this."""
         self.system = system
-        self.start_lsn = slot.start_lsn
-        self.slot_name = slot.name
-        self.is_durable = slot.is_durable
-        """Whether the next stream begins with the transactions not released of this one."""
         self.initial_wal_end = initial_wal_end
         """End of the server's WAL when the stream was opened."""
         self.wal_end = slot.start_lsn
         """Last known end of the server's WAL."""
         self.last_received_at = time.monotonic()
         self._loop = asyncio.get_running_loop()
+        status_interval = min(facts.wal_sender_timeout / 3 or math.inf, _MAX_STATUS_SECONDS)
+        self.feedback = Feedback(
+            slot.start_lsn,
+            interval=status_interval,
+            now=self._loop.time(),
+            is_durable=slot.is_durable,
+        )
+        """Decides which WAL the server may remove; is to be told what is kept."""
         self._pgconn = connection.pgconn
         # Kept, because the property raises once the connection is lost, and the loop's reader must
         # be removed even then.
@@ -120,13 +118,6 @@ class WalStream:
             record_keys={**default_record_keys(tables), **(record_keys or {})},
         )
         self._max_pause_seconds = max_pause_seconds
-        status_interval = _status_interval(facts.wal_sender_timeout)
-        self._feedback = Feedback(
-            slot.start_lsn,
-            interval=status_interval,
-            now=self._loop.time(),
-            is_durable=slot.is_durable,
-        )
         self._tick_seconds = min(status_interval, CONFIRM_SECONDS)
         self._silence_seconds = facts.wal_sender_timeout or _DEFAULT_SILENCE_SECONDS
         self._silent_ticks = 0
@@ -139,7 +130,7 @@ class WalStream:
         self._error: PgRealtimeError | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
-    def __aiter__(self) -> WalStream:
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> TransactionBatch:
@@ -155,33 +146,13 @@ class WalStream:
             self._resume_reading()
         return batch
 
-    def confirm(self, end_lsn: LSN) -> None:
-        """Let the server remove WAL up to the end of that transaction, which is kept here.
-
-        Raises:
-            ValueError: This stream didn't return such a transaction.
-        """
-        self._feedback.confirm(end_lsn)
-
-    def empty_until(self, end_lsn: LSN) -> LSN:
-        """Return the LSN up to which nothing of ours follows the transaction ending there."""
-        return self._feedback.empty_until(end_lsn)
-
     def request_keepalive(self) -> None:
-        """Request a keepalive from the server, whose position advances ``empty_until``."""
+        """Request a keepalive from the server, whose position advances ``feedback.empty_until``."""
         if self._read_state is _ReadState.ENDED:
             return
         with self._ending_on_error():
-            self._feedback.request_keepalive(self._loop.time())
-            self._send(self._feedback.due(self._loop.time()))
-
-    def release(self, lsn: LSN) -> None:
-        """Let the server remove WAL up to there, as far as it was received."""
-        self._feedback.release(lsn)
-
-    def limit_confirmation(self, lsn: LSN) -> None:
-        """Advance the slot no further than there until the next call."""
-        self._feedback.limit_confirmation(lsn)
+            self.feedback.request_keepalive(self._loop.time())
+            self._send(self.feedback.due(self._loop.time()))
 
     def start_reading(self) -> None:
         """Start reading; called by ``open_stream``."""
@@ -198,7 +169,7 @@ class WalStream:
         # Confirmations are sent once a second; without this one a durable slot's next stream would
         # repeat what was confirmed since.
         with suppress(psycopg.Error):
-            self._send(self._feedback.final_updates())
+            self._send(self.feedback.final_updates())
         self._end_with(StreamInterruptedError("the stream was closed", code="stream_closed"))
 
     # Reading
@@ -240,7 +211,7 @@ class WalStream:
         with self._ending_on_error():
             # Drained before sending: the update then has the position just received.
             count, is_drained = self._drain()
-            self._send(self._feedback.due(self._loop.time()))
+            self._send(self.feedback.due(self._loop.time()))
             if self._batch:
                 self._wakeup.set()
             if self._batch_bytes > _MAX_BATCH_BYTES:
@@ -291,11 +262,11 @@ class WalStream:
         if done is not None:
             self._batch.append(done)
             self._batch_bytes += done.size_bytes if isinstance(done, Transaction) else 0
-            self._feedback.record_transaction(done.end_lsn)
+            self.feedback.record_transaction(done.end_lsn)
             self.wal_end = max(self.wal_end, done.end_lsn)
         elif isinstance(message, Commit):
             # None of its changes were of our tables.
-            self._feedback.record_quiet(message.end_lsn)
+            self.feedback.record_quiet(message.end_lsn)
             self.wal_end = max(self.wal_end, message.end_lsn)
 
     def _handle_keepalive(self, keepalive: PrimaryKeepalive) -> None:
@@ -303,11 +274,11 @@ class WalStream:
         if self._assembler.is_in_transaction:
             # It came within a large transaction, whose commit lies before this position and has
             # yet to be sent.
-            self._feedback.record_received(keepalive.wal_end)
+            self.feedback.record_received(keepalive.wal_end)
         else:
-            self._feedback.record_quiet(keepalive.wal_end)
+            self.feedback.record_quiet(keepalive.wal_end)
         if keepalive.reply_requested:
-            self._feedback.record_reply_request()
+            self.feedback.record_reply_request()
 
     # Writing
 
@@ -316,7 +287,7 @@ class WalStream:
         self._set_timer("tick", self._tick_seconds, self._tick)
         with self._ending_on_error():
             self._check_silence()
-            self._send(self._feedback.due(self._loop.time()))
+            self._send(self.feedback.due(self._loop.time()))
 
     def _check_silence(self) -> None:
         """End the stream if the server hasn't answered for its own wal_sender_timeout."""
@@ -442,7 +413,7 @@ async def open_stream(
             # queries.
             facts = await server.read_server_facts(connection)
             system, wal_end = await server.identify_system(connection)
-            slot, reason = await slots.acquire_slot(
+            slot = await slots.acquire_slot(
                 connection, url, config, facts=facts, tables=tables, on_wait=on_wait
             )
             decoder, options = make_decoder(slot.plugin, tables, config)
@@ -455,7 +426,6 @@ async def open_stream(
             facts=facts,
             system=system,
             initial_wal_end=wal_end,
-            plugin_reason=reason,
             max_pause_seconds=config.max_pause,
             max_transaction_bytes=max_transaction_bytes,
             record_keys=record_keys,
@@ -474,8 +444,8 @@ async def dry_run_stream(
     tables: Collection[Table],
     *,
     on_wait: Callable[[SlotWait], None] | None = None,
-) -> tuple[SystemIdentity, Slot, str]:
-    """Return server, slot and reason for its decoder as ``open_stream`` would have them.
+) -> tuple[SystemIdentity, Slot]:
+    """Return server and slot as ``open_stream`` would have them.
 
     The slot is temporary, whatever is configured, so that nothing remains.
 
@@ -486,16 +456,11 @@ async def dry_run_stream(
         with server.translate_driver_errors():
             facts = await server.read_server_facts(connection)
             system, _ = await server.identify_system(connection)
-            slot, reason = await slots.dry_run_slot(
-                connection,
-                url,
-                config,
-                facts=facts,
-                tables=tables,
-                create_timeout_seconds=_DRY_RUN_SECONDS,
-                on_wait=on_wait,
+            config = await slots.dry_run_config(connection, config, facts)
+            slot = await slots.acquire_slot(
+                connection, url, config, facts=facts, tables=tables, on_wait=on_wait
             )
-    return system, slot, reason
+    return system, slot
 
 
 @asynccontextmanager
@@ -507,10 +472,9 @@ async def _confirming_visible_only(
         yield
         return
     # Before the first batch: until the watch reports, nothing is confirmed.
-    stream.limit_confirmation(stream.start_lsn)
-    watch_task = asyncio.create_task(
-        watch_visible_lsn(url, stream.limit_confirmation), name="visible-lsn"
-    )
+    stream.feedback.limit_confirmation(stream.slot.start_lsn)
+    watch = watch_visible_lsn(url, stream.feedback.limit_confirmation)
+    watch_task = asyncio.create_task(watch, name="visible-lsn")
     try:
         yield
     finally:
@@ -529,9 +493,3 @@ def make_decoder(
             return pgoutput.PgoutputDecoder(tables), pgoutput.start_replication_options(
                 config.publication
             )
-
-
-def _status_interval(wal_sender_timeout: float) -> float:
-    if wal_sender_timeout <= 0:
-        return _MAX_STATUS_SECONDS
-    return min(wal_sender_timeout / 3, _MAX_STATUS_SECONDS)

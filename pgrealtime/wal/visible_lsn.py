@@ -5,8 +5,6 @@ A commit that waits for synchronous standbys is in the WAL, and decoded, before 
 wait: the server would count it as safe here, where nothing is on disk. Used by ``wal.stream``.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -15,7 +13,7 @@ import psycopg
 from psycopg import AsyncConnection
 
 from pgrealtime.lsn import LSN, parse_lsn
-from pgrealtime.wal.server import open_ordinary_connection
+from pgrealtime.wal.server import fetch_row, open_ordinary_connection
 
 _POLL_SECONDS = 1.0
 
@@ -48,23 +46,16 @@ async def _next_visible_lsn(connection: AsyncConnection[Any]) -> LSN:
     # A transaction with a commit record before that LSN already had its id, so its id is below the
     # next id to be assigned, which is read afterwards. (The snapshot's xmax would not do: it is
     # the successor of the last *completed* id.) Once xmin reaches that id, all below are visible.
-    row = await (await connection.execute("SELECT pg_current_wal_insert_lsn()::text")).fetchone()
-    assert row is not None
-    position = parse_lsn(row[0])
-    row = await (
-        await connection.execute(
-            "SELECT (xmax::text::bigint + age(xmax::xid))::text"
-            # age() counts from the next id to be assigned, in 32 bits; added to xmax it gives that
-            # id with its epoch.
-            " FROM pg_snapshot_xmax(pg_current_snapshot()) xmax"
-        )
-    ).fetchone()
-    assert row is not None
-    beyond = row[0]
+    (insert_lsn,) = await fetch_row(connection, "SELECT pg_current_wal_insert_lsn()::text")
+    (beyond,) = await fetch_row(
+        connection,
+        "SELECT (xmax::text::bigint + age(xmax::xid))::text"
+        # age() counts from the next id to be assigned, in 32 bits; added to xmax it gives that id
+        # with its epoch.
+        " FROM pg_snapshot_xmax(pg_current_snapshot()) xmax",
+    )
+    is_visible = "SELECT pg_snapshot_xmin(pg_current_snapshot()) >= %s::text::xid8"
     while True:
         await asyncio.sleep(_POLL_SECONDS)
-        cursor = await connection.execute(
-            "SELECT pg_snapshot_xmin(pg_current_snapshot()) >= %s::text::xid8", (beyond,)
-        )
-        if await cursor.fetchone() == (True,):
-            return position
+        if await fetch_row(connection, is_visible, beyond) == (True,):
+            return parse_lsn(insert_lsn)

@@ -5,8 +5,6 @@ wal2json recognizes by oid: boolean is a JSON literal, bytea is hex without its 
 them have other oids and so are ordinary text. (wal2json.c, ``pg_decode_write_value``.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from datetime import UTC, datetime
 from functools import reduce
@@ -146,9 +144,7 @@ class _TableReader:
 
     def __init__(self, streamed_table: StreamedTable) -> None:
         self.streamed_table = streamed_table
-        self._last_shape = _CachedShape(
-            RowShape(streamed_table.root, streamed_table.leaf, (), NEVER_DESCRIBED), [], [], ()
-        )
+        self._last_shape = _cached_shape(streamed_table, ())
         self._shapes: dict[tuple[tuple[str, int], ...], _CachedShape] = {}
 
     def read_row(self, columns: list[_Column[str]]) -> tuple[Row, RowShape]:
@@ -169,15 +165,17 @@ class _TableReader:
         if known is None:
             if len(self._shapes) >= _MAX_SHAPES:
                 self._shapes.clear()
-            known = self._shapes[types] = _CachedShape(
-                RowShape(
-                    self.streamed_table.root, self.streamed_table.leaf, types, NEVER_DESCRIBED
-                ),
-                [name for name, _ in types],
-                [oid for _, oid in types],
-                tuple(name for name, oid in types if oid in _CONVERTED_TYPES),
-            )
+            known = self._shapes[types] = _cached_shape(self.streamed_table, types)
         return known
+
+
+def _cached_shape(source: StreamedTable, types: tuple[tuple[str, int], ...]) -> _CachedShape:
+    return _CachedShape(
+        RowShape(source.root, source.leaf, types, NEVER_DESCRIBED),
+        [name for name, _ in types],
+        [oid for _, oid in types],
+        tuple(name for name, oid in types if oid in _CONVERTED_TYPES),
+    )
 
 
 class Wal2JsonDecoder:
@@ -193,9 +191,11 @@ class Wal2JsonDecoder:
     def decode(self, payload: memoryview | bytes) -> Message | None:
         """Return the line's message, see ``wal.message.Decoder``."""
         try:
-            line = self._line_decoder.decode(payload)
-        except msgspec.ValidationError:
-            line = _decode_any_line(payload)
+            try:
+                line = self._line_decoder.decode(payload)
+            except msgspec.ValidationError:
+                # It may have a name that the catalogue didn't have when it was read.
+                line = _ANY_LINE.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _unreadable_line_error() from error
         # The commonest class first: each failed attempt costs as much as reading a column.
@@ -220,14 +220,6 @@ class Wal2JsonDecoder:
                 return None
 
 
-def _decode_any_line(payload: memoryview | bytes) -> _Line:
-    """Decode a line with a name that the catalogue didn't have when it was read."""
-    try:
-        return _ANY_LINE.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unreadable_line_error() from error
-
-
 def _insert(line: _Insert[str], table: _TableReader) -> RowChange:
     source = table.streamed_table
     new, shape = table.read_row(line.columns)
@@ -249,9 +241,8 @@ def _update(line: _Update[str], table: _TableReader) -> RowChange:
         new = source.order_columns(old | new)
     elif source.leaf is not None:
         new = source.order_columns(new)
-    return RowChange(
-        Update(source.root, new, _old_image(old, source, len(new))), source.leaf, 0, shape
-    )
+    change = Update(source.root, new, _old_image(old, source, len(new)))
+    return RowChange(change, source.leaf, 0, shape)
 
 
 def _delete(line: _Delete[str], table: _TableReader) -> RowChange:
@@ -273,15 +264,9 @@ def _identity_row(columns: list[_Column[str]]) -> Row:
 
 def _convert_value(value: str | bool | None) -> str | None:  # noqa: FBT001 (JSON's)
     """Return PostgreSQL's text of a boolean or a bytea."""
-    match value:
-        case None:
-            return None
-        case True:
-            return "t"
-        case False:
-            return "f"
-        case str(digits):
-            return "\\x" + digits
+    if isinstance(value, bool):
+        return "t" if value else "f"
+    return None if value is None else "\\x" + value
 
 
 def _old_image(old: Row, table: StreamedTable, column_count: int) -> Key | WholeRow:

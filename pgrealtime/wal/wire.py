@@ -7,8 +7,6 @@ Source: PostgreSQL documentation, "Streaming Replication Protocol". All integers
     Standby status       'r' written:int64 flushed:int64 applied:int64 clock:int64 reply:byte
 """
 
-from __future__ import annotations
-
 import struct
 from typing import NamedTuple
 

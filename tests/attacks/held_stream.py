@@ -18,8 +18,7 @@ from pgrealtime.auth.account import AccountLoader, UserCollection
 from pgrealtime.auth.authenticator import caller_of_account
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changelog.base import Entry
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Entry
 from pgrealtime.changes import Delete, Insert, Transaction, Update
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
@@ -42,7 +41,7 @@ class World:
     accounts: AccountLoader
     collections: Collections
     hub: Hub
-    changelog: MemoryChangelog
+    changelog: Changelog
     sinks: dict[str, MemorySink] = field(default_factory=dict)
     topics: dict[str, str] = field(default_factory=dict)
     """The topics that each connection subscribes to."""
@@ -120,7 +119,7 @@ async def world_of(
         collections = build_collections(
             configured, await read_catalog(connection, schemas=["public"])
         )
-        changelog = MemoryChangelog(LSN(100), max_bytes=1_000_000, max_age_seconds=300.0)
+        changelog = Changelog(LSN(100), max_bytes=1_000_000, max_age_seconds=300.0)
         made = Hub(changelog, QueryExecutor(pool), collections, HubSettings(**hub))
         made.stream_started("abcdef")
         running = asyncio.create_task(made.run())

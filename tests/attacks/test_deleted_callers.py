@@ -17,7 +17,7 @@ import pytest
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections.build import build_collections
 from pgrealtime.config.model import CollectionConfig, RealtimeConfig

@@ -131,7 +131,6 @@ async def drain_by_us(url: str, slot: Slot, table: Table, changes: int) -> Run:
             facts=facts,
             system=system,
             initial_wal_end=reach,
-            plugin_reason="",
             max_pause_seconds=SETTINGS.max_pause,
             max_transaction_bytes=1 << 30,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from pgrealtime.changelog.base import Entry
+from pgrealtime.changelog.memory import Entry
 from pgrealtime.changes import Change, Delete, Transaction, Truncate
 from pgrealtime.lsn import Cursor
 from tests.histories.ledger import (

@@ -18,7 +18,7 @@ from psycopg import sql
 from pgrealtime import fairness
 from pgrealtime.auth.principal import GUEST, AuthRecord, Principal, Superuser
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import (
     Action,
@@ -597,7 +597,7 @@ async def test_lost_links_of_an_event_are_reported_as_missing(
     world: World,
 ) -> None:
     """The reading transaction sees that they were truncated since; other paths are unaffected."""
-    changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
+    changelog = Changelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Truncate(TAGS),), 10))
 
     async def reach(_lsn: LSN) -> bool:
@@ -619,7 +619,7 @@ async def test_what_is_expanded_over_links_are_those_of_the_event(
     world: World, *, is_shared: bool
 ) -> None:
     """A link of a later transaction may lead to a row that the event's subscribers may not see."""
-    changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
+    changelog = Changelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     later = Insert(TAGS, {"book": "10", "tag": "abcd"})
     changelog.append(Transaction(Xid(4), LSN(2), 0, (later,), 10))
 
@@ -658,7 +658,7 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
 
     for module in (batch, link_history):
         monkeypatch.setattr(module, "YieldTimer", Turn)
-    changelog = MemoryChangelog(LSN(1), max_bytes=1000, max_age_seconds=300)
+    changelog = Changelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Delete(TAGS, Key({})),), 10))
 
     async def reach(_lsn: LSN) -> bool:

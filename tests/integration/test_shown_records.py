@@ -15,7 +15,7 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.names import configured_table_names
@@ -104,7 +104,7 @@ class Stage:
     """A hub on a real database, with a changelog that the test writes."""
 
     hub: Hub
-    changelog: MemoryChangelog
+    changelog: Changelog
     _end: int = FAR
 
     async def listen(
@@ -146,7 +146,7 @@ async def open_stage(database_url: str, seconds: float = 2.0) -> AsyncIterator[S
         collections = build_collections(
             configured, await read_catalog(connection, schemas=["public"], names=names)
         )
-        changelog = MemoryChangelog(LSN(FAR), max_bytes=1_000_000, max_age_seconds=300)
+        changelog = Changelog(LSN(FAR), max_bytes=1_000_000, max_age_seconds=300)
         hub = Hub(changelog, QueryExecutor(pool), collections, HubSettings())
         hub.stream_started("abcdef")
         task = asyncio.create_task(hub.run())

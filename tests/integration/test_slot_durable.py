@@ -15,8 +15,7 @@ import pytest
 import yaml
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.changelog.base import Gap
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Gap
 from pgrealtime.changes import TableName
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import PgRealtimeError, SetupError, SlotBusyError
@@ -95,7 +94,7 @@ async def reading_of(
         async with writer(url) as connection:
             await advance_slot(connection, config.slot.name)
 
-    changelog = MemoryChangelog(LSN(0), max_bytes=1 << 30, max_age_seconds=max_age)
+    changelog = Changelog(LSN(0), max_bytes=1 << 30, max_age_seconds=max_age)
     follower = Follower(changelog, DEADLINE_SECONDS)
     intake = Intake(changelog, follower, max_size=1 << 30)
     reader = ReplicationReader(opening, intake, tables=[OLD], advance_slot=advance)

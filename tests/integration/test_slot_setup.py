@@ -97,7 +97,7 @@ async def test_refused_wal2json_is_reported_with_the_setting_that_permits_it(
             if statement.strip():
                 connection.execute(statement.strip().encode())
     async with opened(plain.url, ReplicationConfig(plugin="wal2json")) as stream:
-        assert stream.plugin == "wal2json"
+        assert stream.slot.plugin == "wal2json"
     with psycopg.connect(plain.url, autocommit=True) as connection:
         connection.execute("ALTER SYSTEM RESET output_plugin_libraries")
 
@@ -113,7 +113,7 @@ async def test_a_slot_goes_with_its_connection_unless_it_shall_stay(
         reading(plain.url, connection, plugin) as stream,
     ):
         slots = await (await connection.execute(found)).fetchall()
-        assert slots == [(stream.slot_name, True)]
+        assert slots == [(stream.slot.name, True)]
         await connection.execute(
             "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
         )
@@ -122,7 +122,7 @@ async def test_a_slot_goes_with_its_connection_unless_it_shall_stay(
 
 async def test_auto_takes_wal2json_where_it_can(plain: OwnServer) -> None:
     async with opened(plain.url) as stream:
-        assert (stream.plugin, stream.plugin_reason) == ("wal2json", "")
+        assert (stream.slot.plugin, stream.slot.plugin_reason) == ("wal2json", "")
 
 
 async def test_auto_falls_back_to_pgoutput_and_says_why(plain: OwnServer) -> None:
@@ -136,8 +136,8 @@ async def test_auto_falls_back_to_pgoutput_and_says_why(plain: OwnServer) -> Non
     with psycopg.connect(plain.url, autocommit=True) as connection:
         connection.execute(create.encode())
     async with opened(plain.url) as stream:
-        assert stream.plugin == "pgoutput"
-        assert stream.plugin_reason == 'the server refuses the decoder "wal2json"'
+        assert stream.slot.plugin == "pgoutput"
+        assert stream.slot.plugin_reason == 'the server refuses the decoder "wal2json"'
     with psycopg.connect(plain.url, autocommit=True) as connection:
         connection.execute("DROP PUBLICATION pgrealtime")
 
@@ -265,7 +265,7 @@ async def test_the_wait_for_an_open_transaction_is_logged(
                 max_transaction_bytes=1000,
                 on_wait=waits.put_nowait,
             ) as stream:
-                return stream.slot_name
+                return stream.slot.name
 
         opening = group.create_task(open_it(), name="opening")
         wait = await asyncio.wait_for(waits.get(), DEADLINE_SECONDS)
@@ -333,13 +333,13 @@ async def test_slot_goes_with_the_stream(database_url: str) -> None:
         async with reading(database_url, connection, "wal2json") as stream:
             found = await connection.execute(
                 "SELECT temporary FROM pg_replication_slots WHERE slot_name = %s",
-                (stream.slot_name,),
+                (stream.slot.name,),
             )
             assert await found.fetchall() == [(True,)]
         await until_true(
             connection,
             "SELECT NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s)",
-            stream.slot_name,
+            stream.slot.name,
         )
 
 

@@ -58,7 +58,7 @@ async def _end(stream: WalStream) -> tuple[int, PgRealtimeError]:
 async def _walsender(connection: Connection, stream: WalStream) -> int:
     row = await (
         await connection.execute(
-            "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", (stream.slot_name,)
+            "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", (stream.slot.name,)
         )
     ).fetchone()
     assert row is not None
@@ -129,7 +129,7 @@ async def test_held_up_delivery_ends_the_stream_in_time(database_url: str, plugi
             await until_true(
                 connection,
                 "SELECT NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s)",
-                stream.slot_name,
+                stream.slot.name,
             )
             count, error = await _end(stream)
             assert 0 < count < FLOODS * 1000
@@ -230,7 +230,7 @@ async def test_keeping_what_did_not_come_on_this_stream_is_refused(
             await finish(connection)
             batch = await anext(stream)
             with pytest.raises(ValueError, match="nothing was received beyond"):
-                stream.confirm(type(batch[-1].end_lsn)(batch[-1].end_lsn + 1))
+                stream.feedback.confirm(type(batch[-1].end_lsn)(batch[-1].end_lsn + 1))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ async def _confirmed(connection: Connection, stream: WalStream, lsn: str) -> Non
         connection,
         "SELECT confirmed_flush_lsn >= %s FROM pg_replication_slots WHERE slot_name = %s",
         lsn,
-        stream.slot_name,
+        stream.slot.name,
     )
 
 
@@ -77,7 +77,7 @@ async def test_slot_moves_while_nothing_is_ours(database_url: str, plugin: Plugi
                 "SELECT pg_logical_emit_message(true, 'x', 'y')"
             )
             await _confirmed(connection, stream, await _wal_end(connection))
-            assert stream.wal_end > stream.start_lsn
+            assert stream.wal_end > stream.slot.start_lsn
 
 
 @both
@@ -89,7 +89,7 @@ async def test_slot_does_not_move_over_what_is_not_kept(database_url: str, plugi
         async with reading(database_url + BRISK, connection, plugin) as stream:
             await connection.execute("INSERT INTO t (pad) VALUES ('kept')")
             batch = await anext(stream)
-            stream.confirm(batch[-1].end_lsn)
+            stream.feedback.confirm(batch[-1].end_lsn)
             kept = await _wal_end(connection)
             await _confirmed(connection, stream, kept)
             await connection.execute("INSERT INTO t (pad) VALUES ('not kept')")
@@ -102,9 +102,9 @@ async def test_slot_does_not_move_over_what_is_not_kept(database_url: str, plugi
                 connection,
                 "SELECT confirmed_flush_lsn < %s FROM pg_replication_slots WHERE slot_name = %s",
                 unkept,
-                stream.slot_name,
+                stream.slot.name,
             )
-            stream.confirm(batch[-1].end_lsn)
+            stream.feedback.confirm(batch[-1].end_lsn)
             await _confirmed(connection, stream, unkept)
 
 
@@ -130,7 +130,7 @@ async def test_stream_outlives_the_servers_patience(database_url: str, plugin: P
                 connection,
                 "SELECT now() - backend_start > interval '2.5 s' FROM pg_stat_replication"
                 " WHERE pid = (SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s)",
-                stream.slot_name,
+                stream.slot.name,
             )
             await finish(connection)
             assert await read_to_finish(stream) == []
@@ -156,7 +156,7 @@ async def test_stream_is_never_a_synchronous_standby(server: OwnServer, plugin: 
                     await until_true(connection, SOMEBODY_WAITS)
                     if table == "t":
                         batch = await anext(stream)  # decoded before any snapshot sees it
-                        stream.confirm(batch[-1].end_lsn)
+                        stream.feedback.confirm(batch[-1].end_lsn)
                     for _ in range(4):
                         await _received_again(stream)
                         await until_true(connection, WE_ARE_ASYNCHRONOUS)
@@ -211,7 +211,7 @@ async def test_server_shuts_down_at_once(
             await connection.execute("INSERT INTO t (pad) SELECT 'x' FROM generate_series(1, 1000)")
             batch = await anext(stream)
             if is_kept:
-                stream.confirm(batch[-1].end_lsn)
+                stream.feedback.confirm(batch[-1].end_lsn)
             started = time.monotonic()
             stopping = asyncio.to_thread(server.control, "stop", "--mode=fast", timeout=20.0)
             async with asyncio.TaskGroup() as group:

@@ -13,8 +13,7 @@ import pytest
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
-from pgrealtime.changelog.base import Gap
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Gap
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import SetupError
@@ -34,7 +33,7 @@ SCHEMA = "CREATE TABLE old (id int PRIMARY KEY); CREATE TABLE new (id int PRIMAR
 class Reading:
     reader: ReplicationReader
     intake: Intake
-    changelog: MemoryChangelog
+    changelog: Changelog
     follower: Follower
     begun: Cursor
 
@@ -60,7 +59,7 @@ Opening = Callable[[Sequence[Table]], Callable[[], AbstractAsyncContextManager[W
 
 @asynccontextmanager
 async def reading(opening: Opening, tables: Sequence[Table]) -> AsyncIterator[Reading]:
-    changelog = MemoryChangelog(LSN(0), max_bytes=1 << 30, max_age_seconds=1e9)
+    changelog = Changelog(LSN(0), max_bytes=1 << 30, max_age_seconds=1e9)
     follower = Follower(changelog, DEADLINE_SECONDS)
     intake = Intake(changelog, follower, max_size=1 << 30)
     names = [table.name for table in tables]

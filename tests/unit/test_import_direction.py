@@ -29,7 +29,7 @@ _ENGINE = (
 _BELOW_HUB = (
     *("catalog.model", "catalog.assumptions", "collections", "protocol", "records", "rules"),
     *("rule_queries", "expand"),
-    *("auth.principal", "auth.record", "changelog.base", "changelog.row_history"),
+    *("auth.principal", "auth.record", "changelog.memory", "changelog.row_history"),
     "observe.redact",
 )
 """What the hub stands on besides. Its own order: events, connections, evaluation, delivery, state,
@@ -90,7 +90,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
         *("auth.principal", "rule_queries", "expand"),
     ),
     "hub.events": (
-        *(*_FLOOR, "catalog", "collections", "changelog.base"),
+        *(*_FLOOR, "catalog", "collections", "changelog.memory"),
         *("auth.principal", "auth.record"),
     ),
     "hub.connections": (*_FLOOR, *_BELOW_HUB, "hub.events"),
@@ -153,7 +153,7 @@ _PURE = (
         "rules",
     ),
     *("wal.wire", "wal.message", "wal.wal2json", "wal.pgoutput", "wal.assembler", "wal.feedback"),
-    *("changelog.base", "changelog.memory"),
+    "changelog.memory",
     *("auth.principal", "auth.record", "auth.token", "auth.passwords"),
     *("hub.events", "hub.connections.group", "hub.connections.output"),
     *("hub.evaluation.matcher", "hub.state.callers", "hub.state.gaps"),
@@ -339,8 +339,8 @@ def test_pure_code_loads_no_driver_and_no_server_through_others() -> None:
         ("wal.stream", "hub.hub", False),
         ("wal.slot", "catalog.introspect", False),
         ("hub.hub", "rules.sql.reference", True),
-        ("hub.hub", "changelog.base", True),
-        ("hub.hub", "changelog.memory", False),
+        ("hub.hub", "changelog.memory", True),
+        ("hub.events.slices", "changelog.row_history", False),
         ("hub.hub", "wal.slot", False),
         ("hub.evaluation.matcher", "auth.principal", True),
         ("hub.evaluation.matcher", "auth.token", False),

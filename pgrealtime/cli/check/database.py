@@ -66,7 +66,7 @@ async def check_database(
         return Findings(errors=(error,))
     findings = schema.findings
     try:
-        system, slot, plugin_reason = await dry_run_stream(
+        system, slot = await dry_run_stream(
             config.database.url,
             config.replication,
             schema.streamed_tables,
@@ -78,7 +78,7 @@ async def check_database(
         return replace(findings, errors=(*findings.errors, _different_servers_error()))
     if schema.is_standby:
         return replace(findings, errors=(*findings.errors, _standby_error()))
-    reason = f" ({plugin_reason})" if plugin_reason else ""
+    reason = f" ({slot.plugin_reason})" if slot.plugin_reason else ""
     server_line = f"{schema.server_description}, {slot.plugin}{reason}"
     return replace(
         findings, summary_lines=(_summarize_collections(schema.collections), server_line)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription

@@ -12,7 +12,7 @@ import structlog
 from msgspec import Struct
 
 from pgrealtime.auth.principal import account_of
-from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.hub.catchup.slice_reader import (
     CatchUpCache,
     CatchUpCacheKey,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from msgspec import Struct
 
 from pgrealtime.auth.principal import AccountKey
-from pgrealtime.changelog.base import Entry, Gap, Watermark
+from pgrealtime.changelog.memory import Entry, Gap, Watermark
 from pgrealtime.changes import (
     Action,
     Change,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.catalog.model import Type
-from pgrealtime.changelog.base import Entry
+from pgrealtime.changelog.memory import Entry
 from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import reachable_tables

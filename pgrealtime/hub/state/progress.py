@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pgrealtime.changelog.base import Changelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, RealtimeConfig
 from pgrealtime.hub.connections.connection import Resumption
 from pgrealtime.hub.connections.output import encode_position

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import structlog
 
-from pgrealtime.changelog.base import Entry
+from pgrealtime.changelog.memory import Entry
 from pgrealtime.changes import OversizedTransaction, Transaction
 from pgrealtime.errors import PgRealtimeError, SubscriptionError
 from pgrealtime.hub.state.progress import DispatchProgress

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from pgrealtime.changelog.base import Gap
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Gap
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.errors import ChangelogError
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
@@ -20,14 +19,14 @@ def transaction(end_lsn: int, *, changes: int = 1, size: int = 10) -> Transactio
     return Transaction(Xid(end_lsn), LSN(end_lsn), 0, rows, size)
 
 
-def changelog(*end_lsns: int, max_size: int = 1000, max_age: float = 60.0) -> MemoryChangelog:
-    made = MemoryChangelog(LSN(0), max_bytes=max_size, max_age_seconds=max_age)
+def changelog(*end_lsns: int, max_size: int = 1000, max_age: float = 60.0) -> Changelog:
+    made = Changelog(LSN(0), max_bytes=max_size, max_age_seconds=max_age)
     for end_lsn in end_lsns:
         made.append(transaction(end_lsn))
     return made
 
 
-def read(log: MemoryChangelog, after: Cursor, *, limit: int = 1000) -> list[int]:
+def read(log: Changelog, after: Cursor, *, limit: int = 1000) -> list[int]:
     return [entry.end_lsn for entry in log.read(after, log.end_cursor, limit)]
 
 
@@ -46,7 +45,7 @@ def test_reading_begins_after_the_cursor() -> None:
 
 def test_a_cursor_within_a_transaction_reads_that_one_again_for_its_rest() -> None:
     """A connection that broke in the middle of a large commit loses none of it."""
-    log = MemoryChangelog(LSN(0), max_bytes=1000, max_age_seconds=60)
+    log = Changelog(LSN(0), max_bytes=1000, max_age_seconds=60)
     log.append(transaction(10, changes=3))
     log.append(transaction(20))
 
@@ -68,7 +67,7 @@ def test_reading_stops_at_the_given_end_and_about_the_limit() -> None:
 
 
 def test_a_transaction_larger_than_the_limit_is_read_all_the_same() -> None:
-    log = MemoryChangelog(LSN(0), max_bytes=1000, max_age_seconds=60)
+    log = Changelog(LSN(0), max_bytes=1000, max_age_seconds=60)
     log.append(transaction(10, changes=500))
 
     assert read(log, Cursor(LSN(0), END_ORDINAL), limit=250) == [10]
@@ -86,7 +85,7 @@ def test_bytes_are_bounded_and_the_oldest_goes_first() -> None:
 
 
 def test_age_is_bounded_but_nothing_undelivered_is_trimmed() -> None:
-    log = MemoryChangelog(LSN(0), max_bytes=1000, max_age_seconds=60)
+    log = Changelog(LSN(0), max_bytes=1000, max_age_seconds=60)
     for at, end_lsn in enumerate((10, 20, 30)):
         log.append(transaction(end_lsn), now=float(at))
 
@@ -138,7 +137,7 @@ def test_trimming_ten_thousand_entries_keeps_every_answer_right() -> None:
 
 def test_what_its_reader_is_in_the_middle_of_is_kept_for_it() -> None:
     """It holds those rows anyway; without them it could not go on after a reload."""
-    log = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=60)
+    log = Changelog(LSN(0), max_bytes=100, max_age_seconds=60)
     log.append(transaction(10, size=60), 0.0)
     log.append(transaction(20, changes=3, size=60), 0.0, Cursor(LSN(10), END_ORDINAL))
     log.append(transaction(30, size=60), 0.0, Cursor(LSN(20), 2))
@@ -151,7 +150,7 @@ def test_what_its_reader_is_in_the_middle_of_is_kept_for_it() -> None:
 
 def test_what_was_trimmed_is_no_longer_held() -> None:
     """The bound is on memory, not on what can be read."""
-    log = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=60)
+    log = Changelog(LSN(0), max_bytes=100, max_age_seconds=60)
     made = transaction(10, size=60)
     before = sys.getrefcount(made)
     log.append(made)

@@ -12,14 +12,15 @@ from typing import cast
 import msgspec
 import pytest
 
-from pgrealtime.changelog.base import Gap
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Gap
 from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import OpenStream, ReplicationReader
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
+from pgrealtime.wal.feedback import Feedback
 from pgrealtime.wal.server import SystemIdentity
+from pgrealtime.wal.slot import Slot
 from pgrealtime.wal.stream import WalStream
 from tests.feed_follower import Follower
 
@@ -61,7 +62,7 @@ def large(end_lsn: int) -> Transaction:
 
 def test_appending_a_gap_discards_nothing_that_is_not_delivered() -> None:
     """The transaction being delivered and those after it may exceed the bound; all stay in it."""
-    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
+    changelog = Changelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     follower = Behind(Cursor(LSN(10), 1))
     for end_lsn in (10, 20):
         changelog.append(large(end_lsn), 0.0, follower.head)
@@ -72,14 +73,14 @@ def test_appending_a_gap_discards_nothing_that_is_not_delivered() -> None:
     assert changelog.read(follower.head, changelog.end_cursor, 10) == [large(10), large(20), gap]
 
 
-def reader_of(changelog: MemoryChangelog) -> ReplicationReader:
+def reader_of(changelog: Changelog) -> ReplicationReader:
     intake = Intake(changelog, Behind(changelog.end_cursor), max_size=100)
     return ReplicationReader(no_stream, intake, tables=[POSTS], advance_slot=unexpected_advance)
 
 
 async def test_waiting_for_the_changelog_has_a_time_limit() -> None:
     """After a wait in vain, later calls return at once until the changelog has reached that LSN."""
-    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
+    changelog = Changelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     reader = reader_of(changelog)
     changelog.append(large(1000))
     assert await reader.wait_for_changelog(LSN(1000))
@@ -99,7 +100,7 @@ async def test_waiting_for_the_changelog_has_a_time_limit() -> None:
 
 async def test_the_header_of_a_page_is_not_waited_for() -> None:
     """The insert LSN is after a page's header if the last record ended with the page before it."""
-    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
+    changelog = Changelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     changelog.append(large(8192))
     reader = reader_of(changelog)
 
@@ -115,7 +116,7 @@ async def test_a_change_that_the_decoder_fails_at_is_skipped_whatever_the_detail
     async def advance() -> None:
         advances.append(None)
 
-    changelog = MemoryChangelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
+    changelog = Changelog(LSN(0), max_bytes=100, max_age_seconds=1e9)
     reader = ReplicationReader(
         no_stream,
         Intake(changelog, Behind(changelog.end_cursor), max_size=100),
@@ -138,14 +139,12 @@ DEADLINE = 10.0
 class GivenStream:
     """A stream of given transactions, which is interrupted or closed when the test does so."""
 
-    plugin, plugin_reason, slot_name = "wal2json", "", "pgrealtime"
-
     def __init__(self, start: int, *, reach: int = 0, is_durable: bool = False) -> None:
-        self.start_lsn, self.initial_wal_end = LSN(start), LSN(max(reach, start))
-        self.wal_end = self.start_lsn
+        lsn = self.wal_end = LSN(start)
+        self.slot = Slot(name="feed", plugin="wal2json", start_lsn=lsn, is_durable=is_durable)
+        self.feedback = Feedback(lsn, interval=10.0, now=0.0, is_durable=is_durable)
+        self.initial_wal_end = LSN(max(reach, start))
         self.system = HERE
-        self.quiet = self.start_lsn
-        self.is_durable = is_durable
         self._given: deque[Transaction] = deque()
         self._error: PgRealtimeError | None = None
         self._changed = asyncio.Event()
@@ -153,6 +152,7 @@ class GivenStream:
     def append(self, *transactions: Transaction) -> None:
         self._given.extend(transactions)
         self.wal_end = transactions[-1].end_lsn
+        self.feedback.record_transaction(self.wal_end)
         self._changed.set()
 
     def advance_to(self, lsn: int) -> None:
@@ -176,15 +176,6 @@ class GivenStream:
         batch, self._given = list(self._given), deque()
         return batch
 
-    def confirm(self, end_lsn: LSN) -> None:
-        """Ignored."""
-
-    def release(self, lsn: LSN) -> None:
-        """Ignored."""
-
-    def empty_until(self, end_lsn: LSN) -> LSN:
-        return max(end_lsn, self.quiet)
-
     def request_keepalive(self) -> None:
         """Ignored."""
 
@@ -203,9 +194,9 @@ def opening(*streams: GivenStream) -> OpenStream:
 @asynccontextmanager
 async def reading(
     open_stream: OpenStream, *, is_durable: bool = False
-) -> AsyncIterator[tuple[ReplicationReader, MemoryChangelog, Follower]]:
+) -> AsyncIterator[tuple[ReplicationReader, Changelog, Follower]]:
     """A running reader, with its changelog and its follower."""
-    changelog = MemoryChangelog(LSN(0), max_bytes=1 << 20, max_age_seconds=1e9)
+    changelog = Changelog(LSN(0), max_bytes=1 << 20, max_age_seconds=1e9)
     follower = Follower(changelog, DEADLINE)
     reader = ReplicationReader(
         open_stream,
@@ -222,7 +213,7 @@ async def reading(
         await asyncio.wait([running])
 
 
-def ends(changelog: MemoryChangelog) -> list[int]:
+def ends(changelog: Changelog) -> list[int]:
     """Return the end LSNs of the transactions in the changelog."""
     entries = changelog.read(changelog.floor, changelog.end_cursor, 1 << 20)
     return [entry.end_lsn for entry in entries if isinstance(entry, Transaction)]
@@ -302,7 +293,7 @@ async def test_a_watermark_belongs_to_its_history_too() -> None:
         await follower.until(lambda: len(follower.said) == 1)
         before.append(large(200))
         await follower.until(lambda: ends(changelog) == [200])
-        before.quiet = LSN(300)
+        before.feedback.record_quiet(LSN(300))
         reader._append_watermark(cast("WalStream", before), time.monotonic() + 60)
         assert changelog.end_cursor == Cursor(LSN(300), END_ORDINAL)
         before.interrupt()

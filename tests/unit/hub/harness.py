@@ -14,7 +14,7 @@ from psycopg import sql
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changes import (
     Change,
     Delete,
@@ -302,7 +302,7 @@ class HubHarness:
     """A running hub, with the changelog and the database that a test controls."""
 
     hub: Hub
-    changelog: MemoryChangelog
+    changelog: Changelog
     database: FakeDatabase
     _end: int = 100
     sinks: list[MemorySink] = field(default_factory=list)
@@ -380,7 +380,7 @@ async def open_harness(
     **limits: object,
 ) -> AsyncIterator[HubHarness]:
     """Run a hub. ``limits`` are keys of ``RealtimeConfig``, in seconds and bytes."""
-    changelog = MemoryChangelog(LSN(100), max_bytes=max_size, max_age_seconds=max_age)
+    changelog = Changelog(LSN(100), max_bytes=max_size, max_age_seconds=max_age)
     database = database or FakeDatabase()
     hub = Hub(
         changelog,

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pgrealtime.catalog.assumptions import CatalogAssumptions
-from pgrealtime.changelog.base import Gap
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Gap
 from pgrealtime.changes import (
     Change,
     Insert,
@@ -159,7 +158,7 @@ class Simulation:
         # The last two overflow 32 bits, in which the stream has transaction ids.
         self.next_xid = self.rng.choice([1000, (1 << 32) - 5, (5 << 32) - 9])
         self._undecoded: deque[Commit] = deque()
-        self.changelog = MemoryChangelog(LSN(100), max_bytes=WINDOW, max_age_seconds=1.0)
+        self.changelog = Changelog(LSN(100), max_bytes=WINDOW, max_age_seconds=1.0)
         self.hub = Hub(
             self.changelog,
             Database(self),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from psycopg import sql
 
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import Change, TableName, Transaction, Truncate
 from pgrealtime.collections.model import (
@@ -107,7 +107,7 @@ def test_a_table_that_the_stream_carries_since_a_reload_has_no_history_of_before
         found += [await history.table_history(table, "id", LSN(200)) for table in (POSTS, NOTES)]
         return [one is not None for one in found]
 
-    changelog = MemoryChangelog(LSN(100), max_bytes=1000, max_age_seconds=300.0)
+    changelog = Changelog(LSN(100), max_bytes=1000, max_age_seconds=300.0)
     history = RowHistory(changelog)
     history.set_streamed_tables([POSTS])
     changelog.append(

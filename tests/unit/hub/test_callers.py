@@ -11,7 +11,7 @@ import pytest
 
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller
 from pgrealtime.auth.record import digest_token_key
-from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import Gap
 from pgrealtime.changes import Delete, Insert, Row, TableName, Truncate, Update, WholeRow
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.hub.connections.connection import Connection

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
-from pgrealtime.changelog.base import Gap
+from pgrealtime.changelog.memory import Gap
 from pgrealtime.changes import OversizedTransaction, Truncate
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.lsn import LSN, Xid

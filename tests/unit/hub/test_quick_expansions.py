@@ -9,7 +9,7 @@ from collections.abc import Collection as Sized
 import pytest
 
 from pgrealtime.auth.principal import GUEST
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.expand.load import CheckViewers, ExpandRequest, LoadLiveRows, RelatedRecords
 from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
@@ -74,7 +74,7 @@ def enricher(loader: RecordingLoader) -> SliceEnricher:
         COLLECTIONS,
         Matcher(COLLECTIONS),
         lambda _node, _view, _expand: b"{}",
-        row_history=RowHistory(MemoryChangelog(LSN(0), max_bytes=0, max_age_seconds=0)),
+        row_history=RowHistory(Changelog(LSN(0), max_bytes=0, max_age_seconds=0)),
         omitted_column_counts=Counter(),
     )
     made.expanding_count = 1

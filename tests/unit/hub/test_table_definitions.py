@@ -9,7 +9,7 @@ import pytest
 
 from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.catalog.model import Column, Type, TypeKind
-from pgrealtime.changelog.base import Watermark
+from pgrealtime.changelog.memory import Watermark
 from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
 from pgrealtime.collections.model import Collections
 from pgrealtime.hub import entry_checks

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from pgrealtime.changelog.base import Entry, Gap
-from pgrealtime.changelog.memory import MemoryChangelog
+from pgrealtime.changelog.memory import Changelog, Entry, Gap
 from pgrealtime.changelog.row_history import RowHistory, RowWrite, TableHistory, column_values
 from pgrealtime.changes import (
     Change,
@@ -53,8 +52,8 @@ class Table:
     """A changelog, and the live row that a query finds."""
 
     live: LiveRow
-    changelog: MemoryChangelog = field(
-        default_factory=lambda: MemoryChangelog(LSN(100), max_bytes=10**6, max_age_seconds=300)
+    changelog: Changelog = field(
+        default_factory=lambda: Changelog(LSN(100), max_bytes=10**6, max_age_seconds=300)
     )
     later_entries: list[Entry] = field(default_factory=list)
     waited_for: list[LSN] = field(default_factory=list)
@@ -259,13 +258,13 @@ async def test_a_write_ends_what_is_known_of_the_events_before_it_and_of_no_othe
 
 async def test_a_history_grows_both_ways_and_looks_at_each_change_once() -> None:
     """``extend`` indexes entries before and after those that it has, each only once."""
-    changelog = MemoryChangelog(LSN(0), max_bytes=10**6, max_age_seconds=300)
+    changelog = Changelog(LSN(0), max_bytes=10**6, max_age_seconds=300)
     history = TableHistory(changelog, POSTS, "id")
     examined = 0
 
     def read(after: Cursor, upto: Cursor, limit: int) -> Sequence[Entry]:
         nonlocal examined
-        found = MemoryChangelog.read(changelog, after, upto, limit)
+        found = Changelog.read(changelog, after, upto, limit)
         examined += len(found)
         return found
 
