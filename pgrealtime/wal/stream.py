@@ -361,8 +361,7 @@ def _end_of_stream_error(pgconn: pq.abc.PGconn) -> PgRealtimeError:
     if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
         return _translate_error(pg.error_from_result(result))
     return StreamInterruptedError(
-        "the server ended the stream",
-        detail="It is shutting down, or ended the walsender.",
+        "the server ended the stream", detail="It is shutting down, or ended the walsender."
     )
 
 

@@ -15,16 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.changes import (
-    NEVER_DESCRIBED,
-    Delete,
-    Insert,
-    Key,
-    Row,
-    RowShape,
-    Update,
-    WholeRow,
-)
+from pgrealtime.changes import NEVER_DESCRIBED, Delete, Insert, Key, Row, RowShape, Update, WholeRow
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.wal.message import (

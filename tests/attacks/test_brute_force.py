@@ -152,9 +152,7 @@ async def test_the_very_first_attempt_takes_an_unknown_user_as_long_as_a_known_o
     assert known / 2 < unknown < known * 2
 
 
-async def test_a_login_does_not_change_how_long_an_unknown_user_takes(
-    database_url: str,
-) -> None:
+async def test_a_login_does_not_change_how_long_an_unknown_user_takes(database_url: str) -> None:
     """Otherwise a user with an uncommon hash could find out which accounts exist."""
 
     async def spent(login: LoginService, users: UserCollection, name: str) -> float:

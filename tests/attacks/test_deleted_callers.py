@@ -79,9 +79,7 @@ CASES = {
         rule=SIGNED_IN + "@request.auth.is_out != true", place="posts.list_rule"
     ),
     "a generated column, expanded": Case(
-        rule=SIGNED_IN + "@request.auth.is_out != true",
-        place="secrets.view_rule",
-        topic=EXPANDED,
+        rule=SIGNED_IN + "@request.auth.is_out != true", place="secrets.view_rule", topic=EXPANDED
     ),
     "a column beside a related one": Case(rule=LEVEL, place="posts.list_rule"),
     "a column beside a related one, expanded": Case(

@@ -117,10 +117,7 @@ async def test_a_truncated_table_and_a_transaction_too_large_are_notified_gaps(
 ) -> None:
     async with (
         service(
-            database_url,
-            tmp_path,
-            collections=OPEN,
-            sections={"changelog": {"max_size": "64KiB"}},
+            database_url, tmp_path, collections=OPEN, sections={"changelog": {"max_size": "64KiB"}}
         ) as running,
         listener(running.address, "posts/*", "PB_RESYNC") as notified,
     ):

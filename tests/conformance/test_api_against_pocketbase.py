@@ -65,10 +65,7 @@ class Pair:
             )
             for address, client_id in ((self.pocketbase, self.their_id), (self.ours, self.our_id))
         ]
-        return Outcome(
-            (theirs.head.status, theirs.body),
-            (ours.head.status, ours.body),
-        )
+        return Outcome((theirs.head.status, theirs.body), (ours.head.status, ours.body))
 
     async def their_topics(self) -> dict[str, Any]:
         """Return ``query`` and ``headers`` by topic, as PocketBase has them."""

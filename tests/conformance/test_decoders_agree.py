@@ -27,7 +27,7 @@ from tests.workloads import SCHEMA, WORKLOADS, statements
 
 IMPOSED: Mapping[TableName, tuple[str, ...]] = {
     # Before PostgreSQL 18 pgoutput leaves out generated columns; wal2json has the stored ones.
-    TableName("public", "generated"): ("doubled",),
+    TableName("public", "generated"): ("doubled",)
 }
 """Columns in which the server makes the decoders differ."""
 

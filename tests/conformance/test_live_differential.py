@@ -129,8 +129,7 @@ async def test_a_new_password_ends_the_tokens_that_pocketbase_has(
     written = Write(op="update", collection="people", id=ben, data={"score": 5})
     actions = (listening, written, changed, written, listening, written)
     goes_on = pytest.raises(
-        DifferenceError,
-        match=r"set_password.*\nA lacks: \[\]\nA has too much: \['event:people/\*",
+        DifferenceError, match=r"set_password.*\nA lacks: \[\]\nA has too much: \['event:people/\*"
     )
     both = duelling(fixtures, database_url, tmp_path, has_own_tokens=has_own_tokens)
     async with both as (duel, _):

@@ -20,14 +20,7 @@ from tests.conformance.fixtures import Fixtures
 from tests.conformance.natural_schema import Style
 from tests.conformance.pgrealtime_server import Setting, running
 from tests.conformance.pocketbase_server import PocketBaseTemplate
-from tests.conformance.scenarios import (
-    BEACON,
-    Action,
-    Scenario,
-    Subscribe,
-    World,
-    person_id,
-)
+from tests.conformance.scenarios import BEACON, Action, Scenario, Subscribe, World, person_id
 from tests.conformance.transcript import Write
 
 RULES: dict[str, dict[str, str | None]] = {

@@ -31,10 +31,7 @@ from tests.conformance.fixtures import (
     SuperuserAccount,
 )
 from tests.conformance.http_client import Request, send
-from tests.conformance.pocketbase_server import (
-    PocketBaseServer,
-    PocketBaseTemplate,
-)
+from tests.conformance.pocketbase_server import PocketBaseServer, PocketBaseTemplate
 
 SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
 

@@ -81,13 +81,7 @@ async def test_random_rules_show_what_pocketbase_shows(
         collection = made.pick("posts", "posts", "posts", "users", "teams", "comments")
         rule, auth, query = made.rule(collection), made.pick(*AUTHS), made.query()
         shown = await pocketbase.show(collection, rule, auth, query)
-        case = {
-            "collection": collection,
-            "rule": rule,
-            "auth": auth,
-            "query": query,
-            "headers": {},
-        }
+        case = {"collection": collection, "rule": rule, "auth": auth, "query": query, "headers": {}}
         assert not _differing(corpus, case, shown), (SEED, case, shown)
 
 

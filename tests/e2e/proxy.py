@@ -132,11 +132,7 @@ class Proxy:
 
 @asynccontextmanager
 async def proxy(
-    program: Program,
-    to: Address,
-    directory: Path,
-    *,
-    edits: Mapping[str, str] | None = None,
+    program: Program, to: Address, directory: Path, *, edits: Mapping[str, str] | None = None
 ) -> AsyncIterator[Proxy]:
     """Run the program in front of a server, with its file unchanged except for the ports.
 

@@ -59,11 +59,7 @@ class Service:
     """A running pgrealtime; ``write`` is an application's connection to the database."""
 
     def __init__(
-        self,
-        config: Path,
-        address: Address,
-        write: psycopg.AsyncConnection[Any],
-        base_path: str,
+        self, config: Path, address: Address, write: psycopg.AsyncConnection[Any], base_path: str
     ) -> None:
         self._config = config
         self.address = address

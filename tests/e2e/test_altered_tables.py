@@ -249,10 +249,7 @@ RETYPE = "ALTER TABLE trip_people ALTER person TYPE varchar(40)"
 @either_plugin
 @pytest.mark.parametrize(
     ("statements", "received_ids"),
-    [
-        pytest.param((RETYPE,), ["t"], id="another-type"),
-        pytest.param((RENAME,), [], id="renamed"),
-    ],
+    [pytest.param((RETYPE,), ["t"], id="another-type"), pytest.param((RENAME,), [], id="renamed")],
 )
 async def test_a_deleted_record_is_evaluated_with_links_whose_table_was_altered(
     database_url: str,

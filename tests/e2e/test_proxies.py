@@ -221,10 +221,7 @@ async def test_without_a_heartbeat_the_proxy_cuts(
 ) -> None:
     """So the times of the test before are the ones that matter."""
     async with (
-        behind(program, database_url, tmp_path, edits={"60s": "2s"}, **NO_HEARTBEAT) as (
-            _,
-            front,
-        ),
+        behind(program, database_url, tmp_path, edits={"60s": "2s"}, **NO_HEARTBEAT) as (_, front),
         listener(front.address, "posts/*", caller=ONE) as client,
     ):
         end = await client.stream.wait_end(DEADLINE)

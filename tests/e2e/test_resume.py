@@ -104,10 +104,7 @@ async def test_a_position_out_of_reach_is_answered_with_pb_resync(
     """The changelog is small: the client was away for longer than it reaches back."""
     async with (
         service(
-            database_url,
-            tmp_path,
-            collections=OPEN,
-            sections={"changelog": {"max_size": "16KiB"}},
+            database_url, tmp_path, collections=OPEN, sections={"changelog": {"max_size": "16KiB"}}
         ) as running,
         breaker(running.address, random.Random(1)) as proxy,
         native(proxy.url, "posts/*") as client,

@@ -11,15 +11,7 @@ from typing import Any
 from pgrealtime.changelog.memory import Entry
 from pgrealtime.changes import Change, Delete, Transaction, Truncate
 from pgrealtime.lsn import Cursor
-from tests.histories.ledger import (
-    COLUMNS,
-    Condition,
-    Ledger,
-    Version,
-    condition,
-    moments,
-    outcomes,
-)
+from tests.histories.ledger import COLUMNS, Condition, Ledger, Version, condition, moments, outcomes
 from tests.histories.reader import Client, Message, Stream, Topic
 from tests.histories.scene import DOCS, FILLER, CallerState, Values, sees_user
 
@@ -545,10 +537,7 @@ class Audit:
             for version in self._ledger.log:
                 if version.commit <= streams[0].upto or version.commit > ended:
                     continue
-                if version.table == topic.collection and topic.record_id in (
-                    "",
-                    version.record_id,
-                ):
+                if version.table == topic.collection and topic.record_id in ("", version.record_id):
                     self._check_owed(text, version, chain, received, gaps)
 
     def _version(self, message: Message) -> Version | None:

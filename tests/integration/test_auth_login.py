@@ -266,13 +266,7 @@ def config(collections: dict[str, Any] = COLLECTIONS, **login: Any) -> Config:
         "issuers": [{"name": "root", "secret": SECRET, "superuser_when": {"role": "root"}}],
         "login": {"enabled": True, "secret": SECRET, **login},
     }
-    return parse_config(
-        {
-            "auth": auth,
-            "collections": collections,
-            "records": {"nulls": "zero"},
-        }
-    )
+    return parse_config({"auth": auth, "collections": collections, "records": {"nulls": "zero"}})
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,7 @@ import pytest
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.catalog.model import (
-    Column,
-    ForeignKey,
-    ReplicaIdentity,
-    Table,
-    TableKind,
-    Type,
-)
+from pgrealtime.catalog.model import Column, ForeignKey, ReplicaIdentity, Table, TableKind, Type
 from pgrealtime.changes import TableName
 
 
@@ -250,10 +243,7 @@ async def test_an_index_that_failed_to_build_does_not_count(
     ids=["default", "full", "nothing", "index", "no key", "deferrable key"],
 )
 async def test_the_replica_identity_is_what_the_wal_carries(
-    connection: AsyncConnection[Any],
-    ddl: str,
-    identity: ReplicaIdentity,
-    columns: Sequence[str],
+    connection: AsyncConnection[Any], ddl: str, identity: ReplicaIdentity, columns: Sequence[str]
 ) -> None:
     """The reference is the old image that test_decoding prints of a deleted row."""
     table = await table_of(

@@ -319,9 +319,7 @@ def test_a_query_role_without_privileges_gets_the_statement_to_run(
         f'GRANT USAGE ON SCHEMA "public" TO "{role}"; GRANT SELECT ON "public"."posts" TO "{role}";'
     )
     assert outcome == Outcome(
-        77,
-        "",
-        f'select_not_granted: role "{role}" may not read "public.posts"\nHINT: {grant}\n',
+        77, "", f'select_not_granted: role "{role}" may not read "public.posts"\nHINT: {grant}\n'
     )
     execute(operator, grant)
     assert operator.check(PGREALTIME_DATABASE__QUERY_URL=query_url).code == 0

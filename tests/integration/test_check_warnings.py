@@ -358,11 +358,7 @@ def test_an_issuer_of_users_without_a_collection(operator: Operator) -> None:
 
     assert with_issuer("users") == []
     assert with_issuer("user") == [
-        (
-            "auth.issuers.0.collection",
-            ROWLESS.format("user"),
-            'perhaps you meant "users"',
-        )
+        ("auth.issuers.0.collection", ROWLESS.format("user"), 'perhaps you meant "users"')
     ]
     ((_, _, mend),) = with_issuer("people")
     assert mend.endswith("collections: {people: {table: SCHEMA.TABLE, type: auth}}")

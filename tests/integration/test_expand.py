@@ -593,9 +593,7 @@ async def test_ids_that_a_delete_s_transaction_hides_are_left_out(
     assert (related.junction_ids, 0 in related.live_junction_ids) == ({0: {}}, True)
 
 
-async def test_lost_links_of_an_event_are_reported_as_missing(
-    world: World,
-) -> None:
+async def test_lost_links_of_an_event_are_reported_as_missing(world: World) -> None:
     """The reading transaction sees that they were truncated since; other paths are unaffected."""
     changelog = Changelog(LSN(1), max_bytes=1000, max_age_seconds=300)
     changelog.append(Transaction(Xid(4), LSN(2), 0, (Truncate(TAGS),), 10))

@@ -147,14 +147,11 @@ def _closed(points: str) -> str:
 
 def test_any_geometry_is_what_postgis_says(table: Table) -> None:
     shapes = st.tuples(
-        st.sampled_from(["", "SRID=4326;", "SRID=25832;"]),
-        st.integers(2, 4).flatmap(_shape),
+        st.sampled_from(["", "SRID=4326;", "SRID=25832;"]), st.integers(2, 4).flatmap(_shape)
     ).map("".join)
 
     @settings(
-        max_examples=300,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
     @given(shapes)
     def holds(shape: str) -> None:

@@ -244,11 +244,7 @@ async def test_records_behind_an_unknown_column_are_a_gap(
     """
     collections: dict[str, dict[str, Any]] = {
         "tags": {"table": "tags", "view_rule": ""},
-        "docs": {
-            "table": "docs",
-            "list_rule": "",
-            "relations": {"tags": {"collection": "tags"}},
-        },
+        "docs": {"table": "docs", "list_rule": "", "relations": {"tags": {"collection": "tags"}}},
     }
     expanding = 'docs/*?options={"query":{"expand":"tags"}}'
     async with (

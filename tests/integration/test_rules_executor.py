@@ -339,8 +339,7 @@ def abouts(subscriptions: Sequence[Subscription]) -> Iterator[Test]:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [(3600.0, "10ms"), (2.0, "10ms"), (0.01, "10ms"), (0.009, "9ms")],
+    ("theirs", "ours"), [(3600.0, "10ms"), (2.0, "10ms"), (0.01, "10ms"), (0.009, "9ms")]
 )
 async def test_the_short_time_never_is_longer_than_the_operator_s(
     database_url: str, theirs: float, ours: str

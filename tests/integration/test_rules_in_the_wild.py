@@ -309,13 +309,7 @@ def test_delete_is_evaluated_with_related_rows_as_they_were(
     docs = _docs(asking)
     query = _decided(collections, "owner.handle = 'before' || owner.people_via_boss.id ?!= ''")
     assert isinstance(query, ReferenceQuery)
-    before: Row = {
-        "id": _BOB,
-        "handle": "before",
-        "mood": None,
-        "full%name": None,
-        "boss": None,
-    }
+    before: Row = {"id": _BOB, "handle": "before", "mood": None, "full%name": None, "boss": None}
     overlay = Overlay(table=people, old_images=[before], changed_rows=[{"id": _BOB}])
 
     question = query.sql_query_before(docs, datetime.now(UTC), [overlay])

@@ -292,9 +292,7 @@ def event_names(sink: MemorySink) -> list[str]:
     return [event.partition("?")[0] for _, event, _ in sink.events()[1:]]
 
 
-async def test_enrichment_is_read_again_when_its_connection_breaks(
-    database_url: str,
-) -> None:
+async def test_enrichment_is_read_again_when_its_connection_breaks(database_url: str) -> None:
     """A broken connection is no failure of the query; the next connection answers it."""
     async with open_stage(database_url) as stage:
         topics = ["posts/*", topic("posts/*", expand="tags"), "PB_RESYNC"]

@@ -215,9 +215,7 @@ async def test_slot_moves_where_only_others_write(
         await prepared(connection)
         async with reading(database_url, config, connection, max_age=0.5) as room:
             for number in range(3):
-                await connection.execute(
-                    "INSERT INTO others SELECT generate_series(1, 1000)",
-                )
+                await connection.execute("INSERT INTO others SELECT generate_series(1, 1000)")
                 row = await (await connection.execute("SELECT pg_current_wal_lsn()")).fetchone()
                 assert row is not None
                 await until_true(
@@ -232,9 +230,7 @@ async def test_slot_moves_where_only_others_write(
             assert "lost" not in room.follower.said
 
 
-async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(
-    database_url: str,
-) -> None:
+async def test_other_tables_are_streamed_with_nothing_missed_or_repeated(database_url: str) -> None:
     """The stream is closed and reopened: a slot has one reader at a time."""
     config = durable()
     counts, is_over = [0, 0], asyncio.Event()

@@ -11,12 +11,7 @@ import pytest
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.config.model import ReplicationConfig, SlotConfig
-from pgrealtime.errors import (
-    DatabaseUnreachableError,
-    PgRealtimeError,
-    SetupError,
-    SlotBusyError,
-)
+from pgrealtime.errors import DatabaseUnreachableError, PgRealtimeError, SetupError, SlotBusyError
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.stream import WalStream, open_stream
 from tests.own_server import OwnServer, own_server
@@ -108,10 +103,7 @@ async def test_a_slot_goes_with_its_connection_unless_it_shall_stay(
 ) -> None:
     """A slot that outlives a dead process would retain WAL without a reader."""
     found = "SELECT slot_name, temporary FROM pg_replication_slots"
-    async with (
-        writer(plain.url) as connection,
-        reading(plain.url, connection, plugin) as stream,
-    ):
+    async with writer(plain.url) as connection, reading(plain.url, connection, plugin) as stream:
         slots = await (await connection.execute(found)).fetchall()
         assert slots == [(stream.slot.name, True)]
         await connection.execute(

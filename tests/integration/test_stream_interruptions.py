@@ -213,9 +213,7 @@ async def test_cancelled_reader_leaves_nothing_behind(database_url: str, plugin:
         with pytest.raises(asyncio.CancelledError):
             await task
         await until_true(
-            connection,
-            "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)",
-            pids[0],
+            connection, "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)", pids[0]
         )
 
 
@@ -272,10 +270,7 @@ async def test_a_server_that_says_nothing_any_more_is_given_up(
 ) -> None:
     """A network or a proxy that drops everything reports no error."""
     server.configure(wal_sender_timeout="3s")
-    async with (
-        wire(server.url) as way,
-        writer(server.url) as connection,
-    ):
+    async with wire(server.url) as way, writer(server.url) as connection:
         await connection.execute(TABLE)
         async with reading(way.url(server.url), connection, plugin) as stream:
             await asyncio.sleep(5)  # longer than that, with no changes: the stream goes on

@@ -24,11 +24,7 @@ from tests.unit.hub.harness import DEADLINE, HubHarness, open_harness
 
 SECRET = "made up for the tests, and long enough"
 CONFIG: dict[str, Any] = {
-    "auth": {
-        "issuers": [
-            {"name": "app", "secret": SECRET, "superuser_when": {"role": "service"}},
-        ]
-    }
+    "auth": {"issuers": [{"name": "app", "secret": SECRET, "superuser_when": {"role": "service"}}]}
 }
 
 

@@ -276,11 +276,7 @@ async def test_superuser_learns_more_of_health() -> None:
     """Only a superuser sees addresses and proxy headers (protocol, 9.4)."""
     async with served({"trusted_proxies": ["127.0.0.1/32"]}) as service:
         _, answer = await send_request(
-            service,
-            "GET",
-            "/api/health",
-            Authorization=SUPERUSER,
-            X_Forwarded_For="203.0.113.7",
+            service, "GET", "/api/health", Authorization=SUPERUSER, X_Forwarded_For="203.0.113.7"
         )
         _, user = await send_request(service, "GET", "/api/health", Authorization=token("ann"))
 

@@ -42,11 +42,7 @@ VECTORS = [
         "pbkdf2_sha256$12000$seasalt$Ybw8zsFxqja97tY/o6G+Fy1ksY4U/Hw3DRrGED6Up4s=",
         Scheme.PBKDF2_SHA256,
     ),
-    (
-        "lètmein",
-        "pbkdf2_sha1$12000$seasalt$RAzowyPatHQocn6USyo2fI984CU=",
-        Scheme.PBKDF2_SHA1,
-    ),
+    ("lètmein", "pbkdf2_sha1$12000$seasalt$RAzowyPatHQocn6USyo2fI984CU=", Scheme.PBKDF2_SHA1),
     (
         "lètmein",
         (

@@ -58,11 +58,7 @@ def test_reading_stops_at_the_given_end_and_about_the_limit() -> None:
 
     assert [
         e.end_lsn for e in log.read(Cursor(LSN(0), END_ORDINAL), Cursor(LSN(30), END_ORDINAL), 1000)
-    ] == [
-        10,
-        20,
-        30,
-    ]
+    ] == [10, 20, 30]
     assert read(log, Cursor(LSN(0), END_ORDINAL), limit=2) == [10, 20]
 
 

@@ -52,12 +52,7 @@ def array_of(element: Type) -> Type:
 
 def domain_of(below: Type) -> Type:
     return Type(
-        oid=0,
-        schema="public",
-        name="a_domain",
-        kind=TypeKind.DOMAIN,
-        category="U",
-        domain_of=below,
+        oid=0, schema="public", name="a_domain", kind=TypeKind.DOMAIN, category="U", domain_of=below
     )
 
 
@@ -66,11 +61,7 @@ ADDRESS = Type(oid=0, schema="public", name="address", kind=TypeKind.COMPOSITE, 
 
 
 def table(
-    name: str,
-    columns: Mapping[str, str | Type],
-    *,
-    key: tuple[str, ...] = ("id",),
-    **more: Any,
+    name: str, columns: Mapping[str, str | Type], *, key: tuple[str, ...] = ("id",), **more: Any
 ) -> Table:
     """Return a table in public; columns by name and type, the key's NOT NULL."""
     made = Table(
@@ -628,16 +619,11 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
                 "rename it",
             ),
         ),
-        (
-            {"fields": {"hide": ["id"]}},
-            ConfigProblem("fields.hide", "the id can't be hidden"),
-        ),
+        ({"fields": {"hide": ["id"]}}, ConfigProblem("fields.hide", "the id can't be hidden")),
         (
             {"fields": {"rename": {"author_id": "author"}, "hide": ["author_id"]}},
             ConfigProblem(
-                "fields.hide",
-                'there is no field "author_id"',
-                'the column is shown as "author"',
+                "fields.hide", 'there is no field "author_id"', 'the column is shown as "author"'
             ),
         ),
         (
@@ -691,9 +677,7 @@ def test_a_table_that_can_not_be_served_is_refused_with_what_mends_it(
         (
             {"relations": {"l": {"collection": "users", "through": "like"}}},
             ConfigProblem(
-                "relations.l.through",
-                'there is no table "like"',
-                'perhaps you meant "likes"',
+                "relations.l.through", 'there is no table "like"', 'perhaps you meant "likes"'
             ),
         ),
         (

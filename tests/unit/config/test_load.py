@@ -55,9 +55,7 @@ collections:
         ConfigProblem("database.schema", 'unknown key "schema"', 'perhaps you meant "schemas"', 3),
         ConfigProblem("server.port", "input should be less than or equal to 65535", line=5),
         ConfigProblem(
-            "server.shutdown_grace",
-            "not a duration; write it as 500ms, 25s, 5m, 1h or 5d",
-            line=6,
+            "server.shutdown_grace", "not a duration; write it as 500ms, 25s, 5m, 1h or 5d", line=6
         ),
         ConfigProblem("server.cors_origins", "must be a list", line=7),
         ConfigProblem("changelog.max_size", "not a size; write it as 64KiB, 16MiB or 1GiB", line=8),

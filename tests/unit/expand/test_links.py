@@ -14,12 +14,7 @@ from pgrealtime.rules.sql.row_images import Overlay
 
 TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
 TEXTS = Type(
-    oid=1009,
-    schema="pg_catalog",
-    name="_text",
-    kind=TypeKind.ARRAY,
-    category="A",
-    element=TEXT,
+    oid=1009, schema="pg_catalog", name="_text", kind=TypeKind.ARRAY, category="A", element=TEXT
 )
 COLUMNS = (
     Column(name="id", attribute_number=1, type=TEXT),
@@ -120,14 +115,8 @@ def link(post: str, to: str) -> Row:
         ([Update(TABLE.name, link("1", "a"), Key(link("1", "c")))], {"b", "c"}),
         ([Update(TABLE.name, link("2", "c"), Key(link("1", "c")))], {"a", "b", "c"}),
         # deleted and inserted, inserted and deleted
-        (
-            [Delete(TABLE.name, Key(link("1", "a"))), Insert(TABLE.name, link("1", "a"))],
-            {"a", "b"},
-        ),
-        (
-            [Insert(TABLE.name, link("1", "c")), Delete(TABLE.name, Key(link("1", "c")))],
-            {"a", "b"},
-        ),
+        ([Delete(TABLE.name, Key(link("1", "a"))), Insert(TABLE.name, link("1", "a"))], {"a", "b"}),
+        ([Insert(TABLE.name, link("1", "c")), Delete(TABLE.name, Key(link("1", "c")))], {"a", "b"}),
         # what it referenced is unknown
         ([Delete(TABLE.name, Key({"post": "1"}))], None),
         ([Truncate(TABLE.name)], None),

@@ -284,8 +284,7 @@ async def test_a_resumed_connection_receives_what_it_missed_from_within_a_commit
         await harness.until_delivered()
         last = f"{'x' * 40}.{at(made, 1)}"
         connection, sink = harness.connect(
-            last_event_id=last if by_header else None,
-            position="ignored" if by_header else last,
+            last_event_id=last if by_header else None, position="ignored" if by_header else last
         )
         await sink.wait_for(1)
         await harness.subscribe(connection, "posts/*")
@@ -660,10 +659,7 @@ async def test_a_refused_call_leaves_nothing_of_its_topics(
         assert (
             tuple(connection.subscriptions),
             harness.hub._registry.subscriptions_with_read_point,
-        ) == (
-            before,
-            waiting,
-        )
+        ) == (before, waiting)
 
 
 async def test_pb_cursor_is_repeated_every_sixteen_messages_of_a_long_batch() -> None:

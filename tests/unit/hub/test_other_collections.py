@@ -213,9 +213,7 @@ async def test_the_caller_of_a_call_in_progress_is_revalidated_too() -> None:
     [("fedcba",), ("abcdef",), ("fedcba", "fedcba")],
     ids=["other tables", "other columns", "both"],
 )
-async def test_positions_of_a_continued_stream_stay_valid(
-    epochs: Sequence[str],
-) -> None:
+async def test_positions_of_a_continued_stream_stay_valid(epochs: Sequence[str]) -> None:
     """The stream was continued with other tables or columns: a client resumes without a gap."""
     async with open_harness() as harness:
         first = harness.commit(insert("1"))

@@ -12,10 +12,7 @@ from pgrealtime.hub.connections.connection import LIVE, Connection
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.evaluation.filter_limits import SHARED_FILTER_SECONDS
 from pgrealtime.rule_queries.rounds import PendingEvaluation
-from pgrealtime.rule_queries.slow_queries import (
-    SLICE_FILTER_SECONDS,
-    TimeBudget,
-)
+from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion, Question
 from tests.unit.hub.harness import (
     DEADLINE,

@@ -53,8 +53,7 @@ def test_the_password_of_a_url_is_never_shown(password: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["token", "Authorization", "previous_secret", "token_key", "password_hash", "set-cookie"],
+    "key", ["token", "Authorization", "previous_secret", "token_key", "password_hash", "set-cookie"]
 )
 def test_a_key_that_names_a_secret_hides_its_value(key: str) -> None:
     assert redact("anything", key=key) == REDACTED

@@ -232,9 +232,7 @@ ANN = AuthRecord(
 )
 def test_value_comes_from_the_subscription(parameter: Parameter, expected: Scalar) -> None:
     request = RuleRequest(
-        principal=ANN,
-        query={"n": "5.50", "k": "ÄbC", "big": "1e999"},
-        headers={"x_token": "t"},
+        principal=ANN, query={"n": "5.50", "k": "ÄbC", "big": "1e999"}, headers={"x_token": "t"}
     )
     found = parameter_value(parameter, request, NOW, ("one", "two"))
     assert found == expected

@@ -205,12 +205,7 @@ def test_paths_of_a_guest_are_null(path: str) -> None:
         ("strftime('%Y', title, 'localtime') = 1", RuleUnsupportedError, (0, 38), ""),
         ("strftime('%J', title) = 1", RuleUnsupportedError, (0, 25), ""),
         ("blob = 1", RuleUnsupportedError, (0, 4), ""),
-        (
-            "@collection.teams:x.id = @collection.users:x.id",
-            RuleUnsupportedError,
-            (25, 47),
-            "",
-        ),
+        ("@collection.teams:x.id = @collection.users:x.id", RuleUnsupportedError, (25, 47), ""),
     ],
 )
 def test_bad_rule_is_refused_where_it_is_bad(

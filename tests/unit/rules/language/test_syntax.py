@@ -108,14 +108,7 @@ def test_six_escapes_are_folded_in_both_quotes_everywhere(
     assert operand == _lit(value)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "(a=1 // it's\n)",
-        "(a=1 // )\n && b=2)",
-        "(a=1 // (\n)",
-    ],
-)
+@pytest.mark.parametrize("text", ["(a=1 // it's\n)", "(a=1 // )\n && b=2)", "(a=1 // (\n)"])
 def test_comment_in_a_group_counts_for_its_brackets(text: str) -> None:
     """PocketBase's bracket counter doesn't skip comments; the same text ungrouped is accepted."""
     with pytest.raises(RuleSyntaxError):
