@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import psycopg
 
 from tests.e2e.listener import listener
 from tests.e2e.service import service
+from tests.topics import topic
 
 SCHEMA = """
 CREATE TABLE users (id text PRIMARY KEY);
@@ -30,7 +29,7 @@ COLLECTIONS: dict[str, dict[str, Any]] = {
     },
     "notes": {"table": "notes", "list_rule": ""},
 }
-TOPIC = f"pages/*?options={quote(json.dumps({'query': {'expand': 'owner.pages_via_owner'}}))}"
+TOPIC = topic("pages/*", expand="owner.pages_via_owner")
 
 
 async def test_a_slow_expand_delays_no_other_connection(database_url: str, tmp_path: Path) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import service
+from tests.topics import topic
 
 GUESTS = 10
 ROWS = 4
@@ -23,31 +22,27 @@ COLLECTIONS: dict[str, dict[str, Any]] = {"pages": {"table": "pages", "list_rule
 HTML = "<p>a<b>b</b> &amp; c</p>" * 400
 
 
-def topic(**query: str) -> str:
-    return f"pages/*?options={quote(json.dumps({'query': query}))}"
-
-
 def items(guest: int) -> list[str]:
     """Compare every item with every item, many times over; the last part is true."""
     pairs = " || ".join(f"tags:each > names:each && tags:each = 'x{guest}{n}'" for n in range(15))
-    return [topic(filter=f"({pairs} || names:each ?~ 'n1') && tags:each != 'y{guest}'")]
+    return [topic("pages/*", filter=f"({pairs} || names:each ?~ 'n1') && tags:each != 'y{guest}'")]
 
 
 def patterns(guest: int) -> list[str]:
     """Match a pattern that nearly fits at each position of a long text."""
     nearly = f"%{'a_' * 700}b{guest}%"
-    return [topic(filter=f"html ~ '{nearly}{n}' || id != '{n}'") for n in range(20)]
+    return [topic("pages/*", filter=f"html ~ '{nearly}{n}' || id != '{n}'") for n in range(20)]
 
 
 def columns(guest: int) -> list[str]:
     """Match a column's value as the pattern."""
-    return [topic(filter=f"html ~ html || id = '{guest}{n}'") for n in range(40)]
+    return [topic("pages/*", filter=f"html ~ html || id = '{guest}{n}'") for n in range(40)]
 
 
 def views(guest: int) -> list[str]:
     """Request a hundred excerpts of nine kilobytes of HTML, all different."""
     limits = range(1000 + 100 * guest, 1100 + 100 * guest)
-    return [topic(fields=f"id,html:excerpt({limit},true)") for limit in limits]
+    return [topic("pages/*", fields=f"id,html:excerpt({limit},true)") for limit in limits]
 
 
 async def waits(client: Listener, write: Callable[[int], Any], rows: range) -> list[float]:

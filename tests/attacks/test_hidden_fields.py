@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -15,6 +14,7 @@ from pgrealtime.auth.principal import Caller, Superuser
 from pgrealtime.changes import Insert, Row, TableName
 from pgrealtime.config.model import CollectionConfig
 from tests.attacks.held_stream import World, world_of
+from tests.topics import topic
 
 SCHEMA = """
 CREATE TABLE people (
@@ -54,10 +54,6 @@ def configured() -> dict[str, CollectionConfig]:
         )
         for name in ("people", "tags", "posts")
     }
-
-
-def topic(collection: str = "posts", **query: str) -> str:
-    return f"{collection}/*?options=" + quote(json.dumps({"query": query}))
 
 
 ROOT = Caller(Superuser("root"))
@@ -100,7 +96,7 @@ async def test_a_hidden_relation_expands_as_one_that_does_not_exist(
 ) -> None:
     """The record is the same to the byte; superusers receive all relations."""
     more = {} if fields is None else {"fields": fields}
-    texts = [topic(expand=text, **more) for pair in PATHS.items() for text in pair]
+    texts = [topic("posts/*", expand=text, **more) for pair in PATHS.items() for text in pair]
     async with world_of(database_url, SCHEMA, configured()) as world:
         found = await received(world, *texts)
         roots = await received(world, *texts, caller=ROOT)
@@ -122,7 +118,7 @@ async def test_pocketbase_s_way_is_a_choice(database_url: str) -> None:
     The conformance suite compares its bytes.
     """
     async with world_of(database_url, SCHEMA, configured(), hidden_fields="pocketbase") as world:
-        found = await received(world, *(topic(expand=text) for text in PATHS))
+        found = await received(world, *(topic("posts/*", expand=text) for text in PATHS))
 
     shown: list[dict[str, Any]] = [json.loads(event)["record"] for (event,) in found]
     assert shown[0]["expand"]["author"]["name"] == "Ann"
@@ -164,7 +160,9 @@ FILTERS = [
 @pytest.mark.parametrize("hidden", ["strict", "pocketbase"])
 async def test_no_filter_asks_about_a_hidden_field(database_url: str, hidden: str) -> None:
     """The filter is refused like one with an unknown name, whether it would be true or not."""
-    texts = [topic(filter=text) for text in (*FILTERS, "reviewer.name = 'Ann'", "nosuch = 1")]
+    texts = [
+        topic("posts/*", filter=text) for text in (*FILTERS, "reviewer.name = 'Ann'", "nosuch = 1")
+    ]
     async with world_of(database_url, SCHEMA, configured(), hidden_fields=hidden) as world:
         *refused, control, unknown = await received(world, *texts)
 
@@ -178,7 +176,7 @@ _OF_ALL = {"collectionId", "collectionName"}
 
 async def test_no_choice_of_fields_shows_a_hidden_one(database_url: str) -> None:
     texts = ["*", "author", "labels,watchers", "*,author:excerpt(9)", "expand.reviewer.role"]
-    queries = [topic(fields=text, expand="reviewer") for text in texts]
+    queries = [topic("posts/*", fields=text, expand="reviewer") for text in texts]
     async with world_of(database_url, SCHEMA, configured()) as world:
         found = await received(world, *queries)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -21,6 +20,7 @@ from pgrealtime.hub.evaluation.filter_limits import (
 from tests.conformance.http_client import send
 from tests.e2e.listener import ANYBODY, Caller, Listener, listener
 from tests.e2e.service import Service, service
+from tests.topics import topic
 
 SCHEMA = """
 CREATE TABLE owners (id text PRIMARY KEY, name text);
@@ -34,10 +34,6 @@ COLLECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def topic(name: str = "pages/*", **query: str) -> str:
-    return f"{name}?options={quote(json.dumps({'query': query}))}"
-
-
 async def call(running: Service, client: Listener, topics: list[str], language: str) -> Any:
     """Return the answer's body."""
     body = json.dumps({"clientId": client.client_id, "subscriptions": topics}).encode()
@@ -48,22 +44,28 @@ async def call(running: Service, client: Listener, topics: list[str], language: 
 
 REFUSED = [
     pytest.param(
-        [topic(filter=f"title~'{n}'") for n in range(UNINDEXED_FILTERS_PER_CONNECTION + 1)],
+        [
+            topic("pages/*", filter=f"title~'{n}'")
+            for n in range(UNINDEXED_FILTERS_PER_CONNECTION + 1)
+        ],
         "A connection may have no more than 50 filters without an equality.",
         id="no-index",
     ),
     pytest.param(
-        [topic(filter=f"owner.name~'{n}'") for n in range(REMOTE_FILTERS_PER_CONNECTION + 1)],
+        [
+            topic("pages/*", filter=f"owner.name~'{n}'")
+            for n in range(REMOTE_FILTERS_PER_CONNECTION + 1)
+        ],
         "A connection may have no more than 50 filters that need the database.",
         id="database",
     ),
     pytest.param(
-        [topic(fields=f"id,a{n}") for n in range(VIEWS_PER_CONNECTION + 1)],
+        [topic("pages/*", fields=f"id,a{n}") for n in range(VIEWS_PER_CONNECTION + 1)],
         "A connection may have no more than 100 different fields and expand.",
         id="views",
     ),
     pytest.param(
-        [topic(filter=f"title='{n}{'x' * 1500}'") for n in range(22)],
+        [topic("pages/*", filter=f"title='{n}{'x' * 1500}'") for n in range(22)],
         "The filters of a connection must be no longer than 32768 characters together.",
         id="long",
     ),
@@ -109,7 +111,9 @@ async def test_one_address_displaces_no_other_with_filters_that_no_index_serves(
 ) -> None:
     """One address is refused beyond its share; the calls of others count for themselves."""
     greedy, modest = Caller(source_ip="127.0.0.2"), Caller(source_ip="127.0.0.3")
-    asked = iter(topic(filter=f"title~'{n}!'") for n in range(UNINDEXED_FILTERS_PER_ADDRESS + 50))
+    asked = iter(
+        topic("pages/*", filter=f"title~'{n}!'") for n in range(UNINDEXED_FILTERS_PER_ADDRESS + 50)
+    )
     async with service(database_url, tmp_path, schema=SCHEMA, collections=COLLECTIONS) as running:
         clients = [listener(running.address, caller=greedy) for _ in range(21)]
         opened = [await client.__aenter__() for client in clients]
@@ -118,7 +122,7 @@ async def test_one_address_displaces_no_other_with_filters_that_no_index_serves(
                 await one.subscribe(*(next(asked) for _ in range(UNINDEXED_FILTERS_PER_CONNECTION)))
                 for one in opened
             ]
-            mine = topic(filter="title~'mine'")
+            mine = topic("pages/*", filter="title~'mine'")
             async with listener(running.address, mine, caller=modest) as other:
                 await running.write.execute("INSERT INTO pages VALUES ('p', 'mine')")
                 (received,) = await other.take(1)

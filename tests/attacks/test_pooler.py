@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, LiteralString
-from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -19,6 +17,7 @@ from pgrealtime.postgres.pool import QueryPool
 from tests.e2e.listener import listener
 from tests.e2e.service import service, token
 from tests.pgbouncer import pgbouncer
+from tests.topics import topic
 
 SESSIONS = 2
 
@@ -64,7 +63,7 @@ INSERT INTO members VALUES ('m1', '1', 'ann');
 ENOUGH = 8
 """More often than the driver executes a statement without preparing it."""
 
-EXPANDED = f"tasks/*?options={quote(json.dumps({'query': {'expand': 'project'}}))}"
+EXPANDED = topic("tasks/*", expand="project")
 
 RULE = "project.members_via_project.user ?= @request.auth.id"
 

@@ -15,7 +15,8 @@ import random
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from urllib.parse import quote
+
+from tests.topics import topic
 
 _FILTERS = (
     # Every item against every item.
@@ -75,7 +76,7 @@ async def filters(port: int, done: Counter[str]) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for text in _FILTERS:
             client = await stack.enter_async_context(_stream(port, 2))
-            name = _topic("pages/*", filter=text.replace("{n}", str(random.randrange(10**6))))
+            name = topic("pages/*", filter=text.replace("{n}", str(random.randrange(10**6))))
             await _subscribe(port, 2, client, [name], done)
         await asyncio.sleep(5)
 
@@ -83,7 +84,7 @@ async def filters(port: int, done: Counter[str]) -> None:
 async def stalled(port: int, done: Counter[str]) -> None:
     """Submit a thousand topics that match each change, and read nothing."""
     async with _stream(port, 3) as client:
-        names = [_topic("pages/*", fields=f"*,n{n % 90}", n=str(n)) for n in range(1000)]
+        names = [topic("pages/*", fields=f"*,n{n % 90}", n=str(n)) for n in range(1000)]
         await _subscribe(port, 3, client, names, done)
         await asyncio.sleep(20)
 
@@ -133,7 +134,7 @@ async def topics(port: int, done: Counter[str]) -> None:
 async def fields(port: int, done: Counter[str]) -> None:
     """Request long excerpts and deep expands, all different."""
     async with _stream(port, 7) as client:
-        names = [_topic("pages/*", fields=f"{_FIELDS},n{n}", expand=_EXPAND) for n in range(90)]
+        names = [topic("pages/*", fields=f"{_FIELDS},n{n}", expand=_EXPAND) for n in range(90)]
         await _subscribe(port, 7, client, names, done)
         await asyncio.sleep(5)
 
@@ -162,10 +163,6 @@ async def _stream(port: int, host: int) -> AsyncIterator[str]:
         yield head.partition(b'"clientId":"')[2].partition(b'"')[0].decode()
     finally:
         writer.transport.abort()
-
-
-def _topic(name: str, **query: str) -> str:
-    return f"{name}?options={quote(json.dumps({'query': query}))}"
 
 
 async def _subscribe(

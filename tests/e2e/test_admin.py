@@ -7,7 +7,6 @@ import platform
 import re
 import socket
 from pathlib import Path
-from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -20,6 +19,7 @@ from tests.conformance.pgrealtime_server import command
 from tests.conformance.process import ServerProcess, free_port
 from tests.e2e.listener import Caller, listener
 from tests.e2e.service import service, token
+from tests.topics import topic
 
 COLLECTIONS = {
     "users": {"table": "users", "type": "auth", "list_rule": ""},
@@ -60,7 +60,7 @@ def admin(**more: object) -> tuple[Address, dict[str, dict[str, object]]]:
 
 async def test_metrics_say_what_happened(database_url: str, tmp_path: Path) -> None:
     at, sections = admin()
-    asking = "posts/*?options=" + quote(json.dumps({"query": {"filter": "author.name~'n'"}}))
+    asking = topic("posts/*", filter="author.name~'n'")
     topics = [f"{asking}&{n}" for n in range(COSTLY)]
     sections |= {"database": {"statement_timeout": "300ms"}}
     async with service(

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
-from urllib.parse import quote
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.errors import PgRealtimeError
@@ -18,6 +17,7 @@ from pgrealtime.hub.hub import Hub
 from pgrealtime.lsn import Cursor, parse_position
 from tests.histories.ledger import ROOT, Ledger, Person
 from tests.histories.scene import Rule
+from tests.topics import topic
 
 Kind: TypeAlias = Literal["position", "cursor", "resync", "plain"]
 """With ids; with PB_CURSOR, as the SDK does; without ids but with PB_RESYNC; without any."""
@@ -47,8 +47,7 @@ class Topic:
             query["fields"] = ",".join(self.fields)
         if self.expand:
             query["expand"] = "owner,team,liked_by"
-        options = f"?options={quote(json.dumps({'query': query}))}" if query else ""
-        return f"{self.collection}/{self.record_id or '*'}{options}"
+        return topic(f"{self.collection}/{self.record_id or '*'}", **query)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from pgrealtime.config.load import parse_config
 from pgrealtime.errors import AuthError, ConfigError, SetupError
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
 from pgrealtime.explain.explain import Explanation, explain_delivery
+from tests.topics import topic
 
 _ROOT = Path(__file__).parents[2]
 _SECRET = "a secret of these tests of more than thirty-two bytes"
@@ -124,7 +124,7 @@ def block(explanation: Explanation, label: str) -> list[str]:
 
 
 def filtered(text: str) -> str:
-    return f"posts/*?options={quote(json.dumps({'query': {'filter': text}}))}"
+    return topic("posts/*", filter=text)
 
 
 # -- rules

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from pgrealtime.hub.evaluation.filter_limits import REMOTE_FILTERS_PER_CONNECTION as COSTLY
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import Service, service
+from tests.topics import topic
 
 SCHEMA = "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE notes (id text PRIMARY KEY);"
 
@@ -104,7 +104,7 @@ NEAR = 'geoDistance(place.lon, place.lat, @request.query.lon, 20) < 1000 && plac
 
 
 def _from(lon: str, **query: str) -> str:
-    return "posts/*?options=" + quote(json.dumps({"query": {"lon": lon, **query}}))
+    return topic("posts/*", lon=lon, **query)
 
 
 @pytest.mark.parametrize("poison", ["1e999", "-1e999", "9" * 400])
@@ -211,7 +211,7 @@ BOMBS = [
 
 
 def _filtered(text: str) -> str:
-    return "posts/*?options=" + quote(json.dumps({"query": {"filter": text}}))
+    return topic("posts/*", filter=text)
 
 
 def _bombed(database_url: str, directory: Path) -> AbstractAsyncContextManager[Service]:

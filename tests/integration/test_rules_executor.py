@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
-from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -37,6 +36,7 @@ from pgrealtime.rules.engine.batch_query import KeyQuestion, PairQuestion
 from pgrealtime.rules.engine.formula import Test, each_test_call
 from tests.engine_driving import evaluate_in_process
 from tests.rules_world import World
+from tests.topics import topic
 from tests.unit.hub.harness import MemorySink
 
 SEEN = Xid(3)
@@ -329,7 +329,7 @@ async def test_what_is_late_while_others_wait_is_undecided_and_can_be_asked_agai
 
 
 def filtered(text: str) -> str:
-    return "posts/*?options=" + quote(json.dumps({"query": {"filter": text}}))
+    return topic("posts/*", filter=text)
 
 
 def abouts(subscriptions: Sequence[Subscription]) -> Iterator[Test]:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -26,6 +25,7 @@ from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
+from tests.topics import topic
 from tests.unit.hub.harness import DEADLINE, MemorySink
 
 SCHEMA = """
@@ -157,10 +157,6 @@ async def open_stage(database_url: str, seconds: float = 2.0) -> AsyncIterator[S
             for one in list(hub.connections):
                 hub.remove_connection(one)
             await asyncio.gather(task, return_exceptions=True)
-
-
-def topic(name: str, **query: str) -> str:
-    return f"{name}?options={quote(json.dumps({'query': query}))}" if query else name
 
 
 def records(sink: MemorySink) -> list[dict[str, Any]]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal, TypeAlias
-from urllib.parse import quote
 
 import pytest
 
@@ -20,6 +18,7 @@ from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.evaluation.filter_limits import UNINDEXED_FILTERS_PER_CONNECTION
 from pgrealtime.lsn import LSN
+from tests.topics import topic
 from tests.unit.hub.harness import (
     COLLECTIONS,
     DEADLINE,
@@ -35,7 +34,7 @@ NEW = tuple(f"posts/new{n}" for n in range(200))
 TOO_MANY = (
     *(f"posts/bad{n}" for n in range(200)),
     *(
-        "posts/*?options=" + quote(json.dumps({"query": {"filter": f"title ~ '{n}'"}}))
+        topic("posts/*", filter=f"title ~ '{n}'")
         for n in range(UNINDEXED_FILTERS_PER_CONNECTION + 1)
     ),
 )

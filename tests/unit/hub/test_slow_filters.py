@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from urllib.parse import quote
 
 import pytest
 
@@ -14,6 +13,7 @@ from pgrealtime.hub.evaluation.filter_limits import SHARED_FILTER_SECONDS
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion, Question
+from tests.topics import topic
 from tests.unit.hub.harness import (
     DEADLINE,
     NOTES,
@@ -37,7 +37,7 @@ def remote_filter(extra_conditions: int, name: str = "posts/*") -> str:
     text = " && ".join(
         ["geoDistance(id, 2, 3, 4) >= 0"] + ["geoDistance(title, 1, 1, 1) > 1"] * extra_conditions
     )
-    return f"{name}?options=" + quote(json.dumps({"query": {"filter": text}}))
+    return topic(name, filter=text)
 
 
 QUICK, SLOW = remote_filter(0), remote_filter(1)
@@ -434,7 +434,7 @@ async def test_other_catching_up_does_not_wait_for_isolated_connections() -> Non
 def backtracking(times: int) -> str:
     """Return a topic whose LIKE pattern backtracks at every position of a text of many ``a``."""
     text = f"title ~ '%{'a_' * times}b%' || title = '{'a' * 900}'"
-    return "posts/*?options=" + quote(json.dumps({"query": {"filter": text}}))
+    return topic("posts/*", filter=text)
 
 
 EXPENSIVE, MOST_EXPENSIVE = backtracking(8), backtracking(100)
