@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 from uuid import uuid4
 
 import hypothesis
@@ -19,6 +19,9 @@ import pytest
 from psycopg import sql
 from pytest_postgresql import factories
 from pytest_postgresql.executor_noop import NoopExecutor
+
+from tests.lacking import lacking
+from tests.own_server import OwnServer, own_server
 
 MakeDatabase: TypeAlias = Callable[[], str]
 """Makes one more fresh database and returns its URL."""
@@ -44,13 +47,6 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "he
 def pytest_configure() -> None:
     """Take SIGTERM like Ctrl-C, so that fixtures end what they started."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def lacking(reason: str) -> NoReturn:
-    """Skip for lack of a program that ``tests/run.sh`` installs or starts; in CI fail instead."""
-    if os.environ.get("CI") == "true" or os.environ.get("PGREALTIME_REQUIRE_SERVER") == "1":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +99,13 @@ def make_database(postgresql_proc: NoopExecutor) -> Iterator[MakeDatabase]:
 def database_url(make_database: MakeDatabase) -> str:
     """The URL of a fresh database of the test's own."""
     return make_database()
+
+
+@pytest.fixture
+def server() -> Iterator[OwnServer]:
+    """A server of the test's own, whatever it does to it."""
+    with own_server() as running:
+        yield running
 
 
 def drop_database(admin: psycopg.Connection, name: str) -> None:

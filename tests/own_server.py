@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.conftest import lacking
+from tests.conformance.process import free_port
+from tests.lacking import lacking
 
 DECODERS = "pgoutput, test_decoding, wal2json"
 
@@ -69,7 +69,7 @@ class OwnServer:
     @contextmanager
     def standby(self) -> Iterator[OwnServer]:
         """Start a standby of this server, and end it."""
-        other = OwnServer(self.binaries, self.folder / "standby", _free_port())
+        other = OwnServer(self.binaries, self.folder / "standby", free_port())
         self.run(
             *("pg_basebackup", f"--dbname={self.url}", f"--pgdata={other.folder}/data"),
             *("--checkpoint=fast", "--write-recovery-conf", "--no-sync"),
@@ -104,7 +104,7 @@ def own_server() -> Iterator[OwnServer]:
 
 @contextmanager
 def _running(binaries: Path, folder: Path) -> Iterator[OwnServer]:
-    server = OwnServer(binaries, folder, _free_port())
+    server = OwnServer(binaries, folder, free_port())
     data = folder / "data"
     server.run(
         *("initdb", f"--pgdata={data}", "--username=postgres", "--auth=trust", "--no-sync"),
@@ -125,10 +125,3 @@ def _running(binaries: Path, folder: Path) -> Iterator[OwnServer]:
     finally:
         if (data / "postmaster.pid").exists():
             server.control("stop", "--mode=immediate")
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit, urlunsplit
 
 from tests.conformance.process import free_port
-from tests.conftest import lacking
+from tests.lacking import lacking
 
 _START_SECONDS = 10.0
 

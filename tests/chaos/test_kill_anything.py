@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pytest
 from tests.conformance.http_client import Address, EventStream, ProtocolError, Request, send
 from tests.e2e.listener import Message, parse
 from tests.e2e.service import Service, service
-from tests.own_server import OwnServer, own_server
+from tests.own_server import OwnServer
 
 SECONDS = float(os.environ.get("PGREALTIME_TEST_SECONDS", "30"))
 CALM_SECONDS = 60.0
@@ -40,12 +40,6 @@ KILL_BACKENDS = (
 )
 
 Blow = Callable[[], Awaitable[None]]
-
-
-@pytest.fixture
-def server() -> Iterator[OwnServer]:
-    with own_server() as running:
-        yield running
 
 
 class Database:

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 from tests.conformance.http_client import End
 from tests.e2e.listener import Caller, Listener, Message, listener
 from tests.e2e.service import Service, service
-from tests.own_server import OwnServer, own_server
+from tests.own_server import OwnServer
 
 COLLECTIONS = {"numbers": {"table": "numbers", "list_rule": ""}}
 SCHEMA = "CREATE TABLE numbers (id int PRIMARY KEY); CREATE TABLE others (filler text)"
@@ -27,12 +27,6 @@ BEFORE = range(1, 4)
 LOST = range(101, 105)
 """Numbers written after the copy was made, delivered, and undone by the restore."""
 AFTER = 999
-
-
-@pytest.fixture
-def server() -> Iterator[OwnServer]:
-    with own_server() as running:
-        yield running
 
 
 async def write(server: OwnServer, numbers: Iterable[int]) -> None:

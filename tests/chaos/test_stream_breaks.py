@@ -6,29 +6,21 @@ Clients are notified of what is missing, and the program recovers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
-import pytest
 
 from tests.conformance.http_client import Address, End
 from tests.e2e.listener import Listener, listener
 from tests.e2e.sdk import sdk
 from tests.e2e.service import service
-from tests.own_server import OwnServer, own_server
+from tests.own_server import OwnServer
 
 OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
 KILL_WALSENDERS = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'walsender'"
     " AND datname = current_database()"
 )
-
-
-@pytest.fixture
-def server() -> Iterator[OwnServer]:
-    with own_server() as running:
-        yield running
 
 
 async def numbers(received: Listener, count: int) -> list[int]:

@@ -11,8 +11,8 @@ from typing import Any
 from aiohttp import web
 from playwright.async_api import Browser, async_playwright
 
-from tests.conftest import lacking
 from tests.e2e.sdk import Sdk
+from tests.lacking import lacking
 
 _HERE = Path(__file__).parent
 _SDK = _HERE.parent / "node_modules" / "pocketbase" / "dist" / "pocketbase.es.mjs"

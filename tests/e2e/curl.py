@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from tests.conftest import lacking
+from tests.lacking import lacking
 
 DEADLINE = 20.0
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from tests.conformance.http_client import Address
 from tests.conformance.process import POLL_SECONDS, ServerDiedError, ServerProcess, free_port
-from tests.conftest import lacking
+from tests.lacking import lacking
 
 Program: TypeAlias = Literal["nginx", "caddy", "haproxy"]
 PROGRAMS: tuple[Program, ...] = ("nginx", "caddy", "haproxy")

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from tests.conftest import lacking
+from tests.lacking import lacking
 
 _HERE = Path(__file__).parent
 DEADLINE = 20.0

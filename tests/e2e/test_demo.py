@@ -21,7 +21,6 @@ import pytest
 from playwright.async_api import Browser, Page, Route, expect
 
 from pgrealtime.demo.directory import PREFIX
-from tests.conftest import lacking
 from tests.e2e.browser import chromium
 from tests.e2e.demo import (
     EMBEDDED,
@@ -36,6 +35,7 @@ from tests.e2e.demo import (
     uid_of,
 )
 from tests.e2e.sdk import sdk
+from tests.lacking import lacking
 
 PICTURES = Path(__file__).parents[1] / ".run" / "demo"
 """Screenshots for review."""

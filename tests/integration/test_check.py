@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.e2e.service import service
 from tests.own_server import own_server
+from tests.program import Outcome, clean_environ, run_program
 
 _ROOT = Path(__file__).parents[2]
 
@@ -52,13 +52,6 @@ collections:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True, slots=True)
 class Operator:
     """An operator's configuration file and the commands run with it."""
 
@@ -70,23 +63,8 @@ class Operator:
         return self.run("check", "-c", str(self.file), *options, **environ)
 
     def run(self, *command: str, **environ: str) -> Outcome:
-        done = subprocess.run(
-            [sys.executable, "-m", "pgrealtime", *command],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=self.file.parent,
-            env=_clean_environ() | {"DATABASE_URL": self.url} | environ,
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-        return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def _clean_environ() -> dict[str, str]:
-    """Return the environment without variables that could configure the program."""
-    unwanted = ("PG", "PORT", "DATABASE_URL")
-    return {name: text for name, text in os.environ.items() if not name.startswith(unwanted)}
+        environ = {"DATABASE_URL": self.url, **environ}
+        return run_program(*command, cwd=self.file.parent, **environ)
 
 
 @pytest.fixture
@@ -443,7 +421,7 @@ def test_what_is_waited_for_is_said(operator: Operator) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=_clean_environ() | {"DATABASE_URL": operator.url},
+            env=clean_environ() | {"DATABASE_URL": operator.url},
         ) as checking:
             assert checking.stderr is not None
             assert checking.stdout is not None
@@ -630,7 +608,7 @@ def test_run_ends_on_a_signal_while_it_waits(operator: Operator, end: signal.Sig
         [sys.executable, "-m", "pgrealtime", "run", "-c", str(operator.file)],
         stderr=subprocess.PIPE,
         text=True,
-        env=_clean_environ() | environ,
+        env=clean_environ() | environ,
     ) as process:
         assert process.stderr is not None
         assert "database.waiting" in process.stderr.readline()

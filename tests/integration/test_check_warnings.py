@@ -10,7 +10,8 @@ import psycopg
 import pytest
 import yaml
 
-from tests.integration.test_check import Operator, Outcome
+from tests.integration.test_check import Operator
+from tests.program import Outcome
 
 _SCHEMA = """
     CREATE TABLE users (id uuid PRIMARY KEY, team int, email text);

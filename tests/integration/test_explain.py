@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from pgrealtime.config.load import parse_config
 from pgrealtime.errors import AuthError, ConfigError, SetupError
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
 from pgrealtime.explain.explain import Explanation, explain_delivery
+from tests.program import Outcome, run_program
 from tests.topics import topic
 
 _ROOT = Path(__file__).parents[2]
@@ -483,31 +482,8 @@ async def test_the_statement_is_printed_on_demand(world: World) -> None:
 # -- the command
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
 def command(file: Path, *arguments: str, given: str = "", **environ: str) -> Outcome:
-    done = subprocess.run(
-        [sys.executable, "-m", "pgrealtime", "explain", "-c", str(file), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        input=given,
-        env=_clean_environ() | environ,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def _clean_environ() -> dict[str, str]:
-    """Return the environment without variables that could configure the program."""
-    unwanted = ("PG", "PORT", "DATABASE_URL")
-    return {name: text for name, text in os.environ.items() if not name.startswith(unwanted)}
+    return run_program("explain", "-c", str(file), *arguments, given=given, **environ)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pgrealtime.observe.redact import message_without_values
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
 from pgrealtime.wal.stream import _translate_error
-from tests.conftest import lacking
+from tests.lacking import lacking
 from tests.one_row import Table
 from tests.stream_reading import PLUGINS, Plugin, changes_of, reading, writer
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import lacking
+from tests.lacking import lacking
 from tests.one_row import Table
 
 Member = str

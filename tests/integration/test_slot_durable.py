@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -26,10 +25,10 @@ from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.publication import publication_sql
 from pgrealtime.wal.slot_status import advance_slot
 from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
-from tests.conformance.pgrealtime_server import command
 from tests.feed_follower import Follower
 from tests.integration.test_stream_switch import NEW, OLD, Reading
 from tests.own_server import OwnServer, own_server
+from tests.program import Outcome, run_program
 from tests.stream_reading import (
     DEADLINE_SECONDS,
     PLUGINS,
@@ -527,7 +526,7 @@ async def test_standbys_have_the_slot_if_they_shall(plain: OwnServer) -> None:
 # --- the operator's commands
 
 
-def _pgrealtime(folder: Path, url: str, *arguments: str) -> tuple[int, str, str]:
+def _pgrealtime(folder: Path, url: str, *arguments: str) -> Outcome:
     file = folder / "pgrealtime.yaml"
     slot = {"durable": True, "allow_unlimited_wal": True, "name": "standing"}
     settings = {
@@ -537,14 +536,7 @@ def _pgrealtime(folder: Path, url: str, *arguments: str) -> tuple[int, str, str]
         "collections": {"old": {"table": "public.old", "list_rule": ""}},
     }
     file.write_text(yaml.safe_dump(settings))
-    done = subprocess.run(
-        [command(), *arguments, "-c", str(file)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, done.stdout, done.stderr
+    return run_program(*arguments, "-c", str(file))
 
 
 def test_slots_are_listed_and_dropped(plain: OwnServer, tmp_path: Path) -> None:

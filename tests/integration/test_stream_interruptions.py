@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
@@ -14,8 +13,8 @@ from pgrealtime.changes import Insert, Transaction
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import PgRealtimeError, StreamInterruptedError
 from pgrealtime.wal.stream import WalStream
-from tests.conftest import lacking
-from tests.own_server import OwnServer, own_server
+from tests.lacking import lacking
+from tests.own_server import OwnServer
 from tests.stream_reading import (
     DEADLINE_SECONDS,
     PLUGINS,
@@ -35,12 +34,6 @@ FLOODS = 60
 """So many floods are more than the queue and the sockets hold."""
 
 both = pytest.mark.parametrize("plugin", PLUGINS)
-
-
-@pytest.fixture
-def server() -> Iterator[OwnServer]:
-    with own_server() as made:
-        yield made
 
 
 async def _end(stream: WalStream) -> tuple[int, PgRealtimeError]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 
 import psycopg
 import pytest
 
 from pgrealtime.errors import StreamInterruptedError
 from pgrealtime.wal.stream import WalStream
-from tests.own_server import OwnServer, own_server
+from tests.own_server import OwnServer
 from tests.stream_reading import (
     DEADLINE_SECONDS,
     PLUGINS,
@@ -30,12 +29,6 @@ BRISK = "?options=-c%20wal_sender_timeout%3D3s"
 """Status updates each second, so that tests don't wait for the usual ten."""
 
 both = pytest.mark.parametrize("plugin", PLUGINS)
-
-
-@pytest.fixture
-def server() -> Iterator[OwnServer]:
-    with own_server() as made:
-        yield made
 
 
 async def _wal_end(connection: Connection) -> str:

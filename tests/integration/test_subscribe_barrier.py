@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
-import pytest
 
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import service
-from tests.own_server import OwnServer, own_server
+from tests.own_server import OwnServer
 
 COLLECTIONS = {
     "posts": {"table": "posts", "list_rule": "", "view_rule": ""},
@@ -24,12 +22,6 @@ SCHEMA = (
     "CREATE TABLE posts (id text PRIMARY KEY); CREATE TABLE notes (id text PRIMARY KEY);"
     "CREATE TABLE elsewhere (n int);"
 )
-
-
-@pytest.fixture
-def server() -> Iterator[OwnServer]:
-    with own_server() as running:
-        yield running
 
 
 async def ids(client: Listener, count: int) -> list[str]:

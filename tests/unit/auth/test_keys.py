@@ -45,6 +45,7 @@ from pgrealtime.auth.keys import (
 from pgrealtime.auth.token import Token, VerificationKey, check_signature, parse_token
 from pgrealtime.config.model import IssuerConfig
 from pgrealtime.errors import AuthError
+from tests.clock import Clock
 
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC = ec.generate_private_key(ec.SECP256R1())
@@ -252,14 +253,6 @@ async def url(issuer: Issuer) -> AsyncIterator[str]:
     app.router.add_get("/keys", issuer.handle)
     async with TestServer(app, host="127.0.0.1") as server:
         yield str(server.make_url("/keys"))
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 5.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def test_keys_are_fetched_when_a_token_needs_them(issuer: Issuer, url: str) -> None:

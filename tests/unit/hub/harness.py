@@ -29,6 +29,7 @@ from pgrealtime.changes import (
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.config.model import CollectionLoginConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
+from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.hub import Hub
 from pgrealtime.hub.state.progress import HubSettings
@@ -353,6 +354,18 @@ class HubHarness:
             while self.hub.head < self.changelog.end_cursor:
                 self.hub.progressed.clear()
                 await self.hub.progressed.wait()
+
+    async def until_caught_up(self) -> None:
+        """Wait until no connection reads on from the changelog by itself."""
+        async with asyncio.timeout(DEADLINE):
+            while self.hub._catch_up._tasks:
+                await asyncio.sleep(0)
+
+
+def viewer_of(plan: ExpandPlan, own: tuple[str, str] | None = None) -> ExpandViewer:
+    return ExpandViewer(
+        plan=plan, sees_hidden=False, own_record=own, view_predicates={}, manage_predicates={}
+    )
 
 
 def insert(record_id: str, title: str = "t", table: TableName = POSTS) -> Insert:

@@ -34,6 +34,7 @@ from tests.unit.hub.harness import (
     EmptyReadSession,
     insert,
     open_harness,
+    viewer_of,
 )
 from tests.unit.hub.test_callers import caller, changed, subscribe
 
@@ -53,12 +54,6 @@ PLAIN = ExpandPlan((), {}, (), lookup_columns=LOOKUPS)
 CALLER_DEPENDENT = ExpandPlan((), {}, (), depends_on_caller=True, lookup_columns=LOOKUPS)
 """An ``expand`` whose rules depend on the caller."""
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
-
-
-def viewer_of(plan: ExpandPlan, own: tuple[str, str] | None = None) -> ExpandViewer:
-    return ExpandViewer(
-        plan=plan, sees_hidden=False, own_record=own, view_predicates={}, manage_predicates={}
-    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,8 @@ from pgrealtime.hub.connections.output import MessageBatch
 from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor
+from tests.clock import Clock
+from tests.topics import topic
 from tests.unit.hub.harness import (
     NOTES,
     PEOPLE,
@@ -93,17 +94,14 @@ async def test_connections_that_fell_behind_together_are_evaluated_once(
 
         # CONNECTIONS * COUNT if each evaluated alone.
         assert COUNT <= sum(counts) < 2 * COUNT + 500
-        async with asyncio.timeout(5.0):
-            while harness.hub._catch_up._tasks:
-                await asyncio.sleep(0)
+        await harness.until_caught_up()
         assert not harness.hub._catch_up._cache._slices
     assert [ids(sink) for sink in sinks] == [[str(n) for n in range(COUNT)]] * CONNECTIONS
 
 
 def kind(number: int) -> str:
     """Return the topic of the rows of one kind."""
-    options = json.dumps({"query": {"filter": f'title = "k{number}"'}})
-    return f"posts/*?options={options}".replace(" ", "%20")
+    return topic("posts/*", filter=f'title = "k{number}"')
 
 
 async def test_connections_with_other_filters_are_evaluated_by_their_own() -> None:
@@ -259,13 +257,6 @@ async def test_cache_keys_are_equal_for_the_same_rule_of_the_same_generation() -
     assert key != key._replace(revision=1)
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def key_at(lsn: int) -> CatchUpCacheKey:
     return CatchUpCacheKey(0, Cursor(LSN(lsn), 0), None, None)  # type: ignore[arg-type]  # only compared
 
@@ -283,7 +274,7 @@ def test_a_cached_slice_expires() -> None:
     )
 
     assert lookup(cache, 1) is not None
-    clock.now = 1.1
+    clock.now += 1.1
     assert lookup(cache, 1) is None
 
 

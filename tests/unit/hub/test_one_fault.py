@@ -28,11 +28,9 @@ from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
 from tests.unit.hub.harness import (
-    DEADLINE,
     NOTES,
     PEOPLE,
     FakeDatabase,
-    HubHarness,
     MemorySink,
     delete,
     insert,
@@ -103,12 +101,6 @@ def user(record_id: str) -> Caller:
     )
 
 
-async def wait_for_catch_up(harness: HubHarness) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while harness.hub._catch_up._tasks:
-            await asyncio.sleep(0)
-
-
 class Database(FakeDatabase):
     """A database that admits every pair that it is asked about."""
 
@@ -135,7 +127,7 @@ async def scenario(on_call: Callable[[CodeType], None] | None) -> list[tuple[str
             open_.append((connection, sink))
         harness.commit(insert("p0"))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
 
         def changes() -> None:
             harness.commit(insert("p1"), insert("n1", table=NOTES))
@@ -149,10 +141,10 @@ async def scenario(on_call: Callable[[CodeType], None] | None) -> list[tuple[str
         else:
             with profiling(on_call):
                 await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         harness.commit(insert("p4"), insert("n4", table=NOTES))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         return [(sink.state, received(sink)) for _, sink in open_]
 
 
@@ -235,7 +227,7 @@ async def test_a_connection_whose_bytes_cannot_be_written_is_ended_alone(
         pairs = [harness.connect() for _ in range(3)]
         for connection, _ in pairs:
             await harness.subscribe(connection, "posts/*")
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
 
         def fail(_data: bytes) -> None:
             raise InjectedError
@@ -276,7 +268,7 @@ async def test_after_a_fault_nothing_is_delivered_before_it_is_visible() -> None
         harness.hub.set_waits_for_visibility(waits=True)
         connection, sink = harness.connect()
         await harness.subscribe(connection, "posts/*")
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         harness.commit(insert("seen"))
         await database.is_asked.wait()
         unseen = harness.commit(insert("unseen"))
@@ -305,7 +297,7 @@ async def test_after_a_fault_a_caller_whose_deletion_was_delivered_is_a_guest(
     async with open_harness() as harness:
         connection, sink = harness.connect()
         await harness.subscribe(connection, "people/*", caller=user("u1"))
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         monkeypatch.setattr(Dispatcher, "_apply_to_live_callers", fail_once)
         harness.commit(Delete(PEOPLE, WholeRow({"id": "u1", "email": "e", "key": "k"})))
         await sink.wait_for(2)

@@ -23,7 +23,7 @@ from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.session import ReadSession
-from tests.unit.hub.harness import COLLECTIONS, FakeDatabase, MemorySink
+from tests.unit.hub.harness import COLLECTIONS, FakeDatabase, MemorySink, viewer_of
 
 EVENT = Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), 1), Xid(3))
 
@@ -100,12 +100,6 @@ def group() -> Callable[[ExpandViewer, int], Group]:
         return made.group
 
     return make
-
-
-def viewer_of(plan: ExpandPlan) -> ExpandViewer:
-    return ExpandViewer(
-        plan=plan, sees_hidden=False, own_record=None, view_predicates={}, manage_predicates={}
-    )
 
 
 async def excluded_viewers_of(enricher: SliceEnricher, group: Group) -> frozenset[ExpandViewer]:

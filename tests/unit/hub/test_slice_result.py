@@ -14,7 +14,7 @@ from pgrealtime.hub.events.event import Event
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.records.encode import View
-from tests.unit.hub.harness import COLLECTIONS, MemorySink
+from tests.unit.hub.harness import COLLECTIONS, MemorySink, viewer_of
 
 EVENTS = [
     Event(COLLECTIONS["posts"], "update", "p", {"id": "p"}, Cursor(LSN(8), n), Xid(3))
@@ -23,13 +23,7 @@ EVENTS = [
 
 
 def viewer() -> ExpandViewer:
-    return ExpandViewer(
-        plan=ExpandPlan((), {}, ()),
-        sees_hidden=False,
-        own_record=None,
-        view_predicates={},
-        manage_predicates={},
-    )
+    return viewer_of(ExpandPlan((), {}, ()))
 
 
 def expanding(count: int) -> tuple[list[Group], list[ExpandViewer]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Iterable, Sequence
 
 from pgrealtime.hub.events.event import LIVE_SLICE_CHANGES, SLICE_CHANGES, Event, delivery_ranges
 from pgrealtime.lsn import LSN, Cursor, Xid
+from tests.topics import topic
 from tests.unit.hub.harness import COLLECTIONS, HubHarness, MemorySink, insert, open_harness
 
 KINDS = 50
@@ -65,8 +65,7 @@ def test_a_slice_without_events_is_one_part() -> None:
 
 def kind(number: int) -> str:
     """Return the topic of the rows of one kind."""
-    options = json.dumps({"query": {"filter": f'title = "k{number}"'}})
-    return f"posts/*?options={options}".replace(" ", "%20")
+    return topic("posts/*", filter=f'title = "k{number}"')
 
 
 def ids(sink: MemorySink) -> list[int]:

@@ -13,6 +13,7 @@ from pgrealtime.hub.evaluation.filter_limits import SHARED_FILTER_SECONDS
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import SLICE_FILTER_SECONDS, TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion, Question
+from tests.clock import Clock
 from tests.topics import topic
 from tests.unit.hub.harness import (
     DEADLINE,
@@ -86,14 +87,6 @@ class Filters(FakeDatabase):
         question.accept([(index,) for index in range(len(question.pairs))])
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def ids(sink: MemorySink) -> list[str]:
     found = (json.loads(data) for _, name, data in sink.events() if name.startswith("posts"))
     return [data["record"]["id"] for data in found]
@@ -116,12 +109,6 @@ def is_isolated(connection: Connection) -> bool:
     return connection.is_isolated  # it changes between awaits
 
 
-async def wait_for_catch_up(harness: HubHarness) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while harness.hub._catch_up._tasks:
-            await asyncio.sleep(0)
-
-
 async def test_others_continue_and_the_slow_connection_receives_all_in_order_later() -> None:
     """Connections with another filter that needs PostgreSQL aren't delayed either."""
     database = Filters()
@@ -130,7 +117,7 @@ async def test_others_continue_and_the_slow_connection_receives_all_in_order_lat
         _, other_sink = await subscribed(harness, "posts/*")
         harness.commit(insert("tried"))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         slow, slow_sink = await subscribed(harness, SLOW, "posts")
         database.open_gate.clear()
         for n in range(5):
@@ -155,11 +142,11 @@ async def test_a_connection_known_as_slow_costs_others_no_question() -> None:
         for n in range(6):
             harness.commit(insert(f"n{n}"))
             await harness.until_delivered()
-            await wait_for_catch_up(harness)
+            await harness.until_caught_up()
             if n < 3:
                 continue
             await harness.subscribe(slow, remote_filter(1, f"posts/n{n + 1}"), remote_filter(1))
-            await wait_for_catch_up(harness)
+            await harness.until_caught_up()
 
     assert database.had_time_limit.count(True) == 1
     assert set(ids(slow_sink)) == {f"n{n}" for n in range(6)}
@@ -180,7 +167,7 @@ async def test_no_other_waits_for_a_filter_that_is_untried_or_was_slow() -> None
             await database.is_waiting.wait()
             assert ids(slow_sink) == []
             database.open_gate.set()
-            await wait_for_catch_up(harness)
+            await harness.until_caught_up()
             assert ids(slow_sink) == [f"n{n}"]
             harness.hub.remove_connection(slow)
 
@@ -228,12 +215,12 @@ async def test_isolation_ends_when_the_filter_was_quick_for_a_while() -> None:
             database.seconds = SLICE_FILTER_SECONDS
             harness.commit(insert(f"slow{pause}"))
             await harness.until_delivered()
-            await wait_for_catch_up(harness)
+            await harness.until_caught_up()
             clock.now += 0.6 * pause
             database.seconds = 0
             harness.commit(insert(f"early{pause}"))
             await harness.until_delivered()
-            await wait_for_catch_up(harness)
+            await harness.until_caught_up()
             assert is_isolated(slow)
             clock.now += 0.6 * pause
             harness.commit(insert(f"late{pause}"))
@@ -290,7 +277,7 @@ async def test_many_connections_of_one_slow_filter_share_the_answers_of_a_few() 
         for _ in range(100):
             await asyncio.sleep(0)
         database.open_gate.set()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
 
         # Of each of eight one in little time and one in all the time.
         assert (database.had_time_limit.count(True), database.had_time_limit.count(False)) == (8, 8)
@@ -298,7 +285,7 @@ async def test_many_connections_of_one_slow_filter_share_the_answers_of_a_few() 
         assert all(is_isolated(connection) for connection, _ in many)
         harness.commit(insert("n1"))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         assert all(ids(sink) == ["n0", "n1"] for _, sink in many)
         assert database.had_time_limit.count(True) == 8
 
@@ -315,7 +302,7 @@ async def test_a_filter_of_many_connections_has_more_time_before_they_are_isolat
         for n in range(3):
             harness.commit(insert(f"n{n}"))
             await harness.until_delivered()
-            await wait_for_catch_up(harness)
+            await harness.until_caught_up()
 
     expected = [name for n in range(3) for name in (f"n{n}", f"n{n}")]
     assert all(ids(sink) == expected for _, sink in many)
@@ -331,7 +318,7 @@ async def test_connections_of_a_shared_filter_are_isolated_beyond_that_time() ->
         many = [await subscribed(harness, SLOW) for _ in range(MANY_CONNECTIONS)]
         harness.commit(insert("n0"))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
 
     assert all(ids(sink) == ["n0"] for _, sink in many)
     assert all(is_isolated(connection) for connection, _ in many)
@@ -344,7 +331,7 @@ async def test_an_isolated_connection_has_one_catch_up_task() -> None:
         await subscribed(harness, SLOW)
         harness.commit(insert("a"))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         database.open_gate.clear()
         for n in range(5):
             harness.commit(insert(f"n{n}"))
@@ -404,7 +391,7 @@ async def test_an_isolated_connection_receives_its_position() -> None:
         slow, sink = await subscribed(harness, SLOW)
         harness.commit(insert("a"))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         await harness.subscribe(slow, SLOW, "PB_CURSOR")
         await sink.wait_for(3)
 
@@ -456,11 +443,11 @@ async def test_a_filter_that_is_expensive_in_the_process_delays_only_itself(topi
             await harness.until_delivered()
             assert expensive.state is not LIVE
             assert ids(other_sink) == [f"n{m}" for m in range(n + 1)]
-            await wait_for_catch_up(harness)
+            await harness.until_caught_up()
         await wait_until_live(expensive)
         harness.commit(insert("n3", "a" * 900))
         await harness.until_delivered()
-        await wait_for_catch_up(harness)
+        await harness.until_caught_up()
         assert is_isolated(expensive)
         assert ids(expensive_sink) == ids(other_sink) == [f"n{n}" for n in range(4)]
         clock.now += 6

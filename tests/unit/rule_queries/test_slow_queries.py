@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from pgrealtime.rule_queries.slow_queries import CircuitBreakers
-
-
-class Clock:
-    """Seconds, advanced by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 class Kind:
