@@ -17,28 +17,14 @@ import pytest
 
 from pgrealtime.api.body_reader import LARGE_BODY_BYTES, BodyReader
 from pgrealtime.api.error_responses import BAD_REQUEST, RequestRefusedError
-from tests.conformance.http_client import EventStream, Request, send
+from tests.conformance.http_client import send
+from tests.realtime import open_stream, post_json, subscribe
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.harness import DEADLINE, insert
 
 MIB = 1024 * 1024
 HEAD = b"POST /api/realtime HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 TOO_MANY = b'{"data":{},"message":"Too Many Requests.","status":429}'
-
-
-async def opened(service: Served, name: str) -> tuple[EventStream, str]:
-    """Open an event stream; yield it with its client id."""
-    get = Request(method="GET", path="/api/realtime", headers={})
-    stream = await EventStream.open(get, service.address, name)
-    (connect,) = await stream.take(1, DEADLINE)
-    return stream, connect.partition(b"\n")[0].decode().removeprefix("id:")
-
-
-async def subscribe(service: Served, client_id: str, *topics: str) -> int:
-    body = json.dumps({"clientId": client_id, "subscriptions": topics}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-    return (await send(request, service.address)).head.status
 
 
 @asynccontextmanager
@@ -69,7 +55,7 @@ async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> 
     """
     body_reader = BodyReader(max_large_bytes_per_network=4 * MIB, max_large_bytes=100 * MIB)
     async with served(body_reader=body_reader) as service:
-        stream, client_id = await opened(service, "honest")
+        stream, client_id = await open_stream(service.address, "honest")
         async with unfinished(service, 12, MIB) as readers:
             ends = [asyncio.create_task(reader.read()) for reader in readers]
             async with asyncio.timeout(DEADLINE):
@@ -78,7 +64,7 @@ async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> 
                     await asyncio.sleep(0.001)
             assert body_reader.large_bytes == 4 * MIB
             refused = [end.result() for end in ends if end.done()]
-            status = await subscribe(service, client_id, "posts/*")
+            status = await subscribe(service.address, client_id, "posts/*")
             for end in ends:
                 end.cancel()
         await until(lambda: body_reader.large_bytes == 0)
@@ -102,9 +88,7 @@ async def test_small_bodies_of_one_address_are_bounded_apart() -> None:
         refused = [end.result() for end in ends if end.done()]
         assert body_reader.large_bytes == 0
         body = b'{"clientId":"%b"}' % (b"x" * MIB)
-        headers = {"Content-Type": "application/json"}
-        request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-        large = (await send(request, service.address)).head.status
+        large = (await send(post_json("/api/realtime", body), service.address)).head.status
         for end in ends:
             end.cancel()
 
@@ -154,9 +138,7 @@ async def test_what_was_refused_or_read_holds_no_room() -> None:
         for size in (2 * MIB, MIB // 2, LARGE_BODY_BYTES + 1, 10):
             for _ in range(3):
                 body = b'{"clientId":"%b"}' % (b"x" * size)
-                headers = {"Content-Type": "application/json"}
-                request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-                status = (await send(request, service.address)).head.status
+                status = (await send(post_json("/api/realtime", body), service.address)).head.status
                 assert status == (429 if size > MIB else 400 if size > 10 else 404)
             await until(lambda: body_reader.large_bytes == 0)
 
@@ -192,9 +174,7 @@ async def test_an_aborted_call_frees_its_budget_only_with_its_thread(
 
 async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:
     """Memory is freed without the garbage collector, which counts objects: a body is one."""
-    body = b"[" + b"1," * MIB
-    headers = {"Content-Type": "application/json"}
-    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+    request = post_json("/api/realtime", b"[" + b"1," * MIB)
     async with served() as service:
         assert (await send(request, service.address)).head.status == 400
         gc.collect()
@@ -208,7 +188,7 @@ async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:
             tracemalloc.stop()
             gc.enable()
 
-    assert left < 2 * len(body)
+    assert left < 2 * len(request.body)
 
 
 async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
@@ -225,11 +205,13 @@ async def test_many_calls_with_long_filters_hold_up_no_events() -> None:
         return f"posts/*?options={quote(options, safe='(){}|~<>=:!,')}"
 
     async with served() as service:
-        streams = [await opened(service, str(number)) for number in range(21)]
+        streams = [await open_stream(service.address, str(number)) for number in range(21)]
         honest, client_id = streams.pop()
-        assert await subscribe(service, client_id, "posts/*") == 204
+        assert await subscribe(service.address, client_id, "posts/*") == 204
         calls = [
-            asyncio.create_task(subscribe(service, one, *map(topic, range(n * 2, n * 2 + 2))))
+            asyncio.create_task(
+                subscribe(service.address, one, *map(topic, range(n * 2, n * 2 + 2)))
+            )
             for n, (_, one) in enumerate(streams)
         ]
         began = time.monotonic()

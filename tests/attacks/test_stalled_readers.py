@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
-import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.bench.machine import resident_kilobytes
-from tests.conformance.http_client import EventStream, Request, send
+from tests.conformance.http_client import EventStream
 from tests.e2e.service import Service, service
+from tests.realtime import open_stream, open_unread, subscribe
+from tests.topics import topic
 
 OPEN = {"posts": {"table": "posts", "list_rule": "", "view_rule": ""}}
 GUESTS = 12
@@ -28,35 +27,6 @@ SECONDS = 1.5
 
 Without bounds, when everything was written at once, it took many times as long.
 """
-
-
-async def subscribe(running: Service, client_id: str, topics: list[str]) -> None:
-    body = json.dumps({"clientId": client_id, "subscriptions": topics}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-    assert (await send(request, running.address)).head.status == 204
-
-
-def client_id_in(text: bytes) -> str:
-    found = re.search(rb'"clientId":"(\w+)"', text)
-    assert found is not None, text
-    return found[1].decode()
-
-
-async def stalled_guest(running: Service, number: int, stack: ExitStack) -> None:
-    """Subscribe, and read no more after that; the kernel buffers little for it."""
-    guest = stack.enter_context(socket.socket())
-    guest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    guest.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(guest, (running.address.host, running.address.port))
-    await loop.sock_sendall(guest, b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n")
-    text = b""
-    async with asyncio.timeout(10.0):
-        while b"\n\n" not in text:
-            text += await loop.sock_recv(guest, 4096)
-    options = [json.dumps({"query": {"n": f"{number}.{n}"}}) for n in range(TOPICS)]
-    await subscribe(running, client_id_in(text), [f"posts/*?options={one}" for one in options])
 
 
 async def seconds_until_received(
@@ -79,16 +49,15 @@ async def test_a_thousand_topics_of_guests_that_read_nothing_delay_no_other_and_
 ) -> None:
     """The limits of send buffers, per connection and in all, hold even within one change."""
     async with service(database_url, tmp_path, collections=OPEN) as running:
-        request = Request(method="GET", path="/api/realtime", headers={})
-        stream = await EventStream.open(request, running.address, "honest")
-        (connect,) = await stream.take(1, 10.0)
-        await subscribe(running, client_id_in(connect), ["posts/*"])
+        stream, client_id = await open_stream(running.address)
+        assert await subscribe(running.address, client_id, "posts/*") == 204
         alone = [
             await seconds_until_received(running, stream, f"alone-{n}", LARGE) for n in range(5)
         ]
         with ExitStack() as stack:
             for number in range(GUESTS):
-                await stalled_guest(running, number, stack)
+                topics = [topic("posts/*", n=f"{number}.{n}") for n in range(TOPICS)]
+                stack.enter_context(await open_unread(running.address, *topics))
             before = resident_kilobytes(running.process.pid)
             attacked = [
                 await seconds_until_received(running, stream, f"row-{n}", LARGE) for n in range(3)

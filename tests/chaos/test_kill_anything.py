@@ -6,7 +6,6 @@ No client misses a number unknowingly.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
@@ -19,10 +18,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.conformance.http_client import Address, EventStream, ProtocolError, Request, send
+from tests.conformance.http_client import Address, EventStream, ProtocolError, Request
 from tests.e2e.listener import Message, parse
 from tests.e2e.service import Service, service
 from tests.own_server import OwnServer
+from tests.realtime import subscribe
 
 SECONDS = float(os.environ.get("PGREALTIME_TEST_SECONDS", "30"))
 CALM_SECONDS = 60.0
@@ -119,7 +119,9 @@ class Follower:
     async def _listen(self, stream: EventStream) -> None:
         for raw in await stream.take(1, 20):
             message = parse(raw)
-            if await self._subscribe(message.data["clientId"]) != 204:
+            async with asyncio.timeout(20):
+                status = await subscribe(self._address, message.data["clientId"], "numbers/*")
+            if status != 204:
                 return
             self.connections += 1
             if not (self._resumes and self._position):
@@ -129,13 +131,6 @@ class Follower:
         last = 0
         while taken := await stream.take(1, 120):
             last = await self._receive(parse(taken[0]), last)
-
-    async def _subscribe(self, client_id: str) -> int:
-        body = json.dumps({"clientId": client_id, "subscriptions": ["numbers/*"]}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-        async with asyncio.timeout(20):
-            return (await send(request, self._address)).head.status
 
     async def _receive(self, message: Message, last: int) -> int:
         if message.event == "PB_RESYNC":

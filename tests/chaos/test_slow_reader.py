@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench.machine import resident_kilobytes
-from tests.conformance.http_client import EventStream, Request, send
+from tests.conformance.http_client import EventStream
 from tests.e2e.service import Service, service
+from tests.realtime import open_stream, open_unread, subscribe
 
 EVENTS = 200_000
 IN_A_COMMIT = 500
@@ -39,43 +38,6 @@ objects.
 """
 
 _NUMBER = re.compile(rb'"n":(\d+)')
-
-
-async def subscribe(running: Service, client_id: str) -> None:
-    body = json.dumps({"clientId": client_id, "subscriptions": ["posts/*"]}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-    assert (await send(request, running.address)).head.status == 204
-
-
-async def open_reader(running: Service) -> EventStream:
-    request = Request(method="GET", path="/api/realtime", headers={})
-    stream = await EventStream.open(request, running.address, "reader")
-    (connect,) = await stream.take(1, 10.0)
-    await subscribe(running, client_id_in(connect))
-    return stream
-
-
-async def open_sleeper(running: Service) -> socket.socket:
-    """Subscribe, and read no more after that; the kernel buffers little for it."""
-    sleeper = socket.socket()
-    sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sleeper.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(sleeper, (running.address.host, running.address.port))
-    await loop.sock_sendall(sleeper, b"GET /api/realtime HTTP/1.1\r\nHost: x\r\n\r\n")
-    text = b""
-    async with asyncio.timeout(10.0):
-        while b"\n\n" not in text:
-            text += await loop.sock_recv(sleeper, 4096)
-    await subscribe(running, client_id_in(text))
-    return sleeper
-
-
-def client_id_in(text: bytes) -> str:
-    found = re.search(rb'"clientId":"(\w+)"', text)
-    assert found is not None, text
-    return found[1].decode()
 
 
 async def write(running: Service) -> None:
@@ -116,8 +78,9 @@ async def test_memory_stays_flat_with_a_client_that_never_reads(
 ) -> None:
     """200,000 events: one connection reads none of them, another one receives them all in order."""
     async with service(database_url, tmp_path, sections=LIMITS, collections=OPEN) as running:
-        with closing(await open_sleeper(running)):
-            stream = await open_reader(running)
+        with closing(await open_unread(running.address, "posts/*")):
+            stream, client_id = await open_stream(running.address)
+            assert await subscribe(running.address, client_id, "posts/*") == 204
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(write(running))
                 reading = tasks.create_task(read_all(running, stream))

@@ -23,6 +23,7 @@ from tests.conformance.scenarios import (
 )
 from tests.conformance.target import Target
 from tests.conformance.transcript import Write
+from tests.realtime import open_stream
 
 _CREATED = re.compile(f'"{CREATED.name}": ?"[^"]*"')
 """Each server has its own clock."""
@@ -72,11 +73,8 @@ class Side:
         """Open a connection, replacing the one of that name if there is one."""
         if conn in self.streams:
             await self.streams.pop(conn).close()
-        request = Request(method="GET", path="/api/realtime", headers={})
-        stream = await EventStream.open(request, self.target.address, f"{self.name} {conn}")
-        self.streams[conn] = stream
-        (connect,) = await stream.take(1, EVENT_SECONDS)
-        self.client_ids[conn] = connect.split(b"\n")[0].decode().removeprefix("id:")
+        stream, client_id = await open_stream(self.target.address, f"{self.name} {conn}")
+        self.streams[conn], self.client_ids[conn] = stream, client_id
 
     async def subscribe(self, action: Subscribe) -> tuple[int, bytes]:
         """Return the status and body of the answer."""

@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pgrealtime.protocol.topic import parse_topic
-from tests.conformance.http_client import Address, EventStream, Request, send
+from tests.conformance.http_client import Address, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer
 from tests.conformance.process import free_port
+from tests.realtime import open_stream
 from tests.unit.api.served import served
-from tests.unit.hub.harness import DEADLINE, HubHarness
+from tests.unit.hub.harness import HubHarness
 
 ECHO = """
 routerAdd("GET", "/echo/{id}", (e) => {
@@ -96,19 +97,11 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     await server.start()
     try:
         async with served() as service:
-            streams = [
-                await EventStream.open(
-                    Request(method="GET", path="/api/realtime", headers={}), address, "A"
-                )
-                for address in (server.address, service.address)
-            ]
-            ids = [
-                (await stream.take(1, DEADLINE))[0].split(b"\n")[0].decode().removeprefix("id:")
-                for stream in streams
-            ]
-            yield Pair(server.address, service.address, service.harness, *ids)
-            for stream in streams:
-                await stream.close()
+            theirs, their_id = await open_stream(server.address)
+            ours, our_id = await open_stream(service.address)
+            yield Pair(server.address, service.address, service.harness, their_id, our_id)
+            await theirs.close()
+            await ours.close()
     finally:
         await server.stop()
 

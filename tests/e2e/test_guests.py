@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 
-from tests.conformance.http_client import Request, send
+from tests.conformance.http_client import send
 from tests.conformance.pocketbase_server import PocketBaseServer
 from tests.conformance.process import free_port
 from tests.e2e.listener import DEADLINE, listener
 from tests.e2e.service import SECRET, service, token
+from tests.realtime import post_json
 
 AUTH: dict[str, Any] = {"issuers": [{"name": "app", "secret": SECRET}]}
 GUARDED = """
@@ -74,17 +75,14 @@ async def test_a_guest_is_refused_in_pocketbase_s_words(database_url: str, tmp_p
     (tmp_path / "original" / "hooks" / "guarded.pb.js").write_text(GUARDED)
     original = PocketBaseServer(tmp_path / "original", free_port())
     await original.start()
-    json = {"Content-Type": "application/json"}
     try:
-        guarded = Request(method="POST", path="/guarded", headers=json, body=b"{}")
-        theirs = await send(guarded, original.address)
+        theirs = await send(post_json("/guarded", b"{}"), original.address)
     finally:
         await original.stop()
     sections = {"auth": {**AUTH, "allow_guests": False}}
     async with service(database_url, tmp_path, sections=sections) as running:
         body = b'{"clientId":"anything"}'
-        call = Request(method="POST", path="/api/realtime", headers=json, body=body)
-        answer = await send(call, running.address)
+        answer = await send(post_json("/api/realtime", body), running.address)
 
     assert (theirs.head.status, theirs.body) == (answer.head.status, answer.body)
     assert answer.head.status == 401

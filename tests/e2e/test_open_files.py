@@ -6,8 +6,9 @@ import asyncio
 import resource
 from pathlib import Path
 
-from tests.conformance.http_client import EventStream, Request
+from tests.conformance.http_client import EventStream
 from tests.e2e.service import service
+from tests.realtime import OPEN_STREAM
 
 SOFT = 64
 CONNECTIONS = 200
@@ -28,9 +29,8 @@ async def test_soft_limit_of_open_files_is_no_limit(database_url: str, tmp_path:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:
-        request = Request(method="GET", path="/api/realtime", headers={})
         streams = [
-            await EventStream.open(request, running.address, str(number))
+            await EventStream.open(OPEN_STREAM, running.address, str(number))
             for number in range(CONNECTIONS)
         ]
         first = await asyncio.gather(*(stream.wait_messages(1, 20.0) for stream in streams))

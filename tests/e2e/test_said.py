@@ -9,10 +9,11 @@ from urllib.parse import quote
 
 import bcrypt
 
-from tests.conformance.http_client import Request, send
+from tests.conformance.http_client import send
 from tests.e2e.listener import listener
 from tests.e2e.service import service
 from tests.e2e.test_admin import admin, scrape
+from tests.realtime import post_json
 
 HASH = bcrypt.hashpw(b"right", bcrypt.gensalt(4)).decode()
 
@@ -93,9 +94,7 @@ async def test_refused_logins_are_logged_and_counted(database_url: str, tmp_path
         async def status(identity: str, password: str) -> int:
             body = json.dumps({"identity": identity, "password": password}).encode()
             path = "/api/collections/users/auth-with-password"
-            headers = {"Content-Type": "application/json"}
-            request = Request(method="POST", path=path, headers=headers, body=body)
-            return (await send(request, running.address)).head.status
+            return (await send(post_json(path, body), running.address)).head.status
 
         answers = [await status("ann@example.com", "right")]
         answers += [await status("hunter2@example.com", "wrong") for _ in range(6)]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conformance.http_client import Address, Request, send
 from tests.e2e.sdk import DEADLINE, EVENT_SOURCES, Sdk, SdkError, sdk
 from tests.e2e.service import SCHEMA, service, token
+from tests.realtime import subscribe
 
 each_library = pytest.mark.parametrize("library", EVENT_SOURCES)
 
@@ -303,18 +302,11 @@ async def test_the_realtime_service_unsubscribes_by_topic_prefix_and_wholly(
         await guest.do("is_connected")
         gone = await guest.wait_for(2, "connected")
         async with asyncio.timeout(DEADLINE):
-            while await status_of_a_call(running.address, connected["id"]) != 404:
+            while await subscribe(running.address, connected["id"], "posts/*") != 404:
                 await asyncio.sleep(0.01)  # the socket's end is on its way
 
     assert (connected["is"], gone[-1]["is"]) == (True, False)
     assert disconnected["topics"] == []
-
-
-async def status_of_a_call(address: Address, client_id: str) -> int:
-    body = json.dumps({"clientId": client_id, "subscriptions": ["posts/*"]}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-    return (await send(request, address)).head.status
 
 
 async def wait_until(holds: Callable[[], bool], client: Sdk) -> None:

@@ -26,6 +26,7 @@ from tests.conformance.transcript import (
     Write,
     load_conversation,
 )
+from tests.realtime import open_stream
 from tests.unit.api.served import SUPERUSER, Served, served, token
 from tests.unit.hub.harness import DEADLINE, insert
 
@@ -112,14 +113,6 @@ async def send_request(
     return answer.head.status, answer
 
 
-async def connected(service: Served) -> tuple[EventStream, str]:
-    """Open a stream; return it with its client id."""
-    request = Request(method="GET", path="/api/realtime", headers={})
-    stream = await EventStream.open(request, service.address, "A")
-    (message,) = await stream.take(1, DEADLINE)
-    return stream, message.partition(b"\n")[0].removeprefix(b"id:").decode()
-
-
 def call(client_id: str, *topics: str) -> str:
     """Return the JSON body of a subscribe call."""
     return json.dumps({"clientId": client_id, "subscriptions": topics})
@@ -128,7 +121,7 @@ def call(client_id: str, *topics: str) -> str:
 async def test_accepted_call_has_neither_body_nor_content_type() -> None:
     """Status 204 alone (protocol, 3.4), and the topics are in force."""
     async with served() as service:
-        stream, client_id = await connected(service)
+        stream, client_id = await open_stream(service.address)
         _, answer = await send_request(
             service,
             "POST",
@@ -257,7 +250,7 @@ async def test_trusted_proxy_decides_the_address_of_a_stream() -> None:
 async def test_call_while_the_stream_is_down_is_refused_at_once() -> None:
     """Status 503 without a wait, which the JS SDK can't bear (resume page, section 4)."""
     async with served() as service:
-        stream, client_id = await connected(service)
+        stream, client_id = await open_stream(service.address)
         service.harness.hub.stream_lost()
         status, answer = await send_request(
             service,
@@ -317,7 +310,7 @@ async def test_fields_that_can_t_be_read_are_refused() -> None:
 async def test_chunked_body_is_a_body_and_an_empty_one_broken_json() -> None:
     """Only a declared length of 0 is no body (protocol, 3.1)."""
     async with served() as service:
-        stream, client_id = await connected(service)
+        stream, client_id = await open_stream(service.address)
         chunked = {"Content_Type": "application/json", "Transfer_Encoding": "chunked"}
         accepted, _ = await send_request(
             service, "POST", "/api/realtime", call(client_id), **chunked
@@ -363,7 +356,7 @@ async def test_large_body_is_waited_for_only_if_it_will_be_read() -> None:
 async def test_body_of_the_largest_size_is_read() -> None:
     """32 MiB is accepted."""
     async with served() as service:
-        stream, client_id = await connected(service)
+        stream, client_id = await open_stream(service.address)
         body = call(client_id, "posts/*")
         padded = body + " " * (32 * 1024 * 1024 - len(body))
         status, _ = await send_request(
@@ -395,7 +388,7 @@ async def test_undeclared_body_is_cut_at_the_same_size() -> None:
 async def test_call_whose_client_leaves_changes_nothing_for_others() -> None:
     """The SDK aborts the older of two calls; the stream keeps its topics."""
     async with served() as service:
-        stream, client_id = await connected(service)
+        stream, client_id = await open_stream(service.address)
         await send_request(
             service,
             "POST",
@@ -432,7 +425,7 @@ async def test_call_whose_client_leaves_changes_nothing_for_others() -> None:
 async def test_offer_of_another_protocol_is_passed_over(protocol: str) -> None:
     """Java's client offers HTTP/2 with every call; the body still belongs to the call."""
     async with served() as service:
-        stream, client_id = await connected(service)
+        stream, client_id = await open_stream(service.address)
         status, _ = await send_request(
             service,
             "POST",

@@ -14,7 +14,8 @@ import pytest
 import structlog
 
 from pgrealtime.api.body_reader import BodyReader
-from tests.conformance.http_client import EventStream, Request, send
+from tests.conformance.http_client import Request, send
+from tests.realtime import open_stream, post_json
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.harness import DEADLINE
 
@@ -176,11 +177,9 @@ async def test_the_largest_call_is_read_in_turns(
 ) -> None:
     """A thousand topics of maximum length take seconds to parse, but delay no other request."""
     async with unharmed(caplog) as service:
-        get = Request(method="GET", path="/api/realtime", headers={})
-        stream = await EventStream.open(get, service.address, "A")
-        (connect,) = await stream.take(1, DEADLINE)
+        stream, client_id = await open_stream(service.address)
         call = {
-            "clientId": connect.partition(b"\n")[0].decode().removeprefix("id:"),
+            "clientId": client_id,
             "subscriptions": [f"posts/{number}?{options}" for number in range(1000)],
         }
         status, longest = await subscribe(service, json.dumps(call).encode())
@@ -193,9 +192,7 @@ async def test_the_largest_call_is_read_in_turns(
 async def subscribe(service: Served, body: bytes) -> tuple[int, float]:
     """Send a subscribe call; return its status and the seconds of the longest loop iteration."""
     loop = asyncio.get_running_loop()
-    headers = {"Content-Type": "application/json"}
-    request = Request(method="POST", path="/api/realtime", headers=headers, body=body)
-    answer = asyncio.create_task(send(request, service.address))
+    answer = asyncio.create_task(send(post_json("/api/realtime", body), service.address))
     longest = 0.0
     while not answer.done():
         began = loop.time()

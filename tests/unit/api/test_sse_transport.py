@@ -12,7 +12,8 @@ from socket import SO_LINGER, SOL_SOCKET
 import pytest
 from aiohttp import web
 
-from tests.conformance.http_client import EventStream, Request
+from tests.conformance.http_client import EventStream
+from tests.realtime import open_stream
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.harness import DEADLINE, insert
 
@@ -121,10 +122,7 @@ async def test_head_request_is_held_without_a_body() -> None:
 
 async def subscribed(service: Served) -> EventStream:
     """Open a stream that is subscribed to posts."""
-    stream = await EventStream.open(
-        Request(method="GET", path="/api/realtime", headers={}), service.address, "A"
-    )
-    await stream.take(1, DEADLINE)
+    stream, _ = await open_stream(service.address)
     (connection,) = service.harness.hub.connections
     await service.harness.subscribe(connection, "posts/*")
     return stream
