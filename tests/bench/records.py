@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import Column, Table, TableKind
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Field, FieldKind
 from pgrealtime.records.encode import View, compile_encoder
+from tests.column_types import base_type
 
 COLUMNS = {
     "id": (FieldKind.TEXT, "uuid", "0195b7a0-0000-7000-8000-000000000001"),
@@ -32,9 +33,7 @@ CALLS = 200_000
 def posts() -> Collection:
     fields = []
     for number, (name, (kind, type_name, _)) in enumerate(COLUMNS.items(), start=1):
-        data_type = Type(
-            oid=number, schema="pg_catalog", name=type_name, kind=TypeKind.BASE, category="S"
-        )
+        data_type = base_type(type_name, oid=number)
         column = Column(name=name, attribute_number=number, type=data_type)
         fields.append(Field(name=name, column=column, kind=kind, type=data_type))
     key = fields[0].column

@@ -27,7 +27,7 @@ from statistics import median
 import psycopg
 
 from pgrealtime.auth.principal import AuthRecord
-from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind, Relation
 from pgrealtime.hub.connections.connection import Connection, Subscription
@@ -38,6 +38,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View
 from pgrealtime.rule_queries.executor import QueryExecutor
+from tests.column_types import TEXT, TEXTS
 from tests.engine_driving import evaluate_in_process
 
 MATCHES = 10
@@ -46,10 +47,6 @@ BATCH = 100
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 GATE, MEMORY = 1.5, 400
 
-TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
-TEXTS = Type(
-    oid=1009, schema="pg_catalog", name="_text", kind=TypeKind.ARRAY, category="A", element=TEXT
-)
 COLUMNS = {
     "posts": {
         **dict.fromkeys(("id", "author", "reviewer", "project", "status", "title"), TEXT),

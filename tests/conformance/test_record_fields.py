@@ -18,11 +18,12 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from pgrealtime.catalog.model import Column, Type, TypeKind
+from pgrealtime.catalog.model import Column
 from pgrealtime.collections.model import Field, FieldKind
 from pgrealtime.records.excerpt import excerpt
 from pgrealtime.records.fields import compile_projections, parse_fields
 from pgrealtime.records.values import Json, choose_converter
+from tests.column_types import base_type
 from tests.conformance.fixtures import (
     FixtureCollection,
     FixtureField,
@@ -180,7 +181,7 @@ async def test_excerpts_are_pocketbases(seed: int, folder: Path) -> None:
 
 
 def shown(stored: str) -> Json:
-    json_type = Type(oid=114, schema="pg_catalog", name="json", kind=TypeKind.BASE, category="U")
+    json_type = base_type("json", oid=114, category="U")
     column = Column(name="j", attribute_number=1, type=json_type)
     convert = choose_converter(Field(name="j", column=column, kind=FieldKind.JSON, type=json_type))
     assert convert is not None

@@ -483,7 +483,8 @@ async def test_the_statement_is_printed_on_demand(world: World) -> None:
 
 
 def command(file: Path, *arguments: str, given: str = "", **environ: str) -> Outcome:
-    return run_program("explain", "-c", str(file), *arguments, given=given, **environ)
+    arguments = ("explain", "-c", str(file), *arguments)
+    return run_program(*arguments, cwd=file.parent, given=given, **environ)
 
 
 @pytest.fixture

@@ -340,7 +340,7 @@ def test_pure_code_loads_no_driver_and_no_server_through_others() -> None:
         ("wal.slot", "catalog.introspect", False),
         ("hub.hub", "rules.sql.reference", True),
         ("hub.hub", "changelog.memory", True),
-        ("hub.events.slices", "changelog.row_history", False),
+        ("hub.events.event", "changelog.row_history", False),
         ("hub.hub", "wal.slot", False),
         ("hub.evaluation.matcher", "auth.principal", True),
         ("hub.evaluation.matcher", "auth.token", False),

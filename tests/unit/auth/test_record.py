@@ -8,15 +8,15 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.auth.record import auth_record_of, digest_token_key, token_key_of, update_caller
-from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import Column, Table, TableKind, Type
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Field, FieldKind
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import AuthError
+from tests.column_types import TEXT, base_type
 
-TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
-BOOL = Type(oid=16, schema="pg_catalog", name="bool", kind=TypeKind.BASE, category="B")
-CHAR = Type(oid=1042, schema="pg_catalog", name="bpchar", kind=TypeKind.BASE, category="S")
+BOOL = base_type("bool", oid=16, category="B")
+CHAR = base_type("bpchar", oid=1042)
 
 
 def column(name: str, number: int, type_: Type = TEXT) -> Column:

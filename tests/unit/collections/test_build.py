@@ -31,23 +31,9 @@ from pgrealtime.collections.model import (
 from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.load import parse_config
 from pgrealtime.errors import ConfigError, ConfigProblem
+from tests.column_types import array_of, base_type
 
 # -- short constructors for catalogues
-
-
-def base_type(name: str, schema: str = "pg_catalog") -> Type:
-    return Type(oid=0, schema=schema, name=name, kind=TypeKind.BASE, category="U")
-
-
-def array_of(element: Type) -> Type:
-    return Type(
-        oid=0,
-        schema=element.schema,
-        name=f"_{element.name}",
-        kind=TypeKind.ARRAY,
-        category="A",
-        element=element,
-    )
 
 
 def domain_of(below: Type) -> Type:
@@ -227,8 +213,8 @@ def test_the_tables_to_read_are_those_named_and_those_of_junctions() -> None:
         (base_type("bytea"), (FieldKind.BYTES, False)),
         (ADDRESS, (FieldKind.COMPOSITE, False)),
         (MOOD, (FieldKind.TEXT, False)),
-        (base_type("citext", "public"), (FieldKind.TEXT, False)),
-        (base_type("bool", "public"), (FieldKind.TEXT, False)),
+        (base_type("citext", schema="public"), (FieldKind.TEXT, False)),
+        (base_type("bool", schema="public"), (FieldKind.TEXT, False)),
         (array_of(base_type("text")), (FieldKind.TEXT, True)),
         (array_of(base_type("int4")), (FieldKind.NUMBER, True)),
         (array_of(domain_of(base_type("int4"))), (FieldKind.NUMBER, True)),

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import Column, Table, TableKind
 from pgrealtime.changes import Change, Delete, Insert, Key, Row, TableName, Truncate, Update
 from pgrealtime.collections.model import Collection
 from pgrealtime.expand.batch import id_sort_key
 from pgrealtime.expand.relation_sql import RelationQuery
 from pgrealtime.expand.undo import ids_before_changes, ids_before_overlay, rows_before_overlay
 from pgrealtime.rules.sql.row_images import Overlay
+from tests.column_types import TEXTS, text_columns
 
-TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
-TEXTS = Type(
-    oid=1009, schema="pg_catalog", name="_text", kind=TypeKind.ARRAY, category="A", element=TEXT
-)
 COLUMNS = (
-    Column(name="id", attribute_number=1, type=TEXT),
-    Column(name="post", attribute_number=2, type=TEXT),
+    *text_columns("id", "post"),
     Column(name="posts", attribute_number=3, type=TEXTS),
 )
 TABLE = Table(

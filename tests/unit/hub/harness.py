@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from psycopg import sql
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.assumptions import CatalogAssumptions
-from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import ReplicaIdentity, Table, TableKind
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changes import (
     Change,
@@ -40,8 +40,8 @@ from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.snapshot import Snapshot
+from tests.column_types import TEXT, text_columns
 
-TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
 POSTS = TableName("public", "posts")
 NOTES = TableName("public", "notes")
 PEOPLE = TableName("public", "people")
@@ -49,71 +49,43 @@ LOGINS = {"people": CollectionLoginConfig(token_key="key")}
 DEADLINE = 5.0
 
 
-def _collection(name: TableName) -> Collection:
-    columns = tuple(
-        Column(name=n, attribute_number=i, type=TEXT) for i, n in enumerate(("id", "title"), 1)
-    )
+def _collection(
+    name: TableName, *column_names: str, oid: int = 1, kind: str = "base"
+) -> Collection:
+    columns = text_columns(*column_names)
     table = Table(
-        oid=1,
+        oid=oid,
         name=name,
         kind=TableKind.TABLE,
         columns=columns,
         primary_key=("id",),
         replica_identity=ReplicaIdentity.FULL,
-        replica_identity_columns=("id", "title"),
+        replica_identity_columns=column_names,
     )
-    fields = tuple(Field(name=c.name, column=c, kind=FieldKind.TEXT, type=TEXT) for c in columns)
+    fields = [Field(name=c.name, column=c, kind=FieldKind.TEXT, type=TEXT) for c in columns]
     return Collection(
         name=name.name,
         id=f"pbc_{name.name}",
-        type="base",
+        type=kind,
         table=table,
         key=columns[0],
-        fields=fields,
+        fields=tuple(
+            replace(one, is_hidden=True, is_secret=True) if one.name == "key" else one
+            for one in fields
+        ),
         list_rule="",
         view_rule="",
     )
 
 
-def _people() -> Collection:
-    """An auth collection whose e-mail addresses are shown only to their owners."""
-    columns = tuple(
-        Column(name=n, attribute_number=i, type=TEXT)
-        for i, n in enumerate(("id", "email", "key"), 1)
+COLLECTIONS = Collections(
+    (
+        _collection(POSTS, "id", "title"),
+        _collection(NOTES, "id", "title"),
+        # An auth collection, whose e-mail addresses are shown only to their owners.
+        _collection(PEOPLE, "id", "email", "key", oid=2, kind="auth"),
     )
-    table = Table(
-        oid=2,
-        name=PEOPLE,
-        kind=TableKind.TABLE,
-        columns=columns,
-        primary_key=("id",),
-        replica_identity=ReplicaIdentity.FULL,
-        replica_identity_columns=("id", "email", "key"),
-    )
-    fields = tuple(
-        Field(
-            name=c.name,
-            column=c,
-            kind=FieldKind.TEXT,
-            type=TEXT,
-            is_hidden=c.name == "key",
-            is_secret=c.name == "key",
-        )
-        for c in columns
-    )
-    return Collection(
-        name="people",
-        id="pbc_people",
-        type="auth",
-        table=table,
-        key=columns[0],
-        fields=fields,
-        list_rule="",
-        view_rule="",
-    )
-
-
-COLLECTIONS = Collections((_collection(POSTS), _collection(NOTES), _people()))
+)
 
 
 class MemorySink:

@@ -25,12 +25,12 @@ from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.callers import CallerCheck, CallerCheckResult, may_account_have_changed
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.rules.engine.compiler import RuleCompiler
+from tests.column_types import TEXT
 from tests.unit.hub.harness import (
     COLLECTIONS,
     NOTES,
     PEOPLE,
     POSTS,
-    TEXT,
     EmptyReadSession,
     insert,
     open_harness,

@@ -9,30 +9,13 @@ from typing import Any
 
 import pytest
 
-from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import Column, Table, TableKind
 from pgrealtime.changes import Row, TableName
 from pgrealtime.collections.model import Collection, Field, FieldKind, Relation
 from pgrealtime.records.encode import View, compile_encoder, unencodable_column
+from tests.column_types import TEXT, array_of, base_type
 
 SUPERUSER = View(sees_hidden=True, sees_email=True)
-
-
-def base_type(name: str) -> Type:
-    return Type(oid=0, schema="pg_catalog", name=name, kind=TypeKind.BASE, category="S")
-
-
-def array_of(element: Type) -> Type:
-    return Type(
-        oid=0,
-        schema="pg_catalog",
-        name=f"_{element.name}",
-        kind=TypeKind.ARRAY,
-        category="A",
-        element=element,
-    )
-
-
-TEXT = base_type("text")
 
 
 def field(name: str, kind: FieldKind, type_name: str = "text", **more: Any) -> Field:

@@ -6,8 +6,8 @@ import pytest
 
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.records.values import Json, _composite_converter
+from tests.column_types import TEXT
 
-TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
 SPOT = Type(
     oid=900,
     schema="public",

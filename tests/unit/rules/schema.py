@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from pgrealtime.catalog.model import Column, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import Column, Table, TableKind
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind, Relation
+from tests.column_types import TEXT, TEXTS, base_type
 
-
-def _type(oid: int, name: str, category: str) -> Type:
-    return Type(oid=oid, schema="pg_catalog", name=name, kind=TypeKind.BASE, category=category)
-
-
-_TEXT = _type(25, "text", "S")
 _TYPES = {
-    FieldKind.TEXT: _TEXT,
-    FieldKind.RELATION: _TEXT,
-    FieldKind.NUMBER: _type(23, "int4", "N"),
-    FieldKind.BOOL: _type(16, "bool", "B"),
-    FieldKind.DATE: _type(1184, "timestamptz", "D"),
-    FieldKind.JSON: _type(3802, "jsonb", "U"),
-    FieldKind.GEO_POINT: _type(600, "point", "G"),
-    FieldKind.BYTES: _type(17, "bytea", "U"),
+    FieldKind.TEXT: TEXT,
+    FieldKind.RELATION: TEXT,
+    FieldKind.NUMBER: base_type("int4", oid=23, category="N"),
+    FieldKind.BOOL: base_type("bool", oid=16, category="B"),
+    FieldKind.DATE: base_type("timestamptz", oid=1184, category="D"),
+    FieldKind.JSON: base_type("jsonb", oid=3802, category="U"),
+    FieldKind.GEO_POINT: base_type("point", oid=600, category="G"),
+    FieldKind.BYTES: base_type("bytea", oid=17, category="U"),
 }
-_TEXTS = replace(_type(1009, "_text", "A"), kind=TypeKind.ARRAY, element=_TEXT)
 
 
 def field(
@@ -37,7 +29,7 @@ def field(
     is_select: bool = False,
 ) -> Field:
     """Return a field with a column of its name."""
-    type_ = _TEXTS if is_multiple else _TYPES[kind]
+    type_ = TEXTS if is_multiple else _TYPES[kind]
     return Field(
         name=name,
         column=Column(name=name, attribute_number=1, type=type_),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pgrealtime.catalog.model import Column, ReplicaIdentity, Table, TableKind, Type, TypeKind
+from pgrealtime.catalog.model import ReplicaIdentity, Table, TableKind
 from pgrealtime.changes import TableName
-
-TEXT = Type(oid=25, schema="pg_catalog", name="text", kind=TypeKind.BASE, category="S")
+from tests.column_types import text_columns
 
 
 def table(
@@ -24,9 +23,7 @@ def table(
         oid=oid,
         name=TableName("public", name),
         kind=TableKind.PARTITIONED if leaves else TableKind.TABLE,
-        columns=tuple(
-            Column(name=n, attribute_number=i, type=TEXT) for i, n in enumerate(names, 1)
-        ),
+        columns=text_columns(*names),
         primary_key=tuple(key.split()),
         replica_identity=identity,
         replica_identity_columns=names if whole else tuple(key.split()),
