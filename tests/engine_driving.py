@@ -22,6 +22,9 @@ from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.sql.nodes import all_of
+from pgrealtime.rules.sql.reference import ReferenceQuery, SqlQuery
+from pgrealtime.rules.sql.row_images import Overlay, matching_rows_sql, with_overlays
 
 
 @dataclass(eq=False)
@@ -43,6 +46,22 @@ def put(connection: psycopg.Connection, question: Question) -> None:
     except psycopg.Error:
         for part in question.split():
             put(connection, part)
+
+
+def query_before(
+    query: ReferenceQuery, rows: Sequence[Row], now: datetime, overlays: Sequence[Overlay]
+) -> SqlQuery | None:
+    """Return the query on related tables as they were before a transaction.
+
+    None if an old image lacks a column that is read: then nothing is admitted.
+    """
+    params = query.sql_query(rows, now).params
+    made = with_overlays([part.condition for part in query.sql_predicates], overlays, params)
+    if made is None:
+        return None
+    redirected, ctes = made
+    table, columns = query.collection.table, query.column_names
+    return SqlQuery(matching_rows_sql(table, columns, all_of(*redirected), ctes), params)
 
 
 def evaluate_rows(

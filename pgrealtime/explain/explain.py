@@ -294,14 +294,14 @@ class _Explainer:
             )
         if isinstance(fragment, Clause):
             return EvaluatedFragment(
-                display_text=fragment.display_text, verdict=truth, operand_values=sides
+                display_text=fragment.text(" "), verdict=truth, operand_values=sides
             )
         parts = [
             await self._evaluate_fragment(session, collection, row, part, is_filter=is_filter)
             for part in fragment.fragments
         ]
         return EvaluatedFragment(
-            display_text=fragment.display_text,
+            display_text=fragment.text(" "),
             verdict=truth,
             is_conjunction=fragment.is_conjunction,
             fragments=tuple(parts),

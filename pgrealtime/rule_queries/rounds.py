@@ -149,7 +149,7 @@ class QuestionRounds:
         """Deny all that an evaluation would ask; return the collections that it is about."""
         names: set[str] = set()
         while questions := evaluation.questions():
-            names.update(question.collection_name for question in questions)
+            names.update(question.subject.collection.name for question in questions)
             evaluation.resume()
         for name in names:
             self._unanswered.counts[name, "unreachable"] += 1
@@ -160,7 +160,7 @@ class QuestionRounds:
         if transaction.budget.is_spent():
             return False
         if self._breakers.is_open(question.subject):
-            self._unanswered.counts[question.collection_name, "suspended"] += 1
+            self._unanswered.counts[question.subject.collection.name, "suspended"] += 1
             return True
         if await self._ask(transaction, question):
             return True
@@ -172,7 +172,7 @@ class QuestionRounds:
 
     async def _ask(self, transaction: BudgetedTransaction, question: Question) -> bool:
         """Ask with one statement, if it can be made; return whether nothing is left to ask."""
-        name = question.collection_name
+        name = question.subject.collection.name
         try:
             sql_query = question.sql_query()
             if sql_query is not None:
@@ -219,7 +219,7 @@ class QuestionRounds:
         self, transaction: BudgetedTransaction, question: Question, error: psycopg.Error
     ) -> None:
         """Count the error of a statement, and continue in another transaction."""
-        name, is_timeout = question.collection_name, isinstance(error, TIMEOUT_ERRORS)
+        name, is_timeout = question.subject.collection.name, isinstance(error, TIMEOUT_ERRORS)
         if is_timeout and transaction.budget.is_limited:
             # Not a timeout of the subject: it is retried with a budget of its own.
             transaction.budget.exhaust()

@@ -104,9 +104,9 @@ async def test_parts_say_together_what_the_rule_says(database_url: str) -> None:
         for verdict, parts, join, case in _verdicts(corpus):
             joined += 1
             together = all(parts) if join.is_conjunction else any(parts)
-            is_one_row = join.is_conjunction and together and "?" in join.display_text
+            is_one_row = join.is_conjunction and together and "?" in join.text(" ")
             if verdict != together and not is_one_row:
-                odd.append(f"{case['id']} {join.display_text}: {verdict} of {parts}")
+                odd.append(f"{case['id']} {join.text(' ')}: {verdict} of {parts}")
     finally:
         corpus.connection.close()
 

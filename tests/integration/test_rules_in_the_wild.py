@@ -25,6 +25,7 @@ from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, SqlQuery, check_rule, reference_query
 from pgrealtime.rules.sql.row_images import Overlay
+from tests.engine_driving import query_before
 
 _SCHEMA = """
 CREATE EXTENSION citext SCHEMA public;
@@ -312,7 +313,7 @@ def test_delete_is_evaluated_with_related_rows_as_they_were(
     before: Row = {"id": _BOB, "handle": "before", "mood": None, "full%name": None, "boss": None}
     overlay = Overlay(table=people, old_images=[before], changed_rows=[{"id": _BOB}])
 
-    question = query.sql_query_before(docs, datetime.now(UTC), [overlay])
+    question = query_before(query, docs, datetime.now(UTC), [overlay])
 
     assert question is not None
     assert _answer(asking, question, docs) == "2"
@@ -329,4 +330,4 @@ def test_delete_is_undecidable_without_the_old_image(
         table=collections["people"].table, old_images=[{"id": _BOB}], changed_rows=[{"id": _BOB}]
     )
 
-    assert query.sql_query_before(_docs(asking), datetime.now(UTC), [overlay]) is None
+    assert query_before(query, _docs(asking), datetime.now(UTC), [overlay]) is None

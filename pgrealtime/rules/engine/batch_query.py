@@ -1,6 +1,7 @@
 """The two questions put to PostgreSQL: which pairs match, and which keys match. Many rows at once.
 
 ``Evaluation`` makes them; ``rule_queries`` runs ``sql_query`` and calls ``accept`` with the result.
+The rows are arrays of their columns' text forms, and what differs per pair is one too.
 If the statement fails, it asks the parts that ``split`` yields, so that one row or value that
 PostgreSQL can't process denies nothing else.
 """
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
+
+from sqlglot import exp
 
 from pgrealtime.caches import cached_per_object
 from pgrealtime.changes import Row
@@ -27,15 +30,11 @@ from pgrealtime.rules.language.parameters import (
 from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.memory.compare import SqliteValue
 from pgrealtime.rules.memory.operands import Arguments
-from pgrealtime.rules.sql.batch import matching_keys_sql, matching_pairs_sql
+from pgrealtime.rules.sql import nodes, row_images
+from pgrealtime.rules.sql.joins import FORM_TYPES
+from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql
 from pgrealtime.rules.sql.reference import SqlQuery
-from pgrealtime.rules.sql.row_images import (
-    Overlay,
-    RowImages,
-    find_columns,
-    image_params,
-    with_overlays,
-)
+from pgrealtime.rules.sql.row_images import Overlay, RowImages
 
 ColumnTexts: TypeAlias = tuple[str | None, ...]
 """The text forms of the columns that are read of a row."""
@@ -56,11 +55,6 @@ class PairQuestion:
     """Whether it was not asked for lack of time. What depends on it stays open, it isn't denied."""
 
     @property
-    def collection_name(self) -> str:
-        """The rows' collection."""
-        return self.test.collection.name
-
-    @property
     def subject(self) -> Test:
         """What all questions of its kind share: circuit breakers and costs are kept by it."""
         return self.test
@@ -76,7 +70,7 @@ class PairQuestion:
         _, arguments = self.pairs[0]
         own_count = len(self.test.caller_parameters)
         macro_values = dict(zip(self.test.macros, arguments[own_count:], strict=True))
-        params = image_params(rows)
+        params = row_images.image_params(rows)
         for name, binding in predicate.bindings.items():
             if name in argument_of:
                 i = argument_of[name]
@@ -86,13 +80,13 @@ class PairQuestion:
         if argument_of:
             params |= {"n": list(range(len(self.pairs))), "at": row_numbers}
         if not self.overlays:
-            return SqlQuery(_pairs_sql(self.test), params)
-        images = RowImages(find_columns(table, predicate.column_names), rows)
-        replaced = with_overlays([predicate.condition], self.overlays, params, images)
+            return SqlQuery(_plain_pairs_sql(self.test), params)
+        images = RowImages(row_images.find_columns(table, predicate.column_names), rows)
+        replaced = row_images.with_overlays([predicate.condition], self.overlays, params, images)
         if replaced is None:
             return None
         (condition,), ctes = replaced
-        return SqlQuery(matching_pairs_sql(table, predicate, argument_of, condition, ctes), params)
+        return SqlQuery(_pairs_sql(self.test, condition, ctes), params)
 
     def accept(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Take the statement's result."""
@@ -139,11 +133,6 @@ class KeyQuestion:
         self.keys_by_row = [set() for _ in self.rows]
 
     @property
-    def collection_name(self) -> str:
-        """The rows' collection."""
-        return self.remote_key.collection.name
-
-    @property
     def subject(self) -> RemoteKey:
         """What all questions of its kind share: circuit breakers and costs are kept by it."""
         return self.remote_key
@@ -163,20 +152,20 @@ class KeyQuestion:
         """
         values, table = self.remote_key.sql_values, self.remote_key.collection.table
         has_wanted_keys = self.wanted_keys is not None
-        params = image_params(self.rows)
+        params = row_images.image_params(self.rows)
         for name, binding in values.bindings.items():
             params[name] = _shared_value(binding, self.macro_values)
         params["limit"] = self.max_texts_per_row + 1 if self._has_limit else None
         params["wanted"] = self.wanted_keys
         if not self.overlays:
-            keys_sql = _wanted_keys_sql if has_wanted_keys else _all_keys_sql
-            return SqlQuery(keys_sql(self.remote_key), params)
-        images = RowImages(find_columns(table, values.column_names), self.rows)
-        replaced = with_overlays([values.select], self.overlays, params, images)
+            plain_sql = _plain_wanted_keys_sql if has_wanted_keys else _plain_keys_sql
+            return SqlQuery(plain_sql(self.remote_key), params)
+        images = RowImages(row_images.find_columns(table, values.column_names), self.rows)
+        replaced = row_images.with_overlays([values.select], self.overlays, params, images)
         if replaced is None:
             return None
         (select,), ctes = replaced
-        sql = matching_keys_sql(table, values, select, ctes, has_wanted_keys=has_wanted_keys)
+        sql = _keys_sql(self.remote_key, select, ctes, has_wanted_keys=has_wanted_keys)
         return SqlQuery(sql, params)
 
     def accept(self, rows: Sequence[tuple[object, ...]]) -> None:
@@ -192,14 +181,7 @@ class KeyQuestion:
         if len(self.rows) == 1:
             return
         for position, row in enumerate(self.rows):
-            part = KeyQuestion(
-                remote_key=self.remote_key,
-                rows=[row],
-                macro_values=self.macro_values,
-                max_texts_per_row=self.max_texts_per_row,
-                wanted_keys=self.wanted_keys,
-                overlays=self.overlays,
-            )
+            part = replace(self, rows=[row], is_postponed=False)
             yield part
             self.keys_by_row[position] = part.keys_by_row[0]
 
@@ -238,20 +220,71 @@ def _shared_value(binding: Binding, macro_values: MacroValues | Mapping[Macro, S
             raise AssertionError("a caller's parameter differs per pair")
 
 
-@cached_per_object
-def _pairs_sql(test: Test) -> str:
-    predicate = test.sql_predicate
-    return matching_pairs_sql(
-        test.collection.table, predicate, _pair_parameters(test), predicate.condition
+# --- statements
+
+
+def _pairs_sql(
+    test: Test, condition: Sql | None = None, overlay_ctes: Sequence[exp.CTE] = ()
+) -> str:
+    """Return the statement for the numbers of the pairs of a row and arguments that match.
+
+    What differs per pair is given as arrays, as are ``n``, the pairs' numbers, and ``at``, the
+    rows' numbers; if nothing does, rows are numbered. ``condition`` is the test's, reading
+    ``overlay_ctes`` in place of tables.
+    """
+    predicate, table, names = test.sql_predicate, test.collection.table, _pair_parameters(test)
+    condition = predicate.condition if condition is None else condition
+    if not names:
+        return row_images.matching_rows_sql(table, predicate.column_names, condition, overlay_ctes)
+    rows, ordinal = row_images.images_table(table, predicate.column_names)
+    is_row = nodes.binary(exp.EQ, nodes.column(ROW_ALIAS, ordinal), nodes.column("q", "at"))
+    arrays = [row_images.integer_array(name) for name in ("n", "at")]
+    for name in names:
+        type_ = f"{FORM_TYPES[predicate.bindings[name].form]}[]"
+        arrays.append(nodes.cast(nodes.placeholder(name), type_))
+
+    def read_pair(node: exp.Expr) -> exp.Expr:
+        is_of_pair = isinstance(node, exp.Placeholder) and node.name in names
+        return nodes.column("q", node.name) if is_of_pair else node
+
+    select = nodes.select(
+        [nodes.column("q", "n")],
+        row_images.unnest_arrays("q", ["n", "at", *names], arrays),
+        joins=[exp.Join(this=rows, on=is_row)],
+        where=condition.copy().transform(read_pair),
     )
+    return nodes.to_text(select, overlay_ctes)
 
 
-def _keys_sql(remote_key: RemoteKey, *, has_wanted_keys: bool) -> str:
+def _keys_sql(
+    remote_key: RemoteKey,
+    select: Sql | None = None,
+    overlay_ctes: Sequence[exp.CTE] = (),
+    *,
+    has_wanted_keys: bool,
+) -> str:
+    """Return the statement for the numbers of rows, and the distinct keys of each.
+
+    ``select`` is that of the key's values, reading ``overlay_ctes`` in place of tables. With
+    ``has_wanted_keys`` only the keys in the array ``wanted`` are returned. ``limit`` bounds how
+    many of one row are.
+    """
     values = remote_key.sql_values
-    return matching_keys_sql(
-        remote_key.collection.table, values, values.select, has_wanted_keys=has_wanted_keys
-    )
+    inner = (values.select if select is None else select).copy()
+    assert isinstance(inner, exp.Select)
+    if has_wanted_keys:
+        (text,) = inner.expressions
+        wanted = exp.Any(this=exp.Paren(this=nodes.cast(nodes.placeholder("wanted"), "text[]")))
+        is_wanted = exp.EQ(this=nodes.collate_c(text), expression=wanted)
+        inner.set("where", exp.Where(this=nodes.all_of(inner.args["where"].this, is_wanted)))
+    limit = nodes.cast(nodes.placeholder("limit"), nodes.BIGINT)
+    rows, ordinal = row_images.images_table(remote_key.collection.table, values.column_names)
+    numbers = [nodes.column(ROW_ALIAS, ordinal)]
+    keys = row_images.distinct_values(inner, limit, ["value"], rows, numbers)
+    return nodes.to_text(keys, overlay_ctes)
 
 
-_all_keys_sql = cached_per_object(partial(_keys_sql, has_wanted_keys=False))
-_wanted_keys_sql = cached_per_object(partial(_keys_sql, has_wanted_keys=True))
+_plain_pairs_sql = cached_per_object(_pairs_sql)
+_plain_keys_sql = cached_per_object(partial(_keys_sql, has_wanted_keys=False))
+_plain_wanted_keys_sql = cached_per_object(partial(_keys_sql, has_wanted_keys=True))
+"""Without overlays."""

@@ -23,6 +23,7 @@ from pgrealtime.errors import RuleError
 from pgrealtime.rules.engine.formula import Formula, Test, TestCall, conjunction, disjunction
 from pgrealtime.rules.engine.index_keys import KeyRegistry
 from pgrealtime.rules.engine.plan import BoundPredicate, Plan
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.parameters import (
     CALLER_ID_PARAMETER,
     CallerColumn,
@@ -35,20 +36,11 @@ from pgrealtime.rules.language.parameters import (
     parameter_value,
 )
 from pgrealtime.rules.language.predicate import (
-    Comparison,
     Condition,
     Conjunction,
     DenyAll,
-    Disjunction,
-    NestedRule,
     Predicate,
-    caller_columns,
-    comparisons,
     condition_parameters,
-    independent_parts,
-    lift_literals,
-    number_literals_from_zero,
-    reads_caller_row,
 )
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
@@ -81,7 +73,7 @@ class _SharedPredicate:
         return any(
             isinstance(parameter, RequestValue) and parameter.path[0] == "auth"
             for parameter in self.parameters
-        ) or bool(caller_columns(self.where))
+        ) or bool(predicate.caller_columns(self.where))
 
 
 _ALWAYS_TRUE = _SharedPredicate(Conjunction(()), ())
@@ -184,8 +176,8 @@ class RuleCompiler:
         classes = tuple(
             [
                 fixed_parameter_class(parameter) or parameter_class(value_of(parameter))
-                for predicate in predicates
-                for parameter in predicate.parameters
+                for one in predicates
+                for parameter in one.parameters
             ]
         )
         key = _PlanKey(*names, *predicates, classes, caller_row is not None)
@@ -215,13 +207,13 @@ class RuleCompiler:
 
         def make() -> tuple[tuple[_SharedPredicate, tuple[str | float, ...]], int]:
             collection, auth = self._collection_and_auth(collection_name, auth_name)
-            predicate, literals = lift_literals(
+            resolved, literals = predicate.lift_literals(
                 resolve_filter(text, self._collections, collection, auth, is_superuser=is_superuser)
             )
-            shared = self._shared_filters.get(predicate)
+            shared = self._shared_filters.get(resolved)
             if shared is None:
-                shared = _SharedPredicate(predicate.where, _parameters_of(predicate.where))
-                self._shared_filters[predicate] = shared
+                shared = _SharedPredicate(resolved.where, _parameters_of(resolved.where))
+                self._shared_filters[resolved] = shared
             return (shared, literals), len(text)
 
         return self._filters_by_text.get((collection_name, text, auth_name, is_superuser), make)
@@ -238,7 +230,7 @@ class RuleCompiler:
         if key.filter is _ALWAYS_TRUE:
             return self._cached_rule_plan(key)
         return self._cached_filter_plans.get(
-            key, lambda: (self._make_plan(key), len(comparisons(key.filter.where)))
+            key, lambda: (self._make_plan(key), len(predicate.comparisons(key.filter.where)))
         )
 
     def _make_plan(self, key: _PlanKey) -> Plan:
@@ -249,7 +241,7 @@ class RuleCompiler:
         positions: dict[Parameter | CallerColumn, int] = {}
 
         def compile_part(part: Condition) -> TestCall:
-            condition, original = number_literals_from_zero(part)
+            condition, original = predicate.number_literals_from_zero(part)
             part_classes = {
                 parameter: parameter_class(parameter.value)
                 if isinstance(parameter, LiteralParameter)
@@ -285,27 +277,22 @@ class RuleCompiler:
         is_row_bound: bool,
     ) -> Test:
         """Return the one test of a condition, for parameters of those classes."""
-        reads_row = reads_caller_row(condition)
+        reads_row = predicate.reads_caller_row(condition)
         if not reads_row and CALLER_ID_PARAMETER not in parameter_classes:
             auth = None  # the same test for callers of every auth collection
         is_caller_row_bound = is_row_bound and reads_row
+        auth_name = None if auth is None else auth.name
         # 0.0 and -0.0 are equal, but not the same text.
         literals = tuple(str(p.value) for p in parameter_classes if isinstance(p, LiteralParameter))
-        identity = (
-            collection.name,
-            None if auth is None else auth.name,
-            condition,
-            tuple(parameter_classes.values()),
-            literals,
-            is_caller_row_bound,
-        )
+        classes = tuple(parameter_classes.values())
+        identity = (collection.name, auth_name, condition, classes, literals, is_caller_row_bound)
         test = self._tests.get(identity)
         if test is None:
             test = self._tests[identity] = Test(
-                self._collections,
-                collection,
-                condition,
-                parameter_classes,
+                collections=self._collections,
+                collection=collection,
+                condition=condition,
+                parameter_classes=parameter_classes,
                 auth_collection=auth,
                 is_caller_row_bound=is_caller_row_bound,
                 is_utf8=self._is_utf8,
@@ -316,9 +303,9 @@ class RuleCompiler:
 def _split(condition: Condition, compile_part: Callable[[Condition], Formula]) -> Formula:
     """Return the condition as a formula over parts that share no join, each compiled once."""
     match condition:
-        case Comparison() | NestedRule():
+        case predicate.Comparison() | predicate.NestedRule():
             return compile_part(condition)
-        case Disjunction(parts):
+        case predicate.Disjunction(parts):
             return disjunction([_split(part, compile_part) for part in parts])
         case Conjunction():
             return conjunction(
@@ -326,7 +313,7 @@ def _split(condition: Condition, compile_part: Callable[[Condition], Formula]) -
                     compile_part(part)
                     if isinstance(part, Conjunction)
                     else _split(part, compile_part)
-                    for part in independent_parts(condition)
+                    for part in predicate.independent_parts(condition)
                 ]
             )
 

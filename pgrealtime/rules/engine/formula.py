@@ -20,11 +20,12 @@ from pgrealtime.rules.language.predicate import (
     columns_read,
     varying_parameters,
 )
-from pgrealtime.rules.memory.conditions import CompiledCondition, compile_condition
+from pgrealtime.rules.memory.conditions import compile_condition
 from pgrealtime.rules.memory.operands import CompileContext
 from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
 
 
+@dataclass(eq=False, kw_only=True)
 class Test:
     """A condition on one row of a collection, compiled for parameters of given classes.
 
@@ -43,39 +44,29 @@ class Test:
         is_row_independent: Whether the verdict depends on the caller alone, not on row and time.
     """
 
-    def __init__(
-        self,
-        collections: Collections,
-        collection: Collection,
-        condition: Condition,
-        parameter_classes: Mapping[Parameter, ParameterClass],
-        *,
-        auth_collection: Collection | None = None,
-        is_caller_row_bound: bool = False,
-        is_utf8: bool = True,
-    ) -> None:
-        self.collections = collections
-        self.collection = collection
-        self.condition = condition
-        self.parameter_classes = parameter_classes
-        self._auth_collection = auth_collection
-        self._is_caller_row_bound = is_caller_row_bound
+    collections: Collections
+    collection: Collection
+    condition: Condition
+    parameter_classes: Mapping[Parameter, ParameterClass]
+    auth_collection: Collection | None
+    is_caller_row_bound: bool
+    is_utf8: bool
+
+    def __post_init__(self) -> None:
         self.caller_parameters, self.macros = varying_parameters(
-            condition, is_caller_row_bound=is_caller_row_bound
+            self.condition, is_caller_row_bound=self.is_caller_row_bound
         )
         arguments = (*self.caller_parameters, *self.macros)
         self.memory_context = CompileContext(
-            parameter_classes=parameter_classes,
+            parameter_classes=self.parameter_classes,
             argument_index={parameter: index for index, parameter in enumerate(arguments)},
-            is_utf8=is_utf8,
+            is_utf8=self.is_utf8,
         )
-        self.in_process: CompiledCondition | None = compile_condition(
-            condition, self.memory_context
-        )
+        self.in_process = compile_condition(self.condition, self.memory_context)
         self.column_names = (
             frozenset(self.sql_predicate.column_names)
             if self.in_process is None
-            else columns_read(condition)
+            else columns_read(self.condition)
         )
         self.is_row_independent = bool(self.in_process) and not (self.column_names or self.macros)
 
@@ -90,8 +81,8 @@ class Test:
             Predicate(collection_name=self.collection.name, where=self.condition),
             self.collections,
             self.parameter_classes,
-            auth_collection=self._auth_collection,
-            is_caller_row_bound=self._is_caller_row_bound,
+            auth_collection=self.auth_collection,
+            is_caller_row_bound=self.is_caller_row_bound,
         )
 
 

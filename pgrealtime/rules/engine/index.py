@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from enum import Enum, auto
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pgrealtime.changes import Row
@@ -169,10 +168,8 @@ class RemoteEntries(KeyEntries[M]):
 
 _Guards: TypeAlias = tuple[Formula, ...]
 _ENTRIES_CLASSES: dict[LookupKind, type[KeyEntries[Any]]] = {
-    LookupKind.KEY: KeyEntries,
     LookupKind.REMOTE: RemoteEntries,
     LookupKind.RANGE: RangeEntries,
-    LookupKind.EXCEPT: KeyEntries,
 }
 
 
@@ -184,15 +181,6 @@ class PredicateIndex(Generic[M]):
         remote_entries: Members under keys that PostgreSQL names.
     """
 
-    __slots__ = (
-        "_except_entries",
-        "_key_entries",
-        "_range_entries",
-        "_without_key",
-        "remote_entries",
-        "unindexed",
-    )
-
     def __init__(self) -> None:
         self._key_entries: dict[tuple[RowKeyReader, ...], KeyEntries[M]] = {}
         self._range_entries: dict[tuple[RowKeyReader, Op], RangeEntries[M]] = {}
@@ -201,16 +189,15 @@ class PredicateIndex(Generic[M]):
         """Members whose values make no key, such as a date 'infinity': every row tests them."""
         self.unindexed: dict[tuple[_Guards, bool], dict[M, None]] = {}
         self.remote_entries: dict[RemoteKey, RemoteEntries[M]] = {}
+        self._entries_of_kind: dict[LookupKind, dict[Any, Any]] = {
+            LookupKind.KEY: self._key_entries,
+            LookupKind.RANGE: self._range_entries,
+            LookupKind.EXCEPT: self._except_entries,
+            LookupKind.REMOTE: self.remote_entries,
+        }
 
     def __bool__(self) -> bool:
-        return bool(
-            self._key_entries
-            or self._range_entries
-            or self._except_entries
-            or self._without_key
-            or self.unindexed
-            or self.remote_entries
-        )
+        return any((*self._entries_of_kind.values(), self._without_key, self.unindexed))
 
     def add(self, member: M) -> None:
         """Add a member under all its paths."""
@@ -248,26 +235,15 @@ class PredicateIndex(Generic[M]):
             if not entries.guard_counts[path.guards]:
                 del entries.guard_counts[path.guards]
         if not entries:
-            self._entries_of_kind(path.kind).pop(path.entries_key, None)
+            self._entries_of_kind[path.kind].pop(path.entries_key, None)
 
     def _entries_for(self, path: IndexPath) -> KeyEntries[M]:
         """Return the entries of a path, which are made if there are none."""
-        of_kind, entries_key = self._entries_of_kind(path.kind), path.entries_key
+        of_kind, entries_key = self._entries_of_kind[path.kind], path.entries_key
         entries: KeyEntries[M] | None = of_kind.get(entries_key)
         if entries is None:
-            entries = of_kind[entries_key] = _ENTRIES_CLASSES[path.kind]()
+            entries = of_kind[entries_key] = _ENTRIES_CLASSES.get(path.kind, KeyEntries)()
         return entries
-
-    def _entries_of_kind(self, kind: LookupKind) -> dict[Any, Any]:
-        match kind:
-            case LookupKind.KEY:
-                return self._key_entries
-            case LookupKind.RANGE:
-                return self._range_entries
-            case LookupKind.REMOTE:
-                return self.remote_entries
-            case _:
-                return self._except_entries
 
     def candidates(
         self, row: Row, missing_columns: frozenset[str]
@@ -283,21 +259,20 @@ class PredicateIndex(Generic[M]):
         for readers, entries in self._key_entries.items():
             if not missing or all(missing.isdisjoint(reader.columns) for reader in readers):
                 yield from _candidates_by_key(readers, entries, row)
-        for entries_key, bounds in self._range_entries.items():
-            reader, op = entries_key
+        for (reader, op), bounds in self._range_entries.items():
             if missing.isdisjoint(reader.columns):
-                value = _row_key(reader, row)
-                if isinstance(value, _UndecidedKey):
+                keys = _read_keys(reader, row)
+                if keys is None:
                     yield None, bounds.all()
                 else:
-                    yield entries_key, bounds.matching(op, value)
+                    yield (reader, op), bounds.matching(op, keys[0])
         for reader, entries in self._except_entries.items():
             if missing.isdisjoint(reader.columns):
-                value = _row_key(reader, row)
-                if isinstance(value, _UndecidedKey):
+                keys = _read_keys(reader, row)
+                if keys is None:
                     yield None, entries.all()
                 else:
-                    yield reader, entries.all_except(value)
+                    yield reader, entries.all_except(keys[0])
 
     def entries_of_missing_columns(
         self, missing_columns: frozenset[str]
@@ -316,12 +291,6 @@ class PredicateIndex(Generic[M]):
                 yield entries
 
 
-class _UndecidedKey(Enum):
-    """Marks a key that only PostgreSQL can compute."""
-
-    VALUE = auto()
-
-
 def _member_key(path: IndexPath, member: Member) -> Hashable | None:
     """Return the key a member is found by; ``_UNKNOWN_KEY`` if its values make none."""
     try:
@@ -330,12 +299,12 @@ def _member_key(path: IndexPath, member: Member) -> Hashable | None:
         return _UNKNOWN_KEY
 
 
-def _row_key(reader: RowKeyReader, row: Row) -> SqliteValue | _UndecidedKey:
+def _read_keys(reader: RowKeyReader, row: Row) -> Sequence[SqliteValue] | None:
+    """Return the row's keys; None if only PostgreSQL can compute them."""
     try:
-        (value,) = reader.read_keys(row)
+        return reader.read_keys(row)
     except Exception:  # noqa: BLE001 (whatever it is, all members are tested)
-        return _UndecidedKey.VALUE
-    return value
+        return None
 
 
 def _candidates_by_key(
@@ -343,7 +312,7 @@ def _candidates_by_key(
 ) -> Iterator[tuple[Hashable | None, Iterable[M]]]:
     try:
         keys = _row_keys(readers, row)
-    except Exception:  # noqa: BLE001 (as in _row_key)
+    except Exception:  # noqa: BLE001 (as in _read_keys)
         yield None, entries.all()
         return
     for key in keys:

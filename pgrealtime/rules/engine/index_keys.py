@@ -9,7 +9,7 @@ it can name.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import count
 from weakref import WeakValueDictionary
@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.rules.engine.formula import Test
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.comparison import (
     ComparisonKind,
     ValueComparison,
@@ -25,18 +26,7 @@ from pgrealtime.rules.language.comparison import (
     traits,
 )
 from pgrealtime.rules.language.parameters import Macro, Parameter, ParameterClass
-from pgrealtime.rules.language.predicate import (
-    Comparison,
-    Condition,
-    FieldValue,
-    JsonValue,
-    ParameterTerm,
-    ScopeRow,
-    Term,
-    columns_read,
-    condition_parameters,
-    row_path_of,
-)
+from pgrealtime.rules.language.predicate import Comparison, Condition, ParameterTerm, Term
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.memory.compare import SqliteValue
 from pgrealtime.rules.memory.operands import (
@@ -81,8 +71,9 @@ def key_comparison(comparison: Comparison, context: CompileContext) -> KeyCompar
     op, left, right = comparison.op, comparison.left, comparison.right
     if _is_caller_value(left, context) and not _is_caller_value(right, context):
         op, left, right = _MIRRORED_OPERATORS.get(op, op), right, left
-    path = row_path_of(left)
-    if path is None or not isinstance(path.root, ScopeRow) or not _is_caller_value(right, context):
+    path = predicate.row_path_of(left)
+    is_of_row = path is not None and isinstance(path.root, predicate.ScopeRow)
+    if path is None or not is_of_row or not _is_caller_value(right, context):
         return None
     is_list, is_parameter = path.is_multiple, isinstance(right, ParameterTerm)
     if op is not Op.EQ and (is_list or not is_parameter):
@@ -105,7 +96,7 @@ def key_comparison(comparison: Comparison, context: CompileContext) -> KeyCompar
         op=op,
         is_exact=is_parameter and (comparison.is_any or not is_list),
         has_single_key=not is_list,
-        column_names=columns_read(comparison),
+        column_names=predicate.columns_read(comparison),
     )
 
 
@@ -117,7 +108,7 @@ def _is_caller_value(term: Term, context: CompileContext) -> bool:
     match term:
         case ParameterTerm(parameter):
             return parameter in context.argument_index and not isinstance(parameter, Macro)
-        case FieldValue(row_path=path) | JsonValue(row_path=path):
+        case predicate.FieldValue(row_path=path) | predicate.JsonValue(row_path=path):
             return path.is_caller_row
         case _:
             return False
@@ -170,21 +161,19 @@ _NAN = float("nan")
 # --- keys shared by all rules
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class RowKeyReader:
-    """Reads the keys of a row that index entries are found by; NULL is None.
+    """Reads the keys of a row that index entries are found by; NULL is None."""
 
-    ``serial`` puts readers in an order that does not depend on any rule.
-    """
-
-    __slots__ = ("__weakref__", "columns", "has_single_key", "read_keys", "serial")
-
-    def __init__(self, key_comparison: KeyComparison, serial: int) -> None:
-        self.read_keys: Callable[[Row], Sequence[SqliteValue]] = key_comparison.read_row_keys
-        self.columns = key_comparison.column_names
-        self.serial = serial
-        self.has_single_key = key_comparison.has_single_key
+    read_keys: Callable[[Row], Sequence[SqliteValue]]
+    columns: frozenset[str]
+    """Those that it reads."""
+    has_single_key: bool
+    serial: int
+    """Puts readers in an order that does not depend on any rule."""
 
 
+@dataclass(frozen=True, eq=False)
 class RemoteKey:
     """A key of a row that PostgreSQL names: the values of a term on related rows.
 
@@ -192,22 +181,13 @@ class RemoteKey:
     values; None is true. The values are numbers if ``is_numeric``, else texts.
     """
 
-    def __init__(
-        self,
-        collections: Collections,
-        collection: Collection,
-        term: Term,
-        where: Condition | None,
-        parameter_classes: Mapping[Parameter, ParameterClass],
-        *,
-        is_numeric: bool,
-    ) -> None:
-        self.collection = collection
-        self.term = term
-        self.where = where
-        self.is_numeric = is_numeric
-        self._collections = collections
-        self._parameter_classes = parameter_classes
+    collections: Collections
+    collection: Collection
+    term: Term
+    where: Condition | None
+    parameter_classes: Mapping[Parameter, ParameterClass]
+    _: KW_ONLY
+    is_numeric: bool
 
     @cached_property
     def sql_values(self) -> SqlValues:
@@ -216,9 +196,7 @@ class RemoteKey:
         Raises:
             RuleUnsupportedError: PostgreSQL can't evaluate it exactly.
         """
-        return translate_key_values(
-            self.term, self.where, self._collections, self._parameter_classes
-        )
+        return translate_key_values(self.term, self.where, self.collections, self.parameter_classes)
 
     def parse_key(self, text: str) -> SqliteValue:
         """Return the key of index entries for a value in PostgreSQL's text form."""
@@ -235,12 +213,13 @@ class KeyRegistry:
         self._remote_keys: WeakValueDictionary[Hashable, RemoteKey] = WeakValueDictionary()
         self._serials = count()
 
-    def row_key_reader(self, test: Test, key_comparison: KeyComparison) -> RowKeyReader:
+    def row_key_reader(self, test: Test, key: KeyComparison) -> RowKeyReader:
         """Return the reader of a key that one of the test's comparisons reads from rows."""
-        identity = (test.collection.name, key_comparison.reader_identity)
+        identity = (test.collection.name, key.reader_identity)
         reader = self._row_key_readers.get(identity)
         if reader is None:
-            reader = RowKeyReader(key_comparison, next(self._serials))
+            serial = next(self._serials)
+            reader = RowKeyReader(key.read_row_keys, key.column_names, key.has_single_key, serial)
             self._row_key_readers[identity] = reader
         return reader
 
@@ -248,7 +227,7 @@ class KeyRegistry:
         self, test: Test, term: Term, where: Condition | None, *, is_numeric: bool
     ) -> RemoteKey:
         """Return the key that PostgreSQL names for a term of the test."""
-        parameters = () if where is None else condition_parameters(where)
+        parameters = () if where is None else predicate.condition_parameters(where)
         classes = {parameter: test.parameter_classes[parameter] for parameter in parameters}
         identity = (test.collection.name, term, where, tuple(classes.items()), is_numeric)
         remote_key = self._remote_keys.get(identity)

@@ -22,6 +22,7 @@ from pgrealtime.rules.engine.formula import (
     is_caller_independent,
 )
 from pgrealtime.rules.engine.index_keys import KeyRegistry, RemoteKey, RowKeyReader, key_comparison
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.comparison import (
     Affinity,
     ComparisonKind,
@@ -36,23 +37,7 @@ from pgrealtime.rules.language.parameters import (
     SqlForm,
     to_sql_value,
 )
-from pgrealtime.rules.language.predicate import (
-    CallerRow,
-    Comparison,
-    Condition,
-    Conjunction,
-    Disjunction,
-    EachTerm,
-    FieldValue,
-    Modifier,
-    NestedRule,
-    ParameterTerm,
-    Term,
-    condition_parameters,
-    is_multiple,
-    reads_caller_row,
-    row_path_of,
-)
+from pgrealtime.rules.language.predicate import Comparison, Condition, Conjunction, ParameterTerm
 from pgrealtime.rules.language.sqlite_values import Scalar, exact_number
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.memory.compare import SqliteValue, nearest_double
@@ -134,11 +119,7 @@ class IndexPath:
     @property
     def is_scan(self) -> bool:
         """Whether a row tests callers that may not match, in proportion to their number."""
-        return not self.is_exact and self.kind in {
-            LookupKind.ALL,
-            LookupKind.EXCEPT,
-            LookupKind.RANGE,
-        }
+        return not self.is_exact and self.kind not in {LookupKind.KEY, LookupKind.REMOTE}
 
 
 def index_paths(formula: Formula, registry: KeyRegistry) -> list[IndexPath]:
@@ -170,11 +151,8 @@ def paths_by_entries_key(paths: Sequence[IndexPath], formula: Formula) -> dict[H
     for path in paths:
         key = path.entries_key
         known = found.setdefault(key, path)
-        if (known.guards, known.residual, known.implied_test_call) != (
-            path.guards,
-            path.residual,
-            path.implied_test_call,
-        ):
+        tested = path.guards, path.residual, path.implied_test_call
+        if (known.guards, known.residual, known.implied_test_call) != tested:
             found[key] = replace(path, guards=(), residual=formula, implied_test_call=None)
     return found
 
@@ -246,17 +224,13 @@ def _paths_of_condition(
         case Comparison():
             return _paths_of_comparison(condition, other_conjuncts, test_call, registry)
         case Conjunction(parts):
-            alternatives = [
-                paths
-                for i, part in enumerate(parts)
-                if (
-                    paths := _paths_of_condition(
-                        part, [*other_conjuncts, *parts[:i], *parts[i + 1 :]], test_call, registry
-                    )
-                )
-            ]
-            return min(alternatives, key=_cost) if alternatives else None
-        case Disjunction(parts):
+            alternatives = []
+            for i, part in enumerate(parts):
+                others = [*other_conjuncts, *parts[:i], *parts[i + 1 :]]
+                if paths := _paths_of_condition(part, others, test_call, registry):
+                    alternatives.append(paths)
+            return min(alternatives, key=_cost, default=None)
+        case predicate.Disjunction(parts):
             part_paths: list[IndexPath] = []
             for part in parts:
                 paths = _paths_of_condition(part, other_conjuncts, test_call, registry)
@@ -266,7 +240,7 @@ def _paths_of_condition(
                     replace(path, residual=test_call, implied_test_call=None) for path in paths
                 )
             return part_paths
-        case NestedRule():
+        case predicate.NestedRule():
             return None
 
 
@@ -276,11 +250,10 @@ def _paths_of_comparison(
     test_call: TestCall,
     registry: KeyRegistry,
 ) -> list[IndexPath] | None:
-    path = (
-        _row_key_path(comparison, test_call, registry)
-        if test_call.test.in_process is not None
-        else _remote_key_path(comparison, other_conjuncts, test_call, registry)
-    )
+    if test_call.test.in_process is not None:
+        path = _row_key_path(comparison, test_call, registry)
+    else:
+        path = _remote_key_path(comparison, other_conjuncts, test_call, registry)
     if path is None:
         return None
     is_whole_test = comparison is test_call.test.condition or (
@@ -300,9 +273,8 @@ def _row_key_path(
     if key is None:
         return None
     reader = registry.row_key_reader(test_call.test, key)
-    kind = {Op.EQ: LookupKind.KEY, Op.NE: LookupKind.EXCEPT}.get(key.op, LookupKind.RANGE)
     return IndexPath(
-        kind=kind,
+        kind={Op.EQ: LookupKind.KEY, Op.NE: LookupKind.EXCEPT}.get(key.op, LookupKind.RANGE),
         row_key_readers=(reader,),
         op=key.op,
         caller_key_readers=(_caller_key_reader(test_call.argument_positions, key.read_caller_key),),
@@ -334,8 +306,8 @@ def _remote_key_path(
         term, other = other, term
     if not isinstance(other, ParameterTerm) or other.parameter not in test.caller_parameters:
         return None
-    path = row_path_of(term)
-    if path is None or isinstance(path.root, CallerRow):
+    path = predicate.row_path_of(term)
+    if path is None or isinstance(path.root, predicate.CallerRow):
         return None
     plan = plan_values(Op.EQ, term, other, test.parameter_classes)
     form = _key_form(term, test.parameter_classes[other.parameter])
@@ -348,7 +320,7 @@ def _remote_key_path(
         kind=LookupKind.REMOTE,
         remote_key=registry.remote_key(test, term, where, is_numeric=form is SqlForm.NUMBER),
         caller_key_readers=(lambda values: _to_key(values[i], form, is_double=is_double(term)),),
-        residual=True if comparison.is_any or not is_multiple(term) else test_call,
+        residual=True if comparison.is_any or not predicate.is_multiple(term) else test_call,
     )
 
 
@@ -360,20 +332,20 @@ def _to_key(value: Scalar, form: SqlForm, *, is_double: bool) -> SqliteValue:
     return nearest_double(number) if is_double else number
 
 
-def _key_form(term: Term, parameter_class: ParameterClass) -> SqlForm | None:
+def _key_form(term: predicate.Term, parameter_class: ParameterClass) -> SqlForm | None:
     """Return how values of a term equal a parameter's: as texts or numbers; None if they never do.
 
     The parameter has that class.
     """
     affinity = traits(term, {}).affinity
     match term:
-        case FieldValue(modifier=Modifier.LENGTH):
+        case predicate.FieldValue(modifier=predicate.Modifier.LENGTH):
             return SqlForm.NUMBER if parameter_class.is_number else None
-        case FieldValue(field=field_) if field_.is_multiple:
+        case predicate.FieldValue(field=field_) if field_.is_multiple:
             return None
-        case FieldValue(field=field_, modifier=Modifier.WHOLE | Modifier.EACH):
+        case predicate.FieldValue(_, field_, predicate.Modifier.WHOLE | predicate.Modifier.EACH):
             is_number = field_.kind in {FieldKind.NUMBER, FieldKind.BOOL}
-        case FieldValue() | EachTerm():
+        case predicate.FieldValue() | predicate.EachTerm():
             is_number = affinity is Affinity.NUMERIC
         case _:
             return None
@@ -386,6 +358,7 @@ def _key_form(term: Term, parameter_class: ParameterClass) -> SqlForm | None:
 
 
 def _is_caller_dependent(condition: Condition) -> bool:
-    return reads_caller_row(condition) or any(
-        not isinstance(p, (LiteralParameter, Macro)) for p in condition_parameters(condition)
+    parameters = predicate.condition_parameters(condition)
+    return predicate.reads_caller_row(condition) or any(
+        not isinstance(parameter, (LiteralParameter, Macro)) for parameter in parameters
     )

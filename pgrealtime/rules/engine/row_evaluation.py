@@ -413,9 +413,7 @@ class RowEvaluation(Generic[M]):
     def undecided_members(self) -> Iterator[M]:
         """The members whose verdict, or whose being found at all, depends on open questions."""
         if any(self.can_be_answered(test) for test, _ in self.open_tests()):
-            yield from self._open_members
-            for index, guards, is_exact in self._open_guards:
-                yield from index.unindexed.get((guards, is_exact), {})
+            yield from self._members_with_open_tests()
         for remote_key in self.open_keys:
             for entries in self._remote_entries(remote_key):
                 yield from entries.all()
@@ -428,10 +426,13 @@ class RowEvaluation(Generic[M]):
         """
         if not self.missing_columns or not self.is_missing_column_unknown:
             return frozenset()
-        members = dict(self._open_members)
-        for index, guards, is_exact in self._open_guards:
-            members.update(index.unindexed.get((guards, is_exact), {}))
+        members = dict.fromkeys(self._members_with_open_tests())
         return members.keys() - self.hits.keys()
+
+    def _members_with_open_tests(self) -> Iterator[M]:
+        yield from self._open_members
+        for index, guards, is_exact in self._open_guards:
+            yield from index.unindexed.get((guards, is_exact), {})
 
     def overlays(self, tables: Iterable[TableName]) -> tuple[Overlay, ...]:
         """Return the former state of those tables that the row's transaction changed."""

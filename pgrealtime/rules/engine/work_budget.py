@@ -7,6 +7,7 @@ that budget for each member; the evaluator and ``rule_queries`` make the ``Filte
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from pgrealtime.rules.engine.index import Member
@@ -20,6 +21,7 @@ _WORK_PER_TEST = 2.0
 """Units that any test counts for."""
 
 
+@dataclass(slots=True, eq=False)
 class FilterWorkBudget(Generic[M]):
     """Limits the work of clients' filters for the rows of a batch. Rules are not limited here.
 
@@ -33,19 +35,12 @@ class FilterWorkBudget(Generic[M]):
         costly_members: Those of them whose own filter used more.
     """
 
-    def __init__(
-        self,
-        *,
-        work_per_filter: float = math.inf,
-        total_work: float = math.inf,
-        is_shared: bool = False,
-    ) -> None:
-        self.work_per_filter = work_per_filter
-        self.total_work = total_work
-        self.is_shared = is_shared
-        self.late_members: dict[M, None] = {}
-        self.costly_members: dict[M, None] = {}
-        self.work_used = 0.0
+    work_per_filter: float = math.inf
+    total_work: float = math.inf
+    is_shared: bool = False
+    late_members: dict[M, None] = field(default_factory=dict)
+    costly_members: dict[M, None] = field(default_factory=dict)
+    work_used: float = 0.0
 
     def may_test(self, member: M) -> bool:
         """Whether a member's filter is run; a member that may not is late from now on."""
@@ -55,11 +50,9 @@ class FilterWorkBudget(Generic[M]):
 
     def record_work(self, member: M) -> bool:
         """Add what the member's filter has used of ``WORK_BUDGET``; return whether it is late."""
-        self.work_used += (
-            _WORK_PER_TEST + self.work_per_filter - WORK_BUDGET.units_left
-            if self.work_per_filter < math.inf
-            else _WORK_PER_TEST
-        )
+        self.work_used += _WORK_PER_TEST
+        if self.work_per_filter < math.inf:
+            self.work_used += self.work_per_filter - WORK_BUDGET.units_left
         if WORK_BUDGET.units_left >= 0 or not self.is_shared:
             return False
         self.late_members[member] = self.costly_members[member] = None

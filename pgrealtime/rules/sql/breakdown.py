@@ -10,56 +10,26 @@ and lifts literals, while a person wants the comparisons as they were written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
-from sqlglot import exp
-
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.changes import Row
-from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
+from pgrealtime.collections.model import Collection, Collections, FieldKind
+from pgrealtime.rules.language import predicate, syntax
 from pgrealtime.rules.language.parameters import (
     LiteralParameter,
     Parameter,
-    ParameterClass,
     RequestValue,
     parameter_class,
     parameter_value,
 )
-from pgrealtime.rules.language.predicate import (
-    AbsentEach,
-    Comparison,
-    FieldValue,
-    GeoDistance,
-    JsonValue,
-    Keyword,
-    Modifier,
-    ParameterTerm,
-    SecretTerm,
-    Strftime,
-    Term,
-    ToEach,
-    comparisons,
-    condition_parameters,
-    row_path_of,
-)
+from pgrealtime.rules.language.predicate import Term
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import resolve_filter, resolve_rule
 from pgrealtime.rules.language.sqlite_values import Scalar
-from pgrealtime.rules.language.syntax import (
-    AndNode,
-    CallNode,
-    ComparisonNode,
-    ExpressionNode,
-    IdentifierNode,
-    LiteralNode,
-    Op,
-    OperandNode,
-    OrNode,
-    parse_expression,
-)
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.conditions import SqlValues
 from pgrealtime.rules.sql.joins import Scope, Translation
@@ -68,10 +38,10 @@ from pgrealtime.rules.sql.reference import (
     ReferenceQuery,
     SqlQuery,
     auth_collection_of,
-    query_of_predicate,
+    query_of_predicates,
     sql_params,
 )
-from pgrealtime.rules.sql.row_images import image_params, images_table
+from pgrealtime.rules.sql.row_images import distinct_values, image_params, images_table
 
 MAX_SHOWN_VALUES = 5
 """Values shown of one operand; one more is fetched, to see whether there are more."""
@@ -85,15 +55,9 @@ class Clause:
     operator: str
     right: str
 
-    @property
-    def display_text(self) -> str:
-        """The text to print."""
-        return f"{self.left} {self.operator} {self.right}"
-
-    @property
-    def rule_text(self) -> str:
-        """The text to resolve, no longer than the original: the length of filters is limited."""
-        return f"{self.left}{self.operator}{self.right}"
+    def text(self, space: str) -> str:
+        """Return its text, with ``space`` about operators."""
+        return space.join((self.left, self.operator, self.right))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +67,18 @@ class ClauseGroup:
     is_conjunction: bool
     fragments: tuple[RuleFragment, ...]
 
-    @property
-    def display_text(self) -> str:
-        """The text to print."""
-        sign = " && " if self.is_conjunction else " || "
-        return sign.join(
-            f"({p.display_text})" if isinstance(p, ClauseGroup) else p.display_text
-            for p in self.fragments
-        )
+    def text(self, space: str) -> str:
+        """Return its text, with ``space`` about operators.
 
-    @property
-    def rule_text(self) -> str:
-        """The text to resolve, no longer than the original: ``&&`` needs no brackets in ``||``."""
-        if not self.is_conjunction:
-            return "||".join(part.rule_text for part in self.fragments)
-        return "&&".join(
-            f"({p.rule_text})" if isinstance(p, ClauseGroup) else p.rule_text
-            for p in self.fragments
+        To be resolved it has none, and is no longer than the original: the length of filters is
+        limited, and ``&&`` needs no brackets in ``||``. To be printed it has those too.
+        """
+        is_bracketed = bool(space) or self.is_conjunction
+        return f"{space}{'&&' if self.is_conjunction else '||'}{space}".join(
+            f"({part.text(space)})"
+            if is_bracketed and isinstance(part, ClauseGroup)
+            else part.text(space)
+            for part in self.fragments
         )
 
 
@@ -132,25 +91,25 @@ def split_rule(text: str) -> RuleFragment:
     Raises:
         RuleError: It is not of the language.
     """
-    return _fragment(parse_expression(text), text)
+    return _fragment(syntax.parse_expression(text), text)
 
 
-def _fragment(expression: ExpressionNode, text: str) -> RuleFragment:
+def _fragment(expression: syntax.ExpressionNode, text: str) -> RuleFragment:
     match expression:
-        case ComparisonNode(left, op, is_any, right):
+        case syntax.ComparisonNode(left, op, is_any, right):
             sign = f"?{op.value}" if is_any else op.value
             return Clause(_operand_text(left, text), sign, _operand_text(right, text))
-        case AndNode(parts):
+        case syntax.AndNode(parts):
             return ClauseGroup(True, tuple(_fragment(part, text) for part in parts))
-        case OrNode(parts):
+        case syntax.OrNode(parts):
             return ClauseGroup(False, tuple(_fragment(part, text) for part in parts))
 
 
-def _operand_text(operand: OperandNode, text: str) -> str:
+def _operand_text(operand: syntax.OperandNode, text: str) -> str:
     match operand:
-        case LiteralNode() | IdentifierNode():
+        case syntax.LiteralNode() | syntax.IdentifierNode():
             return text[operand.start : operand.end]
-        case CallNode(name, args):
+        case syntax.CallNode(name, args):
             return f"{name}({','.join(_operand_text(arg, text) for arg in args)})"
 
 
@@ -208,23 +167,23 @@ def fragment_queries(
         RuleError: The fragment can't be used by this caller.
     """
     auth = auth_collection_of(collections, request)
-    text = fragment.rule_text
+    text = fragment.text("")
     if is_filter:
         is_superuser = isinstance(request.principal, Superuser)
-        predicate = resolve_filter(text, collections, collection, auth, is_superuser=is_superuser)
+        resolved = resolve_filter(text, collections, collection, auth, is_superuser=is_superuser)
     else:
-        predicate = resolve_rule(text, collections, collection, auth)
+        resolved = resolve_rule(text, collections, collection, auth)
     operands: tuple[OperandValue, ...] = ()
     if isinstance(fragment, Clause):
         values = _OperandValues(collections, collection, request, row, now)
         # The conditions that a filter adds by itself follow its own.
-        first = comparisons(predicate.where)[0]
+        first = predicate.comparisons(resolved.where)[0]
         operands = (
             *values.operand_value(fragment.left, first.left),
             *values.operand_value(fragment.right, first.right),
         )
     return FragmentQueries(
-        reference_query=query_of_predicate(collections, collection, predicate, request),
+        reference_query=query_of_predicates(collections, collection, [resolved], request),
         operand_values=operands,
     )
 
@@ -242,27 +201,27 @@ class _OperandValues:
         value: KnownValue | HiddenValue | SqlQuery
         is_boolean = False
         match term:
-            case ParameterTerm(LiteralParameter()):
+            case predicate.ParameterTerm(LiteralParameter()):
                 return
-            case Keyword() if text.lower() in {"true", "false", "null"}:
+            case predicate.Keyword() if text.lower() in {"true", "false", "null"}:
                 return
-            case Keyword(keyword):
+            case predicate.Keyword(keyword):
                 value = KnownValue(keyword)
-            case AbsentEach():
+            case predicate.AbsentEach():
                 value = KnownValue(None)
-            case ParameterTerm(RequestValue(is_isset=True) as parameter):
+            case predicate.ParameterTerm(RequestValue(is_isset=True) as parameter):
                 value = KnownValue(bool(self._parameter_value(parameter)))
-            case ParameterTerm(parameter):
+            case predicate.ParameterTerm(parameter):
                 value = KnownValue(self._parameter_value(parameter))
             case _ if _is_hidden(term):
                 value = HiddenValue()
             case _:
                 value = self._values_query(term)
                 is_boolean = (
-                    isinstance(term, FieldValue)
+                    isinstance(term, predicate.FieldValue)
                     and term.field.kind is FieldKind.BOOL
                     and not term.field.is_multiple
-                    and term.modifier is Modifier.WHOLE
+                    and term.modifier is predicate.Modifier.WHOLE
                 )
         yield OperandValue(text=text, value=value, is_boolean=is_boolean)
 
@@ -270,61 +229,40 @@ class _OperandValues:
         return parameter_value(parameter, self.request, self.now)
 
     def _values_query(self, term: Term) -> SqlQuery:
-        """Return the query for the values, at most ``MAX_SHOWN_VALUES`` and one more."""
-        parameters = condition_parameters(Comparison(term, Op.EQ, True, Keyword(None)))
+        """Return the query for the values: texts, and whether they are numbers."""
+        condition = predicate.Comparison(term, syntax.Op.EQ, True, predicate.Keyword(None))
         classes = {
-            parameter: parameter_class(self._parameter_value(parameter)) for parameter in parameters
+            parameter: parameter_class(self._parameter_value(parameter))
+            for parameter in predicate.condition_parameters(condition)
         }
-        values = _translate_values(term, self.collections, classes)
+        translation = Translation(collections=self.collections, parameter_classes=classes)
+        scope = Scope(translation, nodes.ROW_ALIAS, is_row_image=True)
+        operand = translate_operand(term, scope, is_strict=False)
+        number = operand.number
+        is_number = nodes.boolean(False) if number is None else nodes.is_not_null(number)
+        values = SqlValues.of_scope(scope, operand.as_text, nodes.boolean(True))  # NULL included
+        values.select.append("expressions", nodes.copy_if_attached(is_number))
         params = image_params([[self.row[column] for column in values.column_names]])
         params |= sql_params(values.bindings, self.request, self.now)
-        return SqlQuery(_shown_values_sql(values, self.collection), params)
-
-
-def _translate_values(
-    term: Term, collections: Collections, parameter_classes: Mapping[Parameter, ParameterClass]
-) -> SqlValues:
-    """Return the values of an operand, NULL included: the text, and whether it is a number."""
-    translation = Translation(collections=collections, parameter_classes=parameter_classes)
-    scope = Scope(translation, nodes.ROW_ALIAS, is_row_image=True)
-    operand = translate_operand(term, scope, is_strict=False)
-    is_number = (
-        nodes.boolean(False) if operand.number is None else nodes.is_not_null(operand.number)
-    )
-    values = SqlValues.of_scope(scope, operand.as_text, nodes.boolean(True))
-    values.select.append("expressions", nodes.copy_if_attached(is_number))
-    return values
-
-
-def _shown_values_sql(values: SqlValues, collection: Collection) -> str:
-    values.select.set("distinct", exp.Distinct())
-    values.select.set("limit", exp.Limit(expression=nodes.number(MAX_SHOWN_VALUES + 1)))
-    shown = "value", "is_number"
-    found = exp.Lateral(
-        this=exp.Subquery(this=values.select), alias=nodes.row_alias("found", *shown)
-    )
-    rows, _ = images_table(collection.table, values.column_names)
-    columns = [nodes.column("found", name) for name in shown]
-    return nodes.to_text(nodes.select(columns, rows, joins=[exp.Join(this=found, kind="CROSS")]))
+        rows, _ = images_table(self.collection.table, values.column_names)
+        limit = nodes.number(MAX_SHOWN_VALUES + 1)
+        shown = distinct_values(values.select, limit, ("value", "is_number"), rows)
+        return SqlQuery(nodes.to_text(shown), params)
 
 
 def _is_hidden(term: Term) -> bool:
     """Return whether the value is made of a field that records hide, or reached through one."""
     match term:
-        case SecretTerm():
+        case predicate.SecretTerm():
             return True
-        case GeoDistance(args):
+        case predicate.GeoDistance(args):
             return any(_is_hidden(arg) for arg in args)
-        case Strftime(time=time):
+        case predicate.Strftime(time=time):
             return time is not None and _is_hidden(time)
         case _:
-            return any(field.is_hidden or field.is_secret for field in _fields_read(term))
-
-
-def _fields_read(term: Term) -> Iterator[Field]:
-    if isinstance(term, FieldValue | JsonValue):
-        yield term.field
-    path = row_path_of(term)
-    for step in () if path is None else path.steps:
-        if not isinstance(step, ToEach):
-            yield step.field
+            path = predicate.row_path_of(term)
+            steps = () if path is None else path.steps
+            fields = [step.field for step in steps if not isinstance(step, predicate.ToEach)]
+            if isinstance(term, predicate.FieldValue | predicate.JsonValue):
+                fields.append(term.field)
+            return any(field.is_hidden or field.is_secret for field in fields)

@@ -238,7 +238,7 @@ def _compare_unnegated(plan: ValueComparison, left: _Side, right: _Side, *, is_s
             text = nodes.collate_c(left.translate().as_text)
             return exp.ILike(this=text, expression=_like_pattern(plan.pattern, right))
         case ComparisonKind.LIKE_NOTHING:
-            return nodes.case((is_not_null(left.translate().as_text), nodes.boolean(False)))
+            return nodes.case((is_not_null(left.translate().as_text), False))
         case ComparisonKind.CONSTANT:
             return nodes.boolean(True)
         case ComparisonKind.BLANK:
@@ -292,17 +292,17 @@ def _equals_truth(side: _Side, flag: _Side) -> Sql:
     truth = nodes.boolean(False) if side.planned.is_empty_text else _truth(side.translate())
     number = flag.translate().number
     assert number is not None
-    return nodes.binary(exp.NullSafeEQ, truth, nodes.binary(exp.NEQ, number, nodes.number(0)))
+    return nodes.binary(exp.NullSafeEQ, truth, nodes.binary(exp.NEQ, number, 0))
 
 
 def _truth(operand: SqlOperand) -> Sql:
     cases: list[tuple[Sql, Sql]] = []
     if operand.number is not None:
-        is_true = nodes.binary(exp.NEQ, operand.number, nodes.number(0))
+        is_true = nodes.binary(exp.NEQ, operand.number, 0)
         cases.append((is_not_null(operand.number), is_true))
     if operand.text is not None:
-        begins = nodes.coalesce(leading_number(operand.text), nodes.number(0))
-        is_true = nodes.binary(exp.NEQ, begins, nodes.number(0))
+        begins = nodes.coalesce(leading_number(operand.text), 0)
+        is_true = nodes.binary(exp.NEQ, begins, 0)
         cases.append((is_not_null(operand.text), is_true))
     return nodes.case(*cases)
 
@@ -312,18 +312,15 @@ def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
     for side, other in ((left, right), (right, left)):
         match side.planned.term, other.planned.term:
             case FieldValue(path, field, Modifier.WHOLE), ParameterTerm(parameter):
-                translation = side.scope.translation
-                form = native_id_form(field.type)
+                translation, form = side.scope.translation, native_id_form(field.type)
                 is_id = field.kind in {FieldKind.TEXT, FieldKind.RELATION} and not field.is_multiple
-                if form is None or not is_id:
-                    continue
-                if translation.parameter_classes[parameter].is_number:
-                    continue
-                assert field.column is not None
-                column = side.scope.column_at(path, field.column.name)
-                return nodes.binary(exp.EQ, column, translation.bind(parameter, form))
+                is_number = translation.parameter_classes[parameter].is_number
+                if form is not None and is_id and not is_number:
+                    assert field.column is not None
+                    column = side.scope.column_at(path, field.column.name)
+                    return nodes.binary(exp.EQ, column, translation.bind(parameter, form))
             case _:
-                continue
+                pass
     return None
 
 
@@ -335,7 +332,7 @@ def _equal(left: SqlOperand, right: SqlOperand) -> Sql:
         return _text_equal(exp.EQ, left, right)
     return nodes.case(
         *_cases_of_same_type(left, right, exp.EQ),
-        (all_of(_is_not_null(left), _is_not_null(right)), nodes.boolean(False)),
+        (all_of(_is_not_null(left), _is_not_null(right)), False),
     )
 
 
@@ -365,10 +362,10 @@ def _is_blank(operand: SqlOperand) -> Sql:
         assert operand.number is not None
         return nodes.is_null(operand.number)
     if operand.number is None:
-        is_empty = nodes.binary(exp.EQ, operand.text, nodes.string(""))
+        is_empty = nodes.binary(exp.EQ, operand.text, "")
         return any_of(all_of(is_not_null(operand.text), is_empty), nodes.is_null(operand.text))
-    text = nodes.coalesce(operand.text, nodes.string(""))
-    return all_of(nodes.is_null(operand.number), nodes.binary(exp.EQ, text, nodes.string("")))
+    text = nodes.coalesce(operand.text, "")
+    return all_of(nodes.is_null(operand.number), nodes.binary(exp.EQ, text, ""))
 
 
 def _empty_text_for_null(operand: SqlOperand) -> SqlOperand:

@@ -88,9 +88,7 @@ def convert_to_text(operand: SqlOperand) -> SqlOperand:
 def _split_numeric_text(text: Sql) -> tuple[Sql, Sql]:
     """Return the number of a text that looks like one, and the text if it doesn't."""
     is_numeric = nodes.matches_regex(text, NUMERIC_TEXT_REGEX)
-    is_short = nodes.binary(
-        exp.LT, nodes.call("length", text), nodes.number(MAX_NUMERIC_TEXT_LENGTH)
-    )
+    is_short = nodes.binary(exp.LT, nodes.call("length", text), MAX_NUMERIC_TEXT_LENGTH)
     number = nodes.case((is_short, nodes.case((is_numeric, nodes.cast(text, nodes.NUMERIC)))))
     rest = nodes.case(
         (is_short, nodes.case((is_numeric, nodes.null()), default=text)), default=text
@@ -116,8 +114,8 @@ def double_or_null(operand: SqlOperand, scope: Scope, *, is_double: bool) -> Sql
         return number
 
     def body(value: Sql) -> Sql:
-        limit = nodes.cast(nodes.string("1e300"), nodes.NUMERIC)
-        not_tiny = nodes.call("round", value, nodes.number(300))
+        limit = nodes.cast("1e300", nodes.NUMERIC)
+        not_tiny = nodes.call("round", value, 300)
         return nodes.case((is_magnitude_below(value, limit), nodes.cast(not_tiny, nodes.DOUBLE)))
 
     return scope.translation.let(nodes.cast(number, nodes.NUMERIC), body)
@@ -136,8 +134,7 @@ def number_text_sql(translation: Translation, number: Sql) -> Sql:
         whole = nodes.cast(nodes.cast(value, nodes.BIGINT), nodes.TEXT)
         is_whole = nodes.binary(exp.EQ, value, nodes.call("trunc", value))
         is_integer = nodes.case(
-            (is_magnitude_below(value, _MAX_DOUBLE_IN_INT64), is_whole),
-            default=nodes.boolean(False),
+            (is_magnitude_below(value, _MAX_DOUBLE_IN_INT64), is_whole), default=False
         )
         return nodes.case((is_integer, whole), default=float_text_sql(translation, value))
 
@@ -148,13 +145,13 @@ def float_text_sql(translation: Translation, number: Sql) -> Sql:
     """Return a float's text, as ``sqlite_values.sqlite_float_text`` does."""
 
     def body(value: Sql) -> Sql:
-        is_negative = nodes.binary(exp.LT, value, nodes.number(0))
-        infinite = nodes.case((is_negative, nodes.string("-Inf")), default=nodes.string("Inf"))
+        is_negative = nodes.binary(exp.LT, value, 0)
+        infinite = nodes.case((is_negative, "-Inf"), default="Inf")
         return nodes.case(
             (nodes.is_null(value), nodes.null()),
-            (nodes.binary(exp.EQ, value, nodes.number(0)), nodes.string("0.0")),
+            (nodes.binary(exp.EQ, value, 0), "0.0"),
             (
-                is_magnitude_below(value, nodes.string("Infinity")),
+                is_magnitude_below(value, "Infinity"),
                 translation.let(_float_digits(value), _digits_as_text),
             ),
             default=infinite,
@@ -164,15 +161,12 @@ def float_text_sql(translation: Translation, number: Sql) -> Sql:
 
 
 _DIGITS_17 = "9.9999999999999999EEEE"
-
-
 _DIGITS_18 = "9.99999999999999999EEEE"
 
 
-def is_magnitude_below(number: Sql, limit: Sql | int) -> Sql:
+def is_magnitude_below(number: Sql, limit: nodes.Operand) -> Sql:
     """Return ``abs(number) < limit``."""
-    bound = nodes.number(limit) if isinstance(limit, int) else limit
-    return nodes.binary(exp.LT, nodes.call("abs", number), bound)
+    return nodes.binary(exp.LT, nodes.call("abs", number), limit)
 
 
 def _float_digits(number: Sql) -> Sql:
@@ -180,34 +174,24 @@ def _float_digits(number: Sql) -> Sql:
     short = nodes.cast(number, "numeric")
     reads_back = nodes.binary(exp.EQ, nodes.cast(short, nodes.DOUBLE), number)
     # Beyond this a number rounded to 15 digits may be none any more.
-    is_safe = is_magnitude_below(number, nodes.string("1e308"))
-    is_short = nodes.case((is_safe, reads_back), default=nodes.boolean(False))
-    printed = nodes.call("to_char", number, nodes.string(_DIGITS_18))
-    mantissa, exponent = (
-        nodes.call("split_part", printed, nodes.string("e"), nodes.number(part)) for part in (1, 2)
-    )
-    rounded = nodes.cast(
-        nodes.call("round", nodes.cast(mantissa, "numeric"), nodes.number(16)), nodes.TEXT
-    )
-    long = nodes.cast(nodes.concatenate(rounded, nodes.string("e"), exponent), "numeric")
+    is_safe = is_magnitude_below(number, "1e308")
+    is_short = nodes.case((is_safe, reads_back), default=False)
+    printed = nodes.call("to_char", number, _DIGITS_18)
+    mantissa, exponent = (nodes.call("split_part", printed, "e", part) for part in (1, 2))
+    rounded = nodes.cast(nodes.call("round", nodes.cast(mantissa, "numeric"), 16), nodes.TEXT)
+    long = nodes.cast(nodes.concatenate(rounded, "e", exponent), "numeric")
     return nodes.case((is_short, short), default=long)
 
 
 def _digits_as_text(digits: Sql) -> Sql:
     """Return digits as text: plain if they are of common size, else with an exponent."""
     decimal = nodes.cast(nodes.call("trim_scale", digits), nodes.TEXT)
-    has_no_point = nodes.binary(
-        exp.EQ, nodes.call("strpos", decimal, nodes.string(".")), nodes.number(0)
-    )
-    plain = nodes.case(
-        (has_no_point, nodes.concatenate(decimal, nodes.string(".0"))), default=decimal
-    )
-    printed = nodes.call("ltrim", nodes.call("to_char", digits, nodes.string(_DIGITS_17)))
-    wide = nodes.call(
-        "regexp_replace", printed, nodes.string(r"(\.[0-9]+?)0*e"), nodes.string(r"\1e")
-    )
+    has_no_point = nodes.binary(exp.EQ, nodes.call("strpos", decimal, "."), 0)
+    plain = nodes.case((has_no_point, nodes.concatenate(decimal, ".0")), default=decimal)
+    printed = nodes.call("ltrim", nodes.call("to_char", digits, _DIGITS_17))
+    wide = nodes.call("regexp_replace", printed, r"(\.[0-9]+?)0*e", r"\1e")
     return nodes.case(
-        (is_magnitude_below(digits, nodes.string("0.0001")), wide),
+        (is_magnitude_below(digits, "0.0001"), wide),
         (is_magnitude_below(digits, 10**17), plain),
         default=wide,
     )

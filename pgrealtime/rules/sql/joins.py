@@ -16,6 +16,7 @@ from pgrealtime.catalog.model import Column, Type
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.errors import RuleUnsupportedError
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.parameters import (
     CALLER_ID_PARAMETER,
     Binding,
@@ -24,17 +25,7 @@ from pgrealtime.rules.language.parameters import (
     ParameterClass,
     SqlForm,
 )
-from pgrealtime.rules.language.predicate import (
-    BackRelation,
-    CallerRow,
-    CollectionRows,
-    EachValue,
-    PathStep,
-    RowPath,
-    ScopeRow,
-    ToEach,
-    ToOne,
-)
+from pgrealtime.rules.language.predicate import RowPath
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.nodes import Sql, TypedSql, typed_column
 
@@ -151,10 +142,8 @@ class Scope:
         """
         alias, key = self.translation.new_alias(), collection.key
         row = self._table(collection.table.name, alias)
-        own = typed_column(alias, key)
-        known = nodes.cast_to_type(
-            self.translation.bind(CALLER_ID_PARAMETER, SqlForm.TEXT), key.type
-        )
+        own, caller_id = typed_column(alias, key), CALLER_ID_PARAMETER
+        known = nodes.cast_to_type(self.translation.bind(caller_id, SqlForm.TEXT), key.type)
         return nodes.exists(row, nodes.equal_keys(own, replace(own, node=known)))
 
     def row_id_at(self, path: RowPath) -> TypedSql:
@@ -210,19 +199,15 @@ class Scope:
     # --- joins
 
     def _join_path(self, path: RowPath) -> str:
-        if not path.steps:
-            return self._join_root(path)
-        before = RowPath(path.root, path.steps[:-1])
-        return self._join_step(path, before, path.steps[-1])
-
-    def _join_root(self, path: RowPath) -> str:
+        if path.steps:
+            return self._join_step(path, RowPath(path.root, path.steps[:-1]), path.steps[-1])
         collection = self.collection_at(path)
         match path.root:
-            case CallerRow():
+            case predicate.CallerRow():
                 return self._left_join(collection, lambda alias: self._is_caller(alias, collection))
-            case CollectionRows():
+            case predicate.CollectionRows():
                 return self._left_join(collection, lambda _: nodes.boolean(True))
-            case ScopeRow():
+            case predicate.ScopeRow():
                 raise AssertionError("the scope's row is not joined")
 
     def _is_caller(self, alias: str, collection: Collection) -> Sql:
@@ -232,20 +217,22 @@ class Scope:
         caller_id = self.translation.bind(CALLER_ID_PARAMETER, form or SqlForm.TEXT)
         return nodes.binary(exp.EQ, own, caller_id)
 
-    def _join_step(self, path: RowPath, parent: RowPath, step: PathStep) -> str:
+    def _join_step(self, path: RowPath, parent: RowPath, step: predicate.PathStep) -> str:
+        collections = self.translation.collections
         match step:
-            case ToOne(field, name):
+            case predicate.ToOne(field, name):
                 assert field.column is not None
-                return self._join_by_key(name, self._typed_column(parent, field.column))
-            case EachValue(field):
+                return self._join_by_key(
+                    collections[name], self._typed_column(parent, field.column)
+                )
+            case predicate.EachValue(field):
                 return self._join_each_value(path, parent, field)
-            case ToEach(name):
-                return self._join_by_key(name, self.each_value(parent))
-            case BackRelation(name, field):
-                return self._join_back(parent, self.translation.collections[name], field)
+            case predicate.ToEach(name):
+                return self._join_by_key(collections[name], self.each_value(parent))
+            case predicate.BackRelation(name, field):
+                return self._join_back(parent, collections[name], field)
 
-    def _join_by_key(self, name: str, source: TypedSql) -> str:
-        target = self.translation.collections[name]
+    def _join_by_key(self, target: Collection, source: TypedSql) -> str:
         return self._left_join(
             target, lambda alias: nodes.equal_keys(typed_column(alias, target.key), source)
         )
@@ -277,10 +264,7 @@ class Scope:
             pairs = self.translation.new_alias()
             pointed_to = typed_column(pairs, junction.target)
             self._add_join(self._table(junction.table, pairs), nodes.equal_keys(pointed_to, key))
-            id_ = typed_column(pairs, junction.source)
-            return self._left_join(
-                source, lambda alias: nodes.equal_keys(typed_column(alias, source.key), id_)
-            )
+            return self._join_by_key(source, typed_column(pairs, junction.source))
         assert field.column is not None
         column = field.column
         matches = _array_contains if field.is_multiple else nodes.equal_keys
@@ -330,14 +314,13 @@ def junction_columns(field: Field) -> JunctionColumns | None:
 def native_id_form(type_: Type) -> SqlForm | None:
     """Return the form in which a text is bound to compare with an id by its type's operator."""
     base = type_.base
-    if base.schema != "pg_catalog":
-        return None
-    return {
-        "uuid": SqlForm.UUID,
-        "int2": SqlForm.INTEGER,
-        "int4": SqlForm.INTEGER,
-        "int8": SqlForm.INTEGER,
-    }.get(base.name)
+    return _NATIVE_ID_FORMS.get(base.name) if base.schema == "pg_catalog" else None
+
+
+_NATIVE_ID_FORMS = {
+    "uuid": SqlForm.UUID,
+    **dict.fromkeys(("int2", "int4", "int8"), SqlForm.INTEGER),
+}
 
 
 def _array_contains(array: TypedSql, key: TypedSql) -> Sql:

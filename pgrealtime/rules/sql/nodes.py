@@ -20,6 +20,8 @@ from pgrealtime.catalog.model import Column, Type, TypeKind
 from pgrealtime.changes import TableName
 
 Sql: TypeAlias = exp.Expr
+Operand: TypeAlias = Sql | str | float
+"""A node, or a text, number or boolean of the program; texts of rules are bound by placeholders."""
 
 ROW_ALIAS = "r"
 """Alias of the row image that a condition is about, in every statement."""
@@ -68,6 +70,18 @@ def copy_if_attached(node: Sql) -> Sql:
     return node if node.parent is None else node.copy()
 
 
+def _node(operand: Operand) -> Sql:
+    match operand:
+        case bool():
+            return boolean(operand)
+        case str():
+            return string(operand)
+        case int() | float():
+            return number(operand)
+        case _:
+            return copy_if_attached(operand)
+
+
 def quoted_name(text: str) -> exp.Identifier:
     """Return a quoted identifier."""
     return exp.to_identifier(_escape_percent(text), quoted=True)
@@ -81,9 +95,7 @@ def column(alias: str, column_name: str) -> Sql:
 def table(table_name: TableName, alias: str) -> exp.Table:
     """Return ``"schema"."table" AS "alias"``."""
     return exp.Table(
-        this=quoted_name(table_name.name),
-        db=quoted_name(table_name.schema),
-        alias=row_alias(alias),
+        this=quoted_name(table_name.name), db=quoted_name(table_name.schema), alias=row_alias(alias)
     )
 
 
@@ -126,7 +138,7 @@ def placeholder(key: str) -> Sql:
 
 
 def string(text: str) -> Sql:
-    """Return a text literal of the program; texts of rules are always bound by placeholders."""
+    """Return a text literal of the program."""
     return exp.Literal.string(_escape_percent(text))
 
 
@@ -145,38 +157,36 @@ def boolean(is_true: bool) -> Sql:  # noqa: FBT001 (the value itself)
     return exp.Boolean(this=is_true)
 
 
-def cast(node: Sql, type_: str) -> Sql:
+def cast(node: Operand, type_: str) -> Sql:
     """Return the node cast to one of ``_CAST_TYPES``, or to an array of one, as ``text[]``."""
     element = type_.removesuffix("[]")
     target = exp.DataType(this=_CAST_TYPES[element], kind=element)
     if element != type_:
         target = exp.DataType(this=exp.DataType.Type.ARRAY, expressions=[target], nested=True)
-    return exp.Cast(this=copy_if_attached(node), to=target)
+    return exp.Cast(this=_node(node), to=target)
 
 
 def cast_to_type(node: Sql, type_: Type) -> Sql:
     """Return the node cast to any type of the database, named with its schema."""
-    qualified = (
-        f"{quoted_name(type_.schema).sql('postgres')}.{quoted_name(type_.name).sql('postgres')}"
-    )
-    target = exp.DataType(this=exp.DataType.Type.USERDEFINED, kind=qualified)
+    names = (quoted_name(name).sql("postgres") for name in (type_.schema, type_.name))
+    target = exp.DataType(this=exp.DataType.Type.USERDEFINED, kind=".".join(names))
     return exp.Cast(this=copy_if_attached(node), to=target)
 
 
-def call(function: str, *args: Sql) -> Sql:
+def call(function: str, *args: Operand) -> Sql:
     """Return a call of a function of pg_catalog."""
-    return exp.Anonymous(this=function, expressions=[copy_if_attached(arg) for arg in args])
+    return exp.Anonymous(this=function, expressions=[_node(arg) for arg in args])
 
 
-def call_in_schema(schema: str, function: str, *args: Sql) -> Sql:
+def call_in_schema(schema: str, function: str, *args: Operand) -> Sql:
     """Return a call of a function of another schema."""
     return exp.Dot(this=quoted_name(schema), expression=call(function, *args))
 
 
-def case(*whens: tuple[Sql, Sql], default: Sql | None = None) -> Sql:
+def case(*whens: tuple[Sql, Operand], default: Operand | None = None) -> Sql:
     """Return CASE. Without a default it is NULL where no condition is true."""
-    ifs = [exp.If(this=copy_if_attached(when), true=copy_if_attached(then)) for when, then in whens]
-    return exp.Case(ifs=ifs, default=None if default is None else copy_if_attached(default))
+    ifs = [exp.If(this=copy_if_attached(when), true=_node(then)) for when, then in whens]
+    return exp.Case(ifs=ifs, default=None if default is None else _node(default))
 
 
 def one_row(alias: str | None, columns: Mapping[str, Sql]) -> Sql:
@@ -197,7 +207,7 @@ def is_null(node: Sql) -> Sql:
     return exp.Is(this=copy_if_attached(node), expression=exp.Null())
 
 
-def binary(kind: type[exp.Binary], left: Sql, right: Sql) -> Sql:
+def binary(kind: type[exp.Binary], left: Operand, right: Operand) -> Sql:
     """Return an operator between two operands, each in brackets if it is an operator itself."""
     return kind(this=_parenthesized(left), expression=_parenthesized(right))
 
@@ -212,18 +222,17 @@ def matches_regex(node: Sql, regex: str) -> Sql:
     return exp.RegexpLike(this=_parenthesized(node), expression=string(regex))
 
 
-def concatenate(*texts: Sql) -> Sql:
+def concatenate(*texts: Operand) -> Sql:
     """Return ``text || text ...``; NULL if one is."""
-    first, *rest = texts
-    result = copy_if_attached(first)
+    first, *rest = map(_node, texts)
     for part in rest:
-        result = exp.DPipe(this=result, expression=copy_if_attached(part))
-    return exp.Paren(this=result)
+        first = exp.DPipe(this=first, expression=part)
+    return exp.Paren(this=first)
 
 
-def coalesce(node: Sql, default: Sql) -> Sql:
+def coalesce(node: Sql, default: Operand) -> Sql:
     """Return ``COALESCE(node, default)``."""
-    return exp.Coalesce(this=copy_if_attached(node), expressions=[copy_if_attached(default)])
+    return exp.Coalesce(this=copy_if_attached(node), expressions=[_node(default)])
 
 
 def in_utc(node: Sql) -> Sql:
@@ -247,22 +256,14 @@ def equal_keys(left: TypedSql, right: TypedSql) -> Sql:
 
 def _native_equality(left: TypedSql, right: TypedSql) -> Sql | None:
     left_type, right_type = left.type.base, right.type.base
-    if (
-        left_type.oid == right_type.oid
-        and left_type.schema != "pg_catalog"
-        and left_type.kind is TypeKind.BASE
-    ):
+    is_same = left_type.oid == right_type.oid
+    if is_same and left_type.schema != "pg_catalog" and left_type.kind is TypeKind.BASE:
+        left_node, right_node = copy_if_attached(left.node), copy_if_attached(right.node)
         operator = f"{quoted_name(left_type.schema).sql('postgres')}.="
-        return exp.Operator(
-            this=copy_if_attached(left.node),
-            operator=operator,
-            expression=copy_if_attached(right.node),
-        )
-    if left_type.oid == right_type.oid and left_type.kind is TypeKind.ENUM:
+        return exp.Operator(this=left_node, operator=operator, expression=right_node)
+    if is_same and left_type.kind is TypeKind.ENUM:
         return binary(exp.EQ, cast_to_base_type(left), cast_to_base_type(right))
-    if left_type.oid == right_type.oid or any(
-        {left_type.name, right_type.name} <= family for family in _OPERATOR_FAMILIES
-    ):
+    if is_same or any({left_type.name, right_type.name} <= family for family in _OPERATOR_FAMILIES):
         return binary(exp.EQ, left.node, right.node)
     return None
 
@@ -273,11 +274,8 @@ _OPERATOR_FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})
 
 def cast_to_base_type(expression: TypedSql) -> Sql:
     """Return the expression cast to its domain's base type, for operators of enums and arrays."""
-    return (
-        expression.node
-        if expression.type.domain_of is None
-        else cast_to_type(expression.node, expression.type.base)
-    )
+    type_ = expression.type
+    return expression.node if type_.domain_of is None else cast_to_type(expression.node, type_.base)
 
 
 def bytewise_text(expression: TypedSql) -> Sql:
@@ -321,8 +319,8 @@ def is_not_null(node: Sql) -> Sql:
     return exp.not_(is_null(node), copy=False)
 
 
-def _parenthesized(node: Sql) -> Sql:
-    node = copy_if_attached(node)
+def _parenthesized(operand: Operand) -> Sql:
+    node = _node(operand)
     needs = isinstance(node, (exp.Binary, exp.Collate, exp.Unary, exp.AtTimeZone, exp.Is))
     return exp.Paren(this=node) if needs and not isinstance(node, exp.Paren) else node
 

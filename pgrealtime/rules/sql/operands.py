@@ -13,6 +13,7 @@ from sqlglot import exp
 
 from pgrealtime.catalog.model import Type
 from pgrealtime.collections.model import Field, FieldKind
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.comparison import is_double
 from pgrealtime.rules.language.parameters import (
     LiteralParameter,
@@ -21,17 +22,11 @@ from pgrealtime.rules.language.parameters import (
     SqlForm,
 )
 from pgrealtime.rules.language.predicate import (
-    AbsentEach,
-    EachTerm,
     FieldValue,
-    GeoDistance,
     JsonValue,
-    Keyword,
     Modifier,
     ParameterTerm,
     RowPath,
-    SecretTerm,
-    Strftime,
     Term,
 )
 from pgrealtime.rules.language.sqlite_values import INT64_END, PASSWORD_HASH_PREFIX
@@ -58,23 +53,23 @@ def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> Sq
     match term:
         case ParameterTerm(parameter):
             return _parameter_operand(parameter, scope)
-        case Keyword(flag):
+        case predicate.Keyword(flag):
             return _keyword_operand(flag)
-        case AbsentEach():
+        case predicate.AbsentEach():
             return _keyword_operand(None)
         case FieldValue():
             return _field_with_modifier(term, scope, is_strict=is_strict)
-        case EachTerm(path, kind=kind):
-            return _each_operand(kind, scope.each_value(path), scope)
+        case predicate.EachTerm(path, kind=kind):
+            return _single_value(kind, scope.each_value(path), scope)
         case JsonValue():
             return _json_operand(term, scope)
-        case SecretTerm(path, modifier):
+        case predicate.SecretTerm(path, modifier):
             secret = _null_without_row(path, scope, nodes.string(PASSWORD_HASH_PREFIX))
             return SqlOperand.of_text(_lower(secret) if modifier is Modifier.LOWER else secret)
-        case Strftime():
+        case predicate.Strftime():
             of = scope.compute_once(term, lambda: {"t": _strftime(term, scope)})
             return SqlOperand.of_text(of("t"))
-        case GeoDistance():
+        case predicate.GeoDistance():
             of = scope.compute_once(term, lambda: {"n": _geo_distance(term, scope)})
             distance = of("n")
             return SqlOperand(
@@ -126,30 +121,18 @@ def _whole_field(path: RowPath, field: Field, scope: Scope, *, is_strict: bool) 
     assert field.column is not None
     column = scope.column_at(path, field.column.name)
     match field.kind:
-        case FieldKind.NUMBER:
-            return _number_operand(column, field.type, scope)
-        case FieldKind.BOOL:
-            return SqlOperand.of_number(nodes.cast(column, "int"))
         case FieldKind.GEO_POINT:
             return SqlOperand.of_text(_geo_text(column, field))
-        case FieldKind.DATE | FieldKind.RELATION:
-            is_date = field.kind is FieldKind.DATE
-            text = (
-                _date_column_text(column, field.type) if is_date else _bytewise_text(column, field)
-            )
-            if is_strict:
-                empty_for_null = nodes.coalesce(text, nodes.string(""))
-                text = _null_without_row(path, scope, empty_for_null)
-            return SqlOperand.of_text(text)
-        case FieldKind.TEXT | FieldKind.FILE:
-            return SqlOperand.of_text(_bytewise_text(column, field))
         case FieldKind.JSON | FieldKind.BYTES | FieldKind.COMPOSITE | FieldKind.GEOMETRY:
             raise AssertionError(f"the resolver refuses {field.kind}")
-
-
-def _bytewise_text(column: Sql, field: Field) -> Sql:
-    assert field.column is not None
-    return nodes.bytewise_text(TypedSql(column, field.type, field.column.is_deterministic))
+        case _:
+            pass
+    value = TypedSql(column, field.type, field.column.is_deterministic)
+    operand = _single_value(field.kind, value, scope)
+    if is_strict and field.kind in {FieldKind.DATE, FieldKind.RELATION}:
+        empty_for_null = nodes.coalesce(operand.as_text, "")
+        return SqlOperand.of_text(_null_without_row(path, scope, empty_for_null))
+    return operand
 
 
 def _null_without_row(path: RowPath, scope: Scope, text: Sql) -> Sql:
@@ -159,39 +142,37 @@ def _null_without_row(path: RowPath, scope: Scope, text: Sql) -> Sql:
     return nodes.case((nodes.is_null(scope.row_id_at(path).node), nodes.null()), default=text)
 
 
+def _single_value(kind: FieldKind, value: TypedSql, scope: Scope) -> SqlOperand:
+    """Return a single value, or one of many as if the field had it alone."""
+    match kind:
+        case FieldKind.NUMBER:
+            return _number_operand(value.node, value.type, scope)
+        case FieldKind.BOOL:
+            return SqlOperand.of_number(nodes.cast(value.node, "int"))
+        case FieldKind.DATE:
+            return SqlOperand.of_text(_date_column_text(value.node, value.type))
+        case _:
+            return SqlOperand.of_text(nodes.bytewise_text(value))
+
+
 def _number_operand(column: Sql, type_: Type, scope: Scope) -> SqlOperand:
-    base = type_.base.name
+    base, translation = type_.base.name, scope.translation
     if base in {"int2", "int4", "int8"}:
         return SqlOperand.of_number(column)
     if base == "numeric":
-        return SqlOperand(
-            number=column,
-            make_text=lambda: nodes.cast(nodes.call("trim_scale", column), nodes.TEXT),
-        )
+        trimmed = nodes.call("trim_scale", column)
+        return SqlOperand(number=column, make_text=lambda: nodes.cast(trimmed, nodes.TEXT))
     # A real is printed with fewer digits than its double has, and means what is printed.
     printed = nodes.cast(column, nodes.TEXT) if base == "float4" else column
     number = nodes.cast(printed, nodes.DOUBLE)
 
     def show() -> Sql:
-        of = scope.compute_once(
-            ("shown", column), lambda: {"t": number_text_sql(scope.translation, number)}
+        made = scope.compute_once(
+            ("shown", column), lambda: {"t": number_text_sql(translation, number)}
         )
-        return of("t")
+        return made("t")
 
     return SqlOperand(number=number, make_text=show)
-
-
-def _each_operand(kind: FieldKind, item: TypedSql, scope: Scope) -> SqlOperand:
-    """Return one of many values, as if the field had it alone."""
-    match kind:
-        case FieldKind.NUMBER:
-            return _number_operand(item.node, item.type, scope)
-        case FieldKind.BOOL:
-            return SqlOperand.of_number(nodes.cast(item.node, "int"))
-        case FieldKind.DATE:
-            return SqlOperand.of_text(_date_column_text(item.node, item.type))
-        case _:
-            return SqlOperand.of_text(nodes.bytewise_text(item))
 
 
 def _date_column_text(column: Sql, type_: Type) -> Sql:
@@ -200,13 +181,11 @@ def _date_column_text(column: Sql, type_: Type) -> Sql:
     Years before 1 are counted as in records: 1 BC is 0000, 44 BC is -0043.
     """
     in_utc = utc_timestamp(column, type_)
-    printed = nodes.call("to_char", in_utc, nodes.string(f"YYYY{_DAY_AND_TIME}"))
-    year = nodes.cast(nodes.call("to_char", in_utc, nodes.string("YYYY")), "int")
-    counted = nodes.call(
-        "to_char", nodes.binary(exp.Sub, nodes.number(1), year), nodes.string("FM0000")
-    )
-    early = nodes.concatenate(counted, nodes.call("to_char", in_utc, nodes.string(_DAY_AND_TIME)))
-    is_early = nodes.binary(exp.LT, in_utc, nodes.cast(nodes.string("0001-01-01"), nodes.TIMESTAMP))
+    printed = nodes.call("to_char", in_utc, f"YYYY{_DAY_AND_TIME}")
+    year = nodes.cast(nodes.call("to_char", in_utc, "YYYY"), "int")
+    counted = nodes.call("to_char", nodes.binary(exp.Sub, 1, year), "FM0000")
+    early = nodes.concatenate(counted, nodes.call("to_char", in_utc, _DAY_AND_TIME))
+    is_early = nodes.binary(exp.LT, in_utc, nodes.cast("0001-01-01", nodes.TIMESTAMP))
     finite = nodes.case((is_early, early), default=printed)
     return nodes.case(
         (nodes.call("isfinite", column), finite), default=nodes.cast(column, nodes.TEXT)
@@ -228,9 +207,7 @@ def _list_text(path: RowPath, field: Field, scope: Scope) -> Sql:
     junction = junction_columns(field)
     if junction is not None:
         ids = nodes.call("array_to_json", _junction_ids(junction, path, scope))
-        return _null_without_row(
-            path, scope, nodes.coalesce(nodes.cast(ids, nodes.TEXT), nodes.string("[]"))
-        )
+        return _null_without_row(path, scope, nodes.coalesce(nodes.cast(ids, nodes.TEXT), "[]"))
     assert field.column is not None
     column = scope.column_at(path, field.column.name)
     element = field.type.base.element
@@ -256,15 +233,15 @@ def _length(path: RowPath, field: Field, scope: Scope) -> Sql:
     """Return the number of values; 0 where there is no row."""
     if not field.is_multiple:
         whole = _whole_field(path, field, scope, is_strict=False)
-        is_nonempty = nodes.binary(exp.NEQ, whole.as_text, nodes.string(""))
-        return nodes.case((is_nonempty, nodes.number(1)), default=nodes.number(0))
+        is_nonempty = nodes.binary(exp.NEQ, whole.as_text, "")
+        return nodes.case((is_nonempty, 1), default=0)
     junction = junction_columns(field)
     if junction is not None:
         values = _junction_ids(junction, path, scope)
     else:
         assert field.column is not None
         values = scope.column_at(path, field.column.name)
-    return nodes.coalesce(nodes.call("cardinality", values), nodes.number(0))
+    return nodes.coalesce(nodes.call("cardinality", values), 0)
 
 
 def _lower(text: Sql) -> Sql:
@@ -317,7 +294,7 @@ def _json_node(term: JsonValue, column: Sql, scope: Scope) -> Sql:
     The path is strict, so that an index is for arrays only and a name for objects only, and silent,
     so that anything else is NULL and no error.
     """
-    document = column if term.field.type.base.name == "jsonb" else nodes.cast(column, "jsonb")
+    document = _as_jsonb(column, term.field)
     if not term.keys:
         return document
     steps = (f"[{int(key)}]" if key.isdigit() else f'."{key}"' for key in term.keys)
@@ -326,9 +303,13 @@ def _json_node(term: JsonValue, column: Sql, scope: Scope) -> Sql:
         "jsonb_path_query_first",
         document,
         nodes.cast(path, "jsonpath"),
-        nodes.cast(nodes.string("{}"), "jsonb"),
-        nodes.boolean(True),
+        nodes.cast("{}", "jsonb"),
+        True,
     )
+
+
+def _as_jsonb(column: Sql, field: Field) -> Sql:
+    return column if field.type.base.name == "jsonb" else nodes.cast(column, "jsonb")
 
 
 def _json_number(node: Sql) -> Sql:
@@ -341,7 +322,7 @@ def _json_number(node: Sql) -> Sql:
 def _json_text(node: Sql) -> Sql:
     """Return the value where SQLite's json_extract gives a text: of strings and containers."""
     wrapped = nodes.call("jsonb_build_array", node)
-    bare = nodes.call("jsonb_array_element_text", wrapped, nodes.number(0))
+    bare = nodes.call("jsonb_array_element_text", wrapped, 0)
     compact = _compact_json(nodes.cast(node, nodes.TEXT))
     return _case_by_json_type(node, {"string": bare, "object": compact, "array": compact})
 
@@ -349,11 +330,9 @@ def _json_text(node: Sql) -> Sql:
 def _json_as_text(translation: Translation, of: Callable[[str], Sql]) -> Sql:
     """Return the value as text. A number without a point is an integer to SQLite."""
     compact = nodes.cast(of("v"), nodes.TEXT)
-    point = nodes.call("strpos", compact, nodes.string("."))
-    is_whole = nodes.binary(exp.EQ, point, nodes.number(0))
-    is_integer = nodes.case(
-        (is_whole, is_magnitude_below(of("n"), INT64_END)), default=nodes.boolean(False)
-    )
+    point = nodes.call("strpos", compact, ".")
+    is_whole = nodes.binary(exp.EQ, point, 0)
+    is_integer = nodes.case((is_whole, is_magnitude_below(of("n"), INT64_END)), default=False)
     double = nodes.cast(of("n"), nodes.DOUBLE)
     digits = nodes.case((is_integer, compact), default=float_text_sql(translation, double))
     flag = nodes.cast(nodes.cast(of("n"), "int"), nodes.TEXT)
@@ -365,17 +344,14 @@ def _case_by_json_type(node: Sql, results: Mapping[str, Sql]) -> Sql:
     """Return the result for the JSON value's kind; NULL for other kinds."""
     kind = nodes.call("jsonb_typeof", node)
     return nodes.case(
-        *(
-            (nodes.binary(exp.EQ, kind, nodes.string(name)), result)
-            for name, result in results.items()
-        )
+        *[(nodes.binary(exp.EQ, kind, name), result) for name, result in results.items()]
     )
 
 
 def _compact_json(text: Sql) -> Sql:
     """Return jsonb's text without the blanks between its tokens."""
     tokens = nodes.string(r'("([^"\\]|\\.)*")|([,:]) ')
-    return nodes.call("regexp_replace", text, tokens, nodes.string(r"\1\3"), nodes.string("g"))
+    return nodes.call("regexp_replace", text, tokens, r"\1\3", "g")
 
 
 def _coordinate(point: Sql, key: str, type_: Type) -> Sql:
@@ -390,7 +366,7 @@ def _coordinate(point: Sql, key: str, type_: Type) -> Sql:
         )
     geometry = nodes.cast_to_type(point, replace(base, name="geometry"))
     shape = nodes.call_in_schema(base.schema, "st_geometrytype", geometry)
-    is_point = nodes.binary(exp.EQ, shape, nodes.string("ST_Point"))
+    is_point = nodes.binary(exp.EQ, shape, "ST_Point")
     return nodes.case(
         (is_point, nodes.call_in_schema(base.schema, ("st_x", "st_y")[index], geometry))
     )
@@ -398,25 +374,20 @@ def _coordinate(point: Sql, key: str, type_: Type) -> Sql:
 
 def _geo_text(column: Sql, field: Field) -> Sql:
     """Return a point as the JSON text that PocketBase stores."""
-    if not field.is_stored_as_json:
-        lon, lat = (
-            nodes.cast(_coordinate(column, key, field.type), nodes.TEXT) for key in ("lon", "lat")
-        )
-    else:
-        node = column if field.type.base.name == "jsonb" else nodes.cast(column, "jsonb")
-        lon, lat = (
-            nodes.cast(nodes.call("jsonb_object_field", node, nodes.string(key)), nodes.TEXT)
-            for key in ("lon", "lat")
-        )
-    return nodes.concatenate(
-        nodes.string('{"lon":'), lon, nodes.string(',"lat":'), lat, nodes.string("}")
-    )
+    node = _as_jsonb(column, field) if field.is_stored_as_json else column
+
+    def part(key: str) -> Sql:
+        if field.is_stored_as_json:
+            return nodes.cast(nodes.call("jsonb_object_field", node, key), nodes.TEXT)
+        return nodes.cast(_coordinate(node, key, field.type), nodes.TEXT)
+
+    return nodes.concatenate('{"lon":', part("lon"), ',"lat":', part("lat"), "}")
 
 
 # --- distance
 
 
-def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
+def _geo_distance(term: predicate.GeoDistance, scope: Scope) -> Sql:
     """Return kilometres by the arc cosine, as PocketBase computes them.
 
     Rounding may lead beyond 1, of which PostgreSQL's acos reports an error.
@@ -431,11 +402,11 @@ def _geo_distance(term: GeoDistance, scope: Scope) -> Sql:
 
     def body(cosine: Sql) -> Sql:
         clamped = nodes.case(
-            (nodes.binary(exp.GT, cosine, nodes.number(1)), nodes.number(1)),
-            (nodes.binary(exp.LT, cosine, nodes.number(-1)), nodes.number(-1)),
+            (nodes.binary(exp.GT, cosine, 1), 1),
+            (nodes.binary(exp.LT, cosine, -1), -1),
             default=cosine,
         )
-        return nodes.binary(exp.Mul, nodes.number(6371), nodes.call("acos", clamped))
+        return nodes.binary(exp.Mul, 6371, nodes.call("acos", clamped))
 
     apart = nodes.call("cos", nodes.binary(exp.Sub, lon_b, lon_a))
     cosine = nodes.binary(
@@ -450,7 +421,7 @@ def _radians(term: Term, scope: Scope) -> Sql:
     """Return the angle; NULL if it is infinite, since PostgreSQL has no cosine of that."""
 
     def body(value: Sql) -> Sql:
-        is_finite = is_magnitude_below(value, nodes.string("Infinity"))
+        is_finite = is_magnitude_below(value, "Infinity")
         return nodes.case((is_finite, nodes.call("radians", value)))
 
     degrees = translate_operand(term, scope)
@@ -460,7 +431,7 @@ def _radians(term: Term, scope: Scope) -> Sql:
 # --- times
 
 
-def _strftime(term: Strftime, scope: Scope) -> Sql:
+def _strftime(term: predicate.Strftime, scope: Scope) -> Sql:
     number, text = None, None
     if term.time is not None:
         operand = translate_operand(term.time, scope)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
-from pgrealtime.changes import Row, TableName
+from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.errors import RuleError, RuleUnsupportedError
 from pgrealtime.rules.language.parameters import (
@@ -28,12 +28,7 @@ from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resol
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
 from pgrealtime.rules.sql.nodes import all_of
-from pgrealtime.rules.sql.row_images import (
-    Overlay,
-    images_table,
-    matching_rows_sql,
-    with_overlays,
-)
+from pgrealtime.rules.sql.row_images import images_table, matching_rows_sql
 
 _ANY_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """Any time: the class of a macro is the same at all times."""
@@ -64,11 +59,6 @@ class ReferenceQuery:
         """The columns of a row image that it reads."""
         return _columns_of(self.sql_predicates)
 
-    @property
-    def tables(self) -> frozenset[TableName]:
-        """The tables that it reads."""
-        return frozenset().union(*(part.tables for part in self.sql_predicates))
-
     def sql_query(self, rows: Sequence[Row], now: datetime) -> SqlQuery:
         """Return the query for the 0-based numbers of the admitted row images, in no order.
 
@@ -76,23 +66,6 @@ class ReferenceQuery:
         its zone.
         """
         return SqlQuery(self.sql, self._params(rows, now))
-
-    def sql_query_before(
-        self, rows: Sequence[Row], now: datetime, overlays: Sequence[Overlay]
-    ) -> SqlQuery | None:
-        """Return the same query on related tables as they were before a transaction.
-
-        None if an old image lacks a column that is read: then nothing is admitted.
-        """
-        params = self._params(rows, now)
-        made = with_overlays([part.condition for part in self.sql_predicates], overlays, params)
-        if made is None:
-            return None
-        redirected, views = made
-        sql = matching_rows_sql(
-            self.collection.table, self.column_names, all_of(*redirected), views
-        )
-        return SqlQuery(sql, params)
 
     def truth_query(self, row: Row, now: datetime) -> SqlQuery:
         """Return the query for the verdict on one row, which must have all columns.
@@ -105,11 +78,7 @@ class ReferenceQuery:
 
     def _params(self, rows: Sequence[Row], now: datetime) -> dict[str, object]:
         columns = self.column_names
-        known = [
-            (index, row)
-            for index, row in enumerate(rows)
-            if all(column in row for column in columns)
-        ]
+        known = [(i, row) for i, row in enumerate(rows) if all(name in row for name in columns)]
         params: dict[str, object] = {"i": [index for index, _ in known]}
         for i, column in enumerate(columns):
             params[f"c{i}"] = [row[column] for _, row in known]
@@ -148,62 +117,46 @@ def reference_query(
             predicates.append(
                 resolve_filter(text, collections, collection, auth, is_superuser=is_superuser)
             )
-        return _translate(collections, collection, predicates, request)
+        if not predicates:
+            return AdmitAll()
+        return query_of_predicates(collections, collection, predicates, request)
     except RuleError as error:
         return DenyAll(f"the filter is refused: {error}" if text else str(error))
 
 
-def query_of_predicate(
-    collections: Collections, collection: Collection, predicate: Predicate, request: RuleRequest
-) -> ReferenceQuery:
-    """Return the query for one predicate, without the collection's rule and the request's filter.
-
-    Raises:
-        RuleUnsupportedError: It can't be evaluated exactly.
-    """
-    made = _translate(collections, collection, [predicate], request)
-    assert isinstance(made, ReferenceQuery)
-    return made
-
-
 def check_rule(collections: Collections, collection: Collection, rule: str) -> None:
     """Check that a rule can be used, for callers of every auth collection.
+
+    What PocketBase refuses for some of these only denies them, and is no error.
 
     Raises:
         RuleError: It can't; with its place in the text.
     """
     if not rule:
         return
-    guest = RuleRequest()
-    checked = resolve_rule(rule, collections, collection, None)
-    _translate(collections, collection, [checked], guest)
-    for auth in collections.values():
-        if auth.type == "auth" and "@request.auth." in rule:
-            _check_supported_for(collections, collection, rule, auth)
+    callers = [auth for auth in collections.values() if auth.type == "auth"]
+    for auth in (None, *(callers if "@request.auth." in rule else ())):
+        try:
+            checked = resolve_rule(rule, collections, collection, auth)
+            query_of_predicates(collections, collection, [checked], RuleRequest())
+        except RuleUnsupportedError:
+            raise
+        except RuleError:
+            if auth is None:
+                raise
 
 
-def _check_supported_for(
-    collections: Collections, collection: Collection, rule: str, auth_collection: Collection
-) -> None:
-    """Refuse what can't be evaluated for such callers; what PocketBase refuses too only denies."""
-    guest = RuleRequest()
-    try:
-        checked = resolve_rule(rule, collections, collection, auth_collection)
-        _translate(collections, collection, [checked], guest)
-    except RuleUnsupportedError:
-        raise
-    except RuleError:
-        return
-
-
-def _translate(
+def query_of_predicates(
     collections: Collections,
     collection: Collection,
     predicates: Sequence[Predicate],
     request: RuleRequest,
-) -> AdmitAll | ReferenceQuery:
-    if not predicates:
-        return AdmitAll()
+) -> ReferenceQuery:
+    """Return the query for one or two predicates, without any rule of the collection or filter.
+
+    Raises:
+        RuleUnsupportedError: It can't be evaluated exactly.
+    """
     translated = []
     for prefix, predicate in zip("pf", predicates, strict=False):
         classes = {
@@ -224,12 +177,10 @@ def _translate(
 
 def auth_collection_of(collections: Collections, request: RuleRequest) -> Collection | None:
     """Return the collection of the caller's record; None for others, or if there is none."""
-    match request.principal:
-        case AuthRecord() as record:
-            collection = collections.find(record.collection_name)
-            return collections.find(record.collection_id) if collection is None else collection
-        case _:
-            return None
+    record = request.principal
+    if not isinstance(record, AuthRecord):
+        return None
+    return collections.find(record.collection_name) or collections.find(record.collection_id)
 
 
 def sql_params(

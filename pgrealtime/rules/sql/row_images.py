@@ -21,7 +21,7 @@ from pgrealtime.rules.sql.nodes import ROW_ALIAS, Sql, TypedSql, all_of, negatio
 
 def find_columns(table: Table, names: Iterable[str]) -> list[Column]:
     """Return the table's columns of these names, which it must have."""
-    columns = [table.find_column(name) for name in names]
+    columns = map(table.find_column, names)
     return [column for column in columns if column is not None]
 
 
@@ -58,6 +58,20 @@ def matching_rows_sql(
     rows, ordinal = images_table(table, column_names)
     select = nodes.select([nodes.column(ROW_ALIAS, ordinal)], rows, where=condition)
     return nodes.to_text(select, ctes)
+
+
+def distinct_values(
+    select: exp.Select, limit: Sql, names: Sequence[str], rows: Sql, ordinals: Sequence[Sql] = ()
+) -> exp.Select:
+    """Return the distinct results that a SELECT has for each row, at most ``limit`` of one row.
+
+    ``names`` are those of its columns; ``ordinals`` are put before them. The SELECT is used up.
+    """
+    select.set("distinct", exp.Distinct())
+    select.set("limit", exp.Limit(expression=limit))
+    found = exp.Lateral(this=exp.Subquery(this=select), alias=nodes.row_alias("found", *names))
+    columns = [nodes.column("found", name) for name in names]
+    return nodes.select([*ordinals, *columns], rows, joins=[exp.Join(this=found, kind="CROSS")])
 
 
 def unnest_arrays(alias: str, names: Sequence[str], arrays: Sequence[Sql]) -> Sql:
@@ -158,15 +172,19 @@ def with_overlays(
     """Return conditions that read related tables as they were, and the CTEs that they read.
 
     The old images are added to ``params``; if ``row_images`` are given, only those that they can
-    reach. None if an old image lacks a column that is read.
+    reach. None if an old image lacks a column that is read, or the keys aren't known.
     """
-    if not all(_covers(overlay, conditions) for overlay in overlays):
-        return None
+    columns_read = [_columns_read(conditions, overlay.table) for overlay in overlays]
+    for overlay, read in zip(overlays, columns_read, strict=True):
+        table = overlay.table
+        is_keyed = bool(table.primary_key) or not _table_aliases(conditions, table.name)
+        if not is_keyed or not overlay.has_columns([column.name for column in read]):
+            return None
     reachable = None if row_images is None else _ReachableRows(conditions, overlays, row_images)
     names: dict[TableName, str] = {}
     views: list[exp.CTE] = []
-    for index, overlay in enumerate(overlays):
-        if read := _columns_read(conditions, overlay.table):
+    for index, (overlay, read) in enumerate(zip(overlays, columns_read, strict=True)):
+        if read:
             names[overlay.table.name] = f"before{index}"
             restricted = overlay if reachable is None else reachable.restrict(overlay)
             views.append(_overlay_cte(f"before{index}", restricted, read, params))
@@ -174,13 +192,17 @@ def with_overlays(
 
 
 def _table_aliases(conditions: Sequence[Sql], table: TableName) -> set[str]:
-    name, schema = nodes.quoted_name(table.name).name, nodes.quoted_name(table.schema).name
     return {
         node.alias
         for condition in conditions
         for node in condition.find_all(exp.Table)
-        if (node.name, node.db) == (name, schema)
+        if (node.name, node.db) == (_name(table.name), _name(table.schema))
     }
+
+
+def _name(name: str) -> str:
+    """Return a name as nodes have it."""
+    return nodes.quoted_name(name).name
 
 
 def _columns_read(conditions: Sequence[Sql], table: Table) -> list[Column]:
@@ -191,14 +213,7 @@ def _columns_read(conditions: Sequence[Sql], table: Table) -> list[Column]:
         for node in condition.find_all(exp.Column)
         if node.table in aliases
     }
-    return [column for column in table.columns if nodes.quoted_name(column.name).name in read]
-
-
-def _covers(overlay: Overlay, conditions: Sequence[Sql]) -> bool:
-    """Return whether the old images have all columns that are read, and the keys are known."""
-    read = _columns_read(conditions, overlay.table)
-    is_keyed = bool(overlay.table.primary_key) or not _table_aliases(conditions, overlay.table.name)
-    return is_keyed and overlay.has_columns([column.name for column in read])
+    return [column for column in table.columns if _name(column.name) in read]
 
 
 _TEXT_COMPARABLE_TYPES = (
@@ -223,10 +238,9 @@ class _ReachableRows:
         self._overlays: dict[str, Overlay] = {}
         self._aliases: dict[TableName, set[str]] = {}
         for overlay in overlays:
-            aliases = self._aliases[overlay.table.name] = _table_aliases(
-                conditions, overlay.table.name
-            )
-            self._overlays |= dict.fromkeys(aliases, overlay)
+            name = overlay.table.name
+            self._aliases[name] = _table_aliases(conditions, name)
+            self._overlays |= dict.fromkeys(self._aliases[name], overlay)
         self._join_equalities: dict[str, tuple[str, str, str] | None] = {}
         for condition in conditions:
             for node in condition.find_all(exp.Table):
@@ -244,19 +258,14 @@ class _ReachableRows:
             if reachable is None:
                 return overlay
             column, values = reachable
-            rows_by_value = overlay.old_images_by(column)
-            old_images |= {id(row): row for value in values for row in rows_by_value.get(value, ())}
+            old_images |= _rows_of(overlay.old_images_by(column), values)
             if column not in overlay.table.primary_key:
                 changed_rows = None  # a live row of any key can have the value by now
             elif changed_rows is not None:
-                rows_by_value = overlay.changed_rows_by(column)
-                changed_rows |= {
-                    id(row): row for value in values for row in rows_by_value.get(value, ())
-                }
+                changed_rows |= _rows_of(overlay.changed_rows_by(column), values)
+        images = list(old_images.values())
         changed = overlay.changed_rows if changed_rows is None else list(changed_rows.values())
-        return replace(
-            overlay, old_images=list(old_images.values()), changed_rows=changed, _cache={}
-        )
+        return replace(overlay, old_images=images, changed_rows=changed, _cache={})
 
     def _reachable_values(self, alias: str) -> tuple[str, AbstractSet[str]] | None:
         """Return the column that a table is joined by, and all values that it can have."""
@@ -273,9 +282,9 @@ class _ReachableRows:
 
     def _column_values(self, alias: str, name: str) -> tuple[Column, AbstractSet[str]] | None:
         """Return a column, and all values that it can have in the rows of that alias."""
-        if alias == nodes.quoted_name(ROW_ALIAS).name:
+        if alias == _name(ROW_ALIAS):
             for index, column in enumerate(self._row_images.columns):
-                if nodes.quoted_name(column.name).name == name:
+                if _name(column.name) == name:
                     cells = (row[index] for row in self._row_images.rows)
                     return column, {text for text in cells if text is not None}
             return None
@@ -289,9 +298,15 @@ class _ReachableRows:
             return None
         if not values <= overlay.changed_rows_by(key).keys():
             return None  # rows that the transaction didn't change are reached too
-        rows_by_key = overlay.old_images_by(key)
-        cells = (row[wanted.name] for value in values for row in rows_by_key.get(value, ()))
-        return wanted, {text for text in cells if text is not None}
+        rows = _rows_of(overlay.old_images_by(key), values).values()
+        return wanted, {text for row in rows if (text := row[wanted.name]) is not None}
+
+
+def _rows_of(
+    rows_by_value: Mapping[str | None, Sequence[Row]], values: Iterable[str]
+) -> dict[int, Row]:
+    """Return the rows that have one of the values, by identity."""
+    return {id(row): row for value in values for row in rows_by_value.get(value, ())}
 
 
 def _join_equality(table: exp.Table) -> tuple[str, str, str] | None:
@@ -312,7 +327,7 @@ def _join_equality(table: exp.Table) -> tuple[str, str, str] | None:
 
 
 def _find_column(columns: Iterable[Column], name: str) -> Column | None:
-    return next((column for column in columns if nodes.quoted_name(column.name).name == name), None)
+    return next((column for column in columns if _name(column.name) == name), None)
 
 
 def _is_equal_by_text(left: Column, right: Column) -> bool:
@@ -327,15 +342,11 @@ def _is_equal_by_text(left: Column, right: Column) -> bool:
 
 def _redirect_tables(condition: Sql, names: Mapping[TableName, str]) -> Sql:
     copied = condition.copy()
-    wanted = {
-        (nodes.quoted_name(table.name).name, nodes.quoted_name(table.schema).name): name
-        for table, name in names.items()
-    }
+    wanted = {(_name(table.name), _name(table.schema)): name for table, name in names.items()}
     for node in list(copied.find_all(exp.Table)):
-        name = wanted.get((node.name, node.db))
-        if name is not None:
-            relation = nodes.quoted_name(name)
-            node.replace(exp.Table(this=relation, alias=nodes.row_alias(node.alias)))
+        if name := wanted.get((node.name, node.db)):
+            alias = nodes.row_alias(node.alias)
+            node.replace(exp.Table(this=nodes.quoted_name(name), alias=alias))
     return copied
 
 

@@ -32,7 +32,7 @@ _TIME_VALUE = rf"^({_DATE}[ \t\n\v\f\rT]*({_TIME}{_ZONE})?|{_TIME}{_ZONE})$"
 """The dates that SQLite reads, except years before 1."""
 
 _END_JULIAN_DAY = 5373484.5
-_FIRST_UNIX_SECOND, _END_UNIX_SECOND = -210866760000, 253402300800
+_FIRST_UNIX, _END_UNIX = -210866760000, 253402300800
 _DAY_SECONDS = 86400
 _NUMBER_MODIFIERS = {"unixepoch", "julianday", "auto"}
 _SHIFT_MODIFIER = re.compile(
@@ -69,12 +69,10 @@ _MAX_FORMAT_LENGTH = 250
 _SHIFTED_BY_DAYS = 300 * 146097
 """120,000 years. The calendar repeats every 400 years, weekdays too, so modifiers can be applied
 that much later, where no intermediate result leaves PostgreSQL's range."""
-_SHIFTED_FIRST_YEAR, _SHIFTED_FIRST, _SHIFTED_END = (
-    "115287-01-01",
-    "115287-11-24 12:00:00",
-    "130000-01-01",
-)
-"""SQLite's range, so much later: of calendar years, and of Julian days."""
+_RANGE = "4714-11-24 12:00:00 BC", "10000-01-01"
+_SHIFTED_RANGE = "115287-11-24 12:00:00", "130000-01-01"
+_SHIFTED_YEARS = "115287-01-01", "130000-01-01"
+"""SQLite's range; the same so much later, of Julian days, and of calendar years."""
 
 
 def translate_time(
@@ -97,27 +95,23 @@ def translate_time(
     start = _time_value_timestamp(scope, time, number, text, base)
     let = scope.translation.let
     if not rest:
-        return let(
-            start,
-            lambda moment: _null_unless_within(moment, "4714-11-24 12:00:00 BC", "10000-01-01"),
-        )
-    cycles = _interval(nodes.number(_SHIFTED_BY_DAYS))
+        return let(start, partial(_if_within, bounds=_RANGE))
+    cycles = _interval(_SHIFTED_BY_DAYS)
     start = nodes.binary(exp.Add, start, cycles)
     for modifier in map(str.lower, rest):
         start = let(start, partial(_apply_modifier, modifier=modifier))
         if modifier.rstrip("s").endswith(_CALENDAR_UNITS):
-            start = let(
-                start, lambda moment: _null_unless_within(moment, _SHIFTED_FIRST_YEAR, _SHIFTED_END)
-            )
-    start = let(start, lambda moment: _null_unless_within(moment, _SHIFTED_FIRST, _SHIFTED_END))
+            start = let(start, partial(_if_within, bounds=_SHIFTED_YEARS))
+    start = let(start, partial(_if_within, bounds=_SHIFTED_RANGE))
     return nodes.binary(exp.Sub, start, cycles)
 
 
 def _time_value_timestamp(
     scope: Scope, time: Term | None, number: Sql | None, text: Sql | None, base: str
 ) -> Sql:
+    let, bind = scope.translation.let, scope.translation.bind
     if time is None:
-        return _parse_time_text(scope, scope.translation.bind(Macro.NOW, SqlForm.TEXT))
+        return let(bind(Macro.NOW, SqlForm.TEXT), _parse_time_text)
     is_number_wanted = base in {"unixepoch", "julianday"}
     assert number is not None
     assert text is not None
@@ -125,29 +119,21 @@ def _time_value_timestamp(
         case FieldValue(modifier=Modifier.WHOLE | Modifier.EACH, field=field) if (
             field.kind is FieldKind.DATE
         ):
-            null = nodes.null(nodes.TIMESTAMP)
-            return null if is_number_wanted else _parse_time_text(scope, text)
-    from_number = scope.translation.let(number, lambda value: _number_timestamp(value, base))
+            return nodes.null(nodes.TIMESTAMP) if is_number_wanted else let(text, _parse_time_text)
+    from_number = let(number, partial(_number_timestamp, base=base))
     if is_number_wanted:
         return from_number
-    return nodes.coalesce(from_number, _parse_time_text(scope, _with_now(scope, text)))
+    is_now = nodes.binary(exp.EQ, nodes.call("lower", nodes.collate_c(text)), "now")
+    # "now" is the time of the batch, also in a column.
+    now_or_text = nodes.case((is_now, bind(Macro.NOW, SqlForm.TEXT)), default=text)
+    return nodes.coalesce(from_number, let(now_or_text, _parse_time_text))
 
 
-def _with_now(scope: Scope, text: Sql) -> Sql:
-    """Return the text, or the time of the batch where it is "now", also in a column."""
-    is_now = nodes.binary(exp.EQ, nodes.call("lower", nodes.collate_c(text)), nodes.string("now"))
-    return nodes.case((is_now, scope.translation.bind(Macro.NOW, SqlForm.TEXT)), default=text)
-
-
-def _parse_time_text(scope: Scope, text: Sql) -> Sql:
+def _parse_time_text(text: Sql) -> Sql:
     """Return the time that a text spells; days beyond the month's end are of the next month."""
-    return scope.translation.let(text, _time_text_timestamp)
 
-
-def _time_text_timestamp(text: Sql) -> Sql:
     def part(regex: str, default: str) -> Sql:
-        digits = nodes.call("substring", text, nodes.string(regex))
-        return nodes.coalesce(digits, nodes.string(default))
+        return nodes.coalesce(nodes.call("substring", text, regex), default)
 
     year = nodes.cast(part(r"^([0-9]{4})-", "2000"), "int")
     month = nodes.cast(part(r"^[0-9]{4}-([0-9]{2})", "01"), "int")
@@ -155,45 +141,32 @@ def _time_text_timestamp(text: Sql) -> Sql:
     hour = nodes.cast(part(r"([0-9]{2}):[0-9]{2}", "00"), "int")
     minute = nodes.cast(part(r"[0-9]{2}:([0-9]{2})", "00"), "int")
     second = nodes.cast(part(r"[0-9]{2}:[0-9]{2}:([0-9]{2}(?:\.[0-9]+)?)", "00"), nodes.DOUBLE)
-    last = nodes.binary(
-        exp.Add, nodes.call("floor", second), nodes.cast(nodes.string("0.999"), nodes.DOUBLE)
-    )
+    # More than 999 milliseconds aren't rounded to the next second.
+    last = nodes.binary(exp.Add, nodes.call("floor", second), nodes.cast("0.999", nodes.DOUBLE))
+    seconds = _round_to_milliseconds(nodes.call("least", second, last))
     zone = nodes.cast(part(rf"([+-][0-9]{{2}}:[0-9]{{2}}){_BLANK}*$", "00:00"), "interval")
-    zero = nodes.number(0)
-    first = nodes.call("make_timestamp", year, month, nodes.number(1), zero, zero, zero)
-    since = nodes.call(
-        "make_interval",
-        zero,
-        zero,
-        zero,
-        nodes.binary(exp.Sub, day, nodes.number(1)),
-        hour,
-        minute,
-        # More than 999 milliseconds aren't rounded to the next second.
-        _round_to_milliseconds(nodes.call("least", second, last)),
-    )
+    first = nodes.call("make_timestamp", year, month, 1, 0, 0, 0)
+    days = nodes.binary(exp.Sub, day, 1)
+    since = nodes.call("make_interval", 0, 0, 0, days, hour, minute, seconds)
     parsed = nodes.binary(exp.Sub, nodes.binary(exp.Add, first, since), zone)
     return nodes.case((nodes.matches_regex(text, _TIME_VALUE), parsed))
 
 
 def _round_to_milliseconds(seconds: Sql) -> Sql:
     """Return seconds rounded to whole milliseconds as SQLite rounds them."""
-    scaled = nodes.binary(exp.Mul, seconds, nodes.number(1000))
-    whole = nodes.call(
-        "floor", nodes.binary(exp.Add, scaled, nodes.cast(nodes.string("0.5"), nodes.DOUBLE))
-    )
-    return nodes.binary(exp.Div, whole, nodes.cast(nodes.number(1000), nodes.DOUBLE))
+    scaled = nodes.binary(exp.Mul, seconds, 1000)
+    whole = nodes.call("floor", nodes.binary(exp.Add, scaled, nodes.cast("0.5", nodes.DOUBLE)))
+    return nodes.binary(exp.Div, whole, nodes.cast(1000, nodes.DOUBLE))
 
 
 def _number_timestamp(number: Sql, base: str) -> Sql:
     """Return the time of a Julian day, or of seconds since 1970."""
-    julian = nodes.binary(exp.Mul, number, nodes.number(_DAY_SECONDS * 1000))
-    since_epoch = nodes.binary(exp.Mul, number, nodes.number(1000))
-    unix = nodes.binary(exp.Add, since_epoch, nodes.number(-_FIRST_UNIX_SECOND * 1000))
-    from_julian = _null_outside(number, 0, _END_JULIAN_DAY, _after_julian_day_zero(julian))
-    from_unix = _null_outside(
-        number, _FIRST_UNIX_SECOND, _END_UNIX_SECOND, _after_julian_day_zero(unix)
-    )
+    julian = nodes.binary(exp.Mul, number, _DAY_SECONDS * 1000)
+    since_epoch = nodes.binary(exp.Mul, number, 1000)
+    unix = nodes.binary(exp.Add, since_epoch, -_FIRST_UNIX * 1000)
+    end_julian, end_unix = (nodes.cast(str(e), nodes.DOUBLE) for e in (_END_JULIAN_DAY, _END_UNIX))
+    from_julian = _if_between(number, 0, end_julian, _after_julian_day_zero(julian))
+    from_unix = _if_between(number, _FIRST_UNIX, end_unix, _after_julian_day_zero(unix))
     match base:
         case "unixepoch":
             return from_unix
@@ -205,32 +178,22 @@ def _number_timestamp(number: Sql, base: str) -> Sql:
 
 def _after_julian_day_zero(milliseconds: Sql) -> Sql:
     """Return the time so long after the Julian day 0 began, in whole milliseconds."""
-    half = nodes.cast(nodes.string("0.5"), nodes.DOUBLE)
+    half = nodes.cast("0.5", nodes.DOUBLE)
     rounded = nodes.call("floor", nodes.binary(exp.Add, milliseconds, half))
-    since_epoch = nodes.binary(
-        exp.Add, nodes.cast(rounded, nodes.BIGINT), nodes.number(_FIRST_UNIX_SECOND * 1000)
-    )
-    a_day = nodes.number(_DAY_SECONDS * 1000)
+    since_epoch = nodes.binary(exp.Add, nodes.cast(rounded, nodes.BIGINT), _FIRST_UNIX * 1000)
+    a_day = _DAY_SECONDS * 1000
     # An interval's seconds are doubles, which can't hold the milliseconds of thousands of years.
     days = nodes.cast(nodes.call("div", nodes.cast(since_epoch, "numeric"), a_day), "int")
-    seconds = nodes.binary(
-        exp.Div, nodes.call("mod", since_epoch, a_day), nodes.cast(nodes.number(1000), nodes.DOUBLE)
-    )
-    epoch = nodes.cast(nodes.string("1970-01-01"), nodes.TIMESTAMP)
+    rest = nodes.call("mod", since_epoch, a_day)
+    seconds = nodes.binary(exp.Div, rest, nodes.cast(1000, nodes.DOUBLE))
+    epoch = nodes.cast("1970-01-01", nodes.TIMESTAMP)
     return nodes.binary(exp.Add, epoch, _interval(days, seconds))
 
 
-def _interval(days: Sql, seconds: Sql | None = None) -> Sql:
-    zero = nodes.number(0)
-    rest = () if seconds is None else (zero, zero, seconds)
-    return nodes.call("make_interval", zero, zero, zero, days, *rest)
-
-
-def _null_outside(number: Sql, low: float, high: float, result: Sql) -> Sql:
-    """Return the result if the number is in the half-open range, else NULL."""
-    is_high = nodes.binary(exp.LT, number, nodes.cast(nodes.string(str(high)), nodes.DOUBLE))
-    is_low = nodes.binary(exp.GTE, number, nodes.number(low))
-    return nodes.case((is_low, nodes.case((is_high, result))))
+def _interval(days: nodes.Operand, *seconds: nodes.Operand) -> Sql:
+    """Return so many days, and seconds if any are given."""
+    rest = (0, 0, *seconds) if seconds else ()
+    return nodes.call("make_interval", 0, 0, 0, days, *rest)
 
 
 def _apply_modifier(start: Sql, modifier: str) -> Sql:
@@ -238,17 +201,20 @@ def _apply_modifier(start: Sql, modifier: str) -> Sql:
     if modifier in {*_SUBSECOND_MODIFIERS, "ceiling"}:
         return start
     if modifier in {"start of day", "start of month", "start of year"}:
-        unit = nodes.string(modifier.removeprefix("start of "))
-        return _null_unless_representable(start, nodes.call("date_trunc", unit, start))
+        unit = modifier.removeprefix("start of ")
+        return _if_within(start, _SHIFTED_RANGE, nodes.call("date_trunc", unit, start))
     if weekday := _WEEKDAY_MODIFIER.fullmatch(modifier):
         wanted = float(weekday[1])
         is_day = 0 <= wanted < 7 and wanted.is_integer()  # noqa: PLR2004 (days of a week)
         if not is_day:
             return nodes.null(nodes.TIMESTAMP)
-        return _null_unless_representable(start, _next_weekday(start, int(wanted)))
+        ahead = nodes.binary(exp.Sub, int(wanted) + 7, _date_part("dow", start))
+        days = _interval(nodes.call("mod", ahead, 7))
+        return _if_within(start, _SHIFTED_RANGE, nodes.binary(exp.Add, start, days))
     if shift := _SHIFT_MODIFIER.fullmatch(modifier):
         later = _shift(start, float(shift[1]), shift[2])
-        return _null_unless_representable(start, later) if shift[2] in _CALENDAR_UNITS else later
+        is_calendar = shift[2] in _CALENDAR_UNITS
+        return _if_within(start, _SHIFTED_RANGE, later) if is_calendar else later
     if modifier in {"utc", "localtime", "floor"} or re.match(r"[+-]?\d+[-:]", modifier):
         raise RuleUnsupportedError(
             f'modifier "{modifier}" of strftime is not supported', start=0, end=0
@@ -256,45 +222,35 @@ def _apply_modifier(start: Sql, modifier: str) -> Sql:
     return nodes.null(nodes.TIMESTAMP)
 
 
-def _next_weekday(start: Sql, weekday: int) -> Sql:
-    ahead = nodes.binary(exp.Sub, nodes.number(weekday + 7), _date_part("dow", start))
-    days = nodes.call("mod", ahead, nodes.number(7))
-    return nodes.binary(exp.Add, start, _interval(days))
-
-
 def _shift(start: Sql, amount: float, unit: str) -> Sql:
     """Return the time some units later. Months keep the day's number, also beyond their end."""
     if abs(amount) >= _MAX_SHIFT[unit]:
         return nodes.null(nodes.TIMESTAMP)
+    half = math.copysign(0.5, amount)
     if unit in _CALENDAR_UNITS:
         count = int(amount) * (12 if unit == "year" else 1)
-        month = nodes.call("date_trunc", nodes.string("month"), start)
+        month = nodes.call("date_trunc", "month", start)
         rest = nodes.binary(exp.Sub, start, month)
-        later = nodes.call("make_interval", nodes.number(0), nodes.number(count))
+        later = nodes.call("make_interval", 0, count)
         start = nodes.binary(exp.Add, nodes.binary(exp.Add, month, later), rest)
-        half, amount = math.copysign(0.5, amount), amount - int(amount)
-    else:
-        half = math.copysign(0.5, amount)
-    days, milliseconds = divmod(
-        int(amount * 1000.0 * _SECONDS_PER_UNIT[unit] + half), _DAY_SECONDS * 1000
-    )
-    seconds = nodes.string(str(milliseconds / 1000))
-    return nodes.binary(exp.Add, start, _interval(nodes.number(days), seconds))
+        amount -= int(amount)
+    rounded = int(amount * 1000.0 * _SECONDS_PER_UNIT[unit] + half)
+    days, milliseconds = divmod(rounded, _DAY_SECONDS * 1000)
+    return nodes.binary(exp.Add, start, _interval(days, str(milliseconds / 1000)))
 
 
-def _null_unless_representable(start: Sql, result: Sql) -> Sql:
-    """Return the result if SQLite can compute the calendar day of the time, else NULL."""
-    return _result_if_within(start, _SHIFTED_FIRST, _SHIFTED_END, result)
+def _if_within(start: Sql, bounds: tuple[str, str], result: Sql | None = None) -> Sql:
+    """Return the result, or else the time itself, if the time is in a half-open range, else NULL.
+
+    Only in ``_SHIFTED_RANGE`` can SQLite compute the calendar day of a time.
+    """
+    first, end = (nodes.cast(bound, nodes.TIMESTAMP) for bound in bounds)
+    return _if_between(start, first, end, start if result is None else result)
 
 
-def _null_unless_within(start: Sql, first: str, end: str) -> Sql:
-    return _result_if_within(start, first, end, start)
-
-
-def _result_if_within(start: Sql, first: str, end: str, result: Sql) -> Sql:
-    is_late = nodes.binary(exp.GTE, start, nodes.cast(nodes.string(first), nodes.TIMESTAMP))
-    is_early = nodes.binary(exp.LT, start, nodes.cast(nodes.string(end), nodes.TIMESTAMP))
-    return nodes.case((is_late, nodes.case((is_early, result))))
+def _if_between(value: Sql, low: nodes.Operand, high: nodes.Operand, result: Sql) -> Sql:
+    is_low, is_high = nodes.binary(exp.GTE, value, low), nodes.binary(exp.LT, value, high)
+    return nodes.case((is_low, nodes.case((is_high, result))))
 
 
 # --- letters
@@ -313,28 +269,27 @@ def format_time(scope: Scope, timestamp: Sql, layout: str, modifiers: Sequence[s
             f"the format of strftime is longer than {_MAX_FORMAT_LENGTH} characters", start=0, end=0
         )
     has_subseconds = any(modifier.lower() in _SUBSECOND_MODIFIERS for modifier in modifiers)
-    return scope.translation.let(
-        timestamp,
-        lambda value: _concatenate_format(scope, value, layout, has_subseconds=has_subseconds),
-    )
 
+    def concatenated(start: Sql) -> Sql:
+        pieces: list[nodes.Operand] = []
+        for plain, letter in re.findall(r"([^%]+)|%(.?)", layout, re.DOTALL):
+            if plain:
+                pieces.append(scope.translation.bind(LiteralParameter(plain), SqlForm.TEXT))
+            elif letter == "%":
+                pieces.append("%")
+            elif letter == "J":
+                raise RuleUnsupportedError(
+                    'format "%J" of strftime is not supported', start=0, end=0
+                )
+            else:
+                made = _format_letter(start, letter, has_subseconds=has_subseconds)
+                if made is None:
+                    return nodes.null()
+                pieces.append(made)
+        text = nodes.concatenate(*pieces) if pieces else ""
+        return nodes.case((nodes.is_null(start), nodes.null()), default=text)
 
-def _concatenate_format(scope: Scope, start: Sql, layout: str, *, has_subseconds: bool) -> Sql:
-    pieces: list[Sql] = []
-    for plain, letter in re.findall(r"([^%]+)|%(.?)", layout, re.DOTALL):
-        if plain:
-            pieces.append(scope.translation.bind(LiteralParameter(plain), SqlForm.TEXT))
-        elif letter == "%":
-            pieces.append(nodes.string("%"))
-        elif letter == "J":
-            raise RuleUnsupportedError('format "%J" of strftime is not supported', start=0, end=0)
-        else:
-            made = _format_letter(start, letter, has_subseconds=has_subseconds)
-            if made is None:
-                return nodes.null()
-            pieces.append(made)
-    text = nodes.concatenate(*pieces) if pieces else nodes.string("")
-    return nodes.case((nodes.is_null(start), nodes.null()), default=text)
+    return scope.translation.let(timestamp, concatenated)
 
 
 _TO_CHAR_LETTERS = {
@@ -360,82 +315,69 @@ _BLANK_PADDED_LETTERS = {"e": "FMDD", "k": "FMHH24", "l": "FMHH12"}
 
 def _format_letter(start: Sql, letter: str, *, has_subseconds: bool) -> Sql | None:
     if layout := _TO_CHAR_LETTERS.get(letter):
-        return nodes.call("to_char", start, nodes.string(layout))
+        return nodes.call("to_char", start, layout)
     if layout := _BLANK_PADDED_LETTERS.get(letter):
-        return nodes.call(
-            "lpad", nodes.call("to_char", start, nodes.string(layout)), nodes.number(2)
-        )
-    if letter == "s":
-        return _epoch_seconds(start, has_subseconds=has_subseconds)
+        return nodes.call("lpad", nodes.call("to_char", start, layout), 2)
+    if letter == "s" and has_subseconds:
+        return nodes.call("to_char", _date_part("epoch", start), "FM999999999990.000")
     make = _COMPUTED_LETTERS.get(letter)
     return None if make is None else make(start)
 
 
-def _epoch_seconds(start: Sql, *, has_subseconds: bool) -> Sql:
-    epoch = _date_part("epoch", start)
-    if has_subseconds:
-        return nodes.call("to_char", epoch, nodes.string("FM999999999990.000"))
-    return nodes.cast(nodes.cast(nodes.call("floor", epoch), nodes.BIGINT), nodes.TEXT)
-
-
-def _iso_date(start: Sql) -> Sql:
-    return nodes.concatenate(_year(start), nodes.call("to_char", start, nodes.string("-MM-DD")))
-
-
-def _week_from_monday(start: Sql) -> Sql:
-    return _week(start, nodes.binary(exp.Sub, _date_part("isodow", start), nodes.number(1)))
-
-
 def _date_part(field: str, start: Sql) -> Sql:
-    part = nodes.call("date_part", nodes.string(field), start)
+    part = nodes.call("date_part", field, start)
     return part if field == "epoch" else nodes.cast(part, "int")
+
+
+def _whole_epoch_seconds(start: Sql) -> Sql:
+    seconds = nodes.call("floor", _date_part("epoch", start))
+    return nodes.cast(nodes.cast(seconds, nodes.BIGINT), nodes.TEXT)
 
 
 def _iso_week_thursday(start: Sql) -> Sql:
     """Return a time in the year that the ISO week belongs to: its Thursday."""
-    days = nodes.binary(exp.Sub, nodes.number(4), _date_part("isodow", start))
+    days = nodes.binary(exp.Sub, 4, _date_part("isodow", start))
     return nodes.binary(exp.Add, start, _interval(days))
 
 
 def _astronomical_year(start: Sql) -> Sql:
     """Return the year. SQLite has a year 0; to PostgreSQL it is 1 BC and -1."""
     year = _date_part("year", start)
-    is_before = nodes.binary(exp.LT, year, nodes.number(0))
-    return nodes.case((is_before, nodes.binary(exp.Add, year, nodes.number(1))), default=year)
+    is_before = nodes.binary(exp.LT, year, 0)
+    return nodes.case((is_before, nodes.binary(exp.Add, year, 1)), default=year)
 
 
 def _year(start: Sql) -> Sql:
     """Return the year in four characters, including a sign."""
-    year = _astronomical_year(start)
-    is_signed = nodes.binary(exp.LT, year, nodes.number(0))
-    layout = nodes.case((is_signed, nodes.string("FM9000")), default=nodes.string("FM0000"))
-    return nodes.call("to_char", year, layout)
+    return _signed(_astronomical_year(start), "FM9000", "FM0000")
 
 
 def _year_of_century(start: Sql) -> Sql:
     """Return the year's last two digits, with a sign if it is before 0."""
-    year = nodes.call("mod", _astronomical_year(start), nodes.number(100))
-    is_signed = nodes.binary(exp.LT, year, nodes.number(0))
-    layout = nodes.case((is_signed, nodes.string("FM90")), default=nodes.string("FM00"))
-    return nodes.call("to_char", year, layout)
+    return _signed(nodes.call("mod", _astronomical_year(start), 100), "FM90", "FM00")
+
+
+def _signed(year: Sql, negative_layout: str, layout: str) -> Sql:
+    is_signed = nodes.binary(exp.LT, year, 0)
+    return nodes.call("to_char", year, nodes.case((is_signed, negative_layout), default=layout))
 
 
 def _week(start: Sql, days_since_first: Sql) -> Sql:
     """Return the week of the year, 00 before the first such weekday of the year."""
-    days = nodes.binary(
-        exp.Sub, nodes.binary(exp.Add, _date_part("doy", start), nodes.number(6)), days_since_first
-    )
-    week = nodes.call("div", nodes.cast(days, "numeric"), nodes.number(7))
-    return nodes.call("to_char", week, nodes.string("FM00"))
+    end_of_week = nodes.binary(exp.Add, _date_part("doy", start), 6)
+    days = nodes.binary(exp.Sub, end_of_week, days_since_first)
+    week = nodes.call("div", nodes.cast(days, "numeric"), 7)
+    return nodes.call("to_char", week, "FM00")
 
 
 _COMPUTED_LETTERS: Mapping[str, Callable[[Sql], Sql]] = {
-    "F": _iso_date,
+    "F": lambda start: nodes.concatenate(_year(start), nodes.call("to_char", start, "-MM-DD")),
     "g": lambda start: _year_of_century(_iso_week_thursday(start)),
     "G": lambda start: _year(_iso_week_thursday(start)),
+    "s": _whole_epoch_seconds,
     "U": lambda start: _week(start, _date_part("dow", start)),
     "w": lambda start: nodes.cast(_date_part("dow", start), nodes.TEXT),
-    "W": _week_from_monday,
+    "W": lambda start: _week(start, nodes.binary(exp.Sub, _date_part("isodow", start), 1)),
     "Y": _year,
 }
 """Letters that are computed."""

@@ -15,6 +15,7 @@ from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.rules.engine.before_state import BeforeState, BeforeStates
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
+from tests.engine_driving import query_before
 from tests.unit.rules.schema import COLLECTIONS, USERS, collection
 from tests.unit.rules.schema import POSTS as POSTS_COLLECTION
 
@@ -133,9 +134,10 @@ def _question(changes: list[Change]) -> object:
     )
     query = reference_query(COLLECTIONS, POSTS_COLLECTION, "author.name = 'Ann'", request)
     assert isinstance(query, ReferenceQuery)
-    overlays = BeforeState(changes, reachable_tables(COLLECTIONS)).overlays(query.tables)
+    tables = frozenset().union(*(part.tables for part in query.sql_predicates))
+    overlays = BeforeState(changes, reachable_tables(COLLECTIONS)).overlays(tables)
     row: Row = {"id": "p", "author": "1"}
-    return query.sql_query_before([row], datetime.now(UTC), overlays)
+    return query_before(query, [row], datetime.now(UTC), overlays)
 
 
 def test_what_was_truncated_is_not_known_and_not_taken_for_empty() -> None:

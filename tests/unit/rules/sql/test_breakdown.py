@@ -34,9 +34,9 @@ def test_what_was_taken_apart_reads_back_as_it_was() -> None:
             continue
         piece = split_rule(text)
         compared += 1
-        assert parse_expression(piece.display_text) == meant
-        assert parse_expression(piece.rule_text) == meant
-        assert len(piece.rule_text) <= len(text)
+        assert parse_expression(piece.text(" ")) == meant
+        assert parse_expression(piece.text("")) == meant
+        assert len(piece.text("")) <= len(text)
     assert compared > 1500
 
 
@@ -58,8 +58,8 @@ def test_parts_are_in_the_order_of_the_text() -> None:
 def test_brackets_are_where_they_are_needed() -> None:
     piece = split_rule("a = 1 && (b = 2 || c = 3 && d = 4)")
 
-    assert piece.display_text == "a = 1 && (b = 2 || (c = 3 && d = 4))"
-    assert piece.rule_text == "a=1&&(b=2||c=3&&d=4)"
+    assert piece.text(" ") == "a = 1 && (b = 2 || (c = 3 && d = 4))"
+    assert piece.text("") == "a=1&&(b=2||c=3&&d=4)"
 
 
 def test_what_is_no_rule_is_refused() -> None:

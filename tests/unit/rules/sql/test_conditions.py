@@ -162,7 +162,7 @@ def test_columns_and_tables_that_are_read_are_listed() -> None:
     )
     assert isinstance(query, ReferenceQuery)
     assert query.column_names == ("author", "views", "title")
-    assert query.tables == {USERS.table.name}
+    assert [part.tables for part in query.sql_predicates] == [{USERS.table.name}, frozenset()]
 
 
 def test_absent_parameters_are_folded_into_the_text() -> None:
