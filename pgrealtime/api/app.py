@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import logging
+import posixpath
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
+from urllib.parse import quote
 
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from pgrealtime.api import redirect
+from pgrealtime.api import error_responses
+from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY, MAX_BODY_BYTES, BodyReader
 from pgrealtime.api.cors import AllowedOrigins
-from pgrealtime.api.error_responses import (
-    BODY_TOO_LARGE,
-    FILE_NOT_FOUND,
-    INTERNAL_ERROR,
-    REQUEST_TIMEOUT,
-    ROUTE_NOT_FOUND,
-    TOO_MANY_REQUESTS,
-    ErrorResponse,
-    Language,
-    encode_error_response,
-    error_response_of,
-    preferred_language,
-)
-from pgrealtime.api.health import HealthRoute
+from pgrealtime.api.json_response import respond_json
 from pgrealtime.api.realtime import RUNNER_KEY, SHUTDOWN_SECONDS, RealtimeRoutes
 from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.principal import Superuser
 from pgrealtime.config.model import Config, ServerConfig
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.hub.hub import Hub
+from pgrealtime.records.values import Json
 
 log = structlog.get_logger(__name__)
 
@@ -57,32 +49,45 @@ _LINGERING_SECONDS: Final = 1
 """How long the rest of a refused body is read and dropped. Closing at once would reset the
 connection, and the client might lose the response."""
 
+_REDIRECT_STATUS: Final = 307
+"""Temporary Redirect: the client repeats method and body."""
+
+_SAFE_IN_PATHS: Final = "%/!$&'()*+,;=:@~[]"
+"""Characters that stay unescaped besides letters, digits and ``-._``; existing escapes too."""
+
+_HTML_ESCAPES: Final = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"}
+)
+
+_PROXY_HEADERS: Final = ("CF-Connecting-IP", "Fly-Client-IP", "X-Forwarded-For")
+
 
 def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.Application:
     """Return the application, to be served by ``build_runner``, which sets its limits."""
     middleware = ResponseMiddleware(config.server)
-    app = web.Application(middlewares=[redirect.redirect_to_clean_path, middleware.handle])
+    app = web.Application(middlewares=[_redirect_to_clean_path, middleware.handle])
     app[BODY_READER_KEY] = BodyReader()
     app.on_response_prepare.append(middleware.add_headers)
     realtime = RealtimeRoutes(hub, authenticator, config.server, config.realtime)
-    health = HealthRoute(authenticator, config.server)
     path = config.server.base_path
     app.on_shutdown.append(realtime.close_streams)
     app.router.add_get(f"{path}/api/realtime", realtime.handle_connect)
     app.router.add_post(
         f"{path}/api/realtime", realtime.handle_subscribe, expect_handler=_handle_expect
     )
-    app.router.add_get(f"{path}/api/health", health.get_health)
+    app.router.add_get(f"{path}/api/health", _health_handler(authenticator, config.server))
     return app
 
 
 def build_runner(app: web.Application) -> web.AppRunner:
     """Return a runner with this module's limits, whose handlers are cancelled on disconnect."""
+    logger = logging.getLogger("pgrealtime.http")
+    logger.addFilter(_is_actionable)
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
         access_log=None,
-        logger=_http_logger(),
+        logger=logger,
         keepalive_timeout=_IDLE_SECONDS,
         lingering_time=_LINGERING_SECONDS,
         shutdown_timeout=SHUTDOWN_SECONDS,
@@ -107,16 +112,16 @@ class ResponseMiddleware:
         if request.method == "OPTIONS":
             return web.Response(status=204)
         if (request.content_length or 0) > MAX_BODY_BYTES:
-            return self._respond_with_error(request, BODY_TOO_LARGE)
+            return self._respond_with_error(request, error_responses.BODY_TOO_LARGE)
         try:
             return await handler(request)
         except PgRealtimeError as error:
-            refusal = error_response_of(error)
-            if refusal is INTERNAL_ERROR:
+            refusal = error_responses.error_response_of(error)
+            if refusal is error_responses.INTERNAL_ERROR:
                 log.error("request.failed", path=request.path, error=error)  # noqa: TRY400 (expected kind, known code)
         except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
             is_file = request.method in ("GET", "HEAD")
-            refusal = FILE_NOT_FOUND if is_file else ROUTE_NOT_FOUND
+            refusal = error_responses.FILE_NOT_FOUND if is_file else error_responses.ROUTE_NOT_FOUND
         except web.HTTPException:
             raise
         except ConnectionError:
@@ -126,31 +131,28 @@ class ResponseMiddleware:
             log.exception("request.failed", path=request.path)
             if request.writer.output_size and request.transport is not None:
                 request.transport.abort()  # the head was sent, so no second one can follow
-            refusal = INTERNAL_ERROR
+            refusal = error_responses.INTERNAL_ERROR
         return self._respond_with_error(request, refusal)
 
     def _respond_with_error(
-        self, request: web.Request, error_response: ErrorResponse
+        self, request: web.Request, refusal: error_responses.ErrorResponse
     ) -> web.Response:
-        response = web.Response(
-            status=error_response.status,
-            body=encode_error_response(error_response, self._response_language(request)),
-            content_type="application/json",
-        )
-        is_unread = error_response is TOO_MANY_REQUESTS and not request.content.at_eof()
-        if is_unread or error_response in (BODY_TOO_LARGE, REQUEST_TIMEOUT):
+        language = self._locale
+        if language == "auto":
+            accepted = ",".join(request.headers.getall("Accept-Language", []))
+            language = error_responses.preferred_language(accepted)
+        body = error_responses.encode_error_response(refusal, language)
+        response = web.Response(status=refusal.status, body=body, content_type="application/json")
+        is_body_left = refusal == error_responses.TOO_MANY_REQUESTS and not request.content.at_eof()
+        closing = (error_responses.BODY_TOO_LARGE, error_responses.REQUEST_TIMEOUT)
+        if is_body_left or refusal in closing:
             response.force_close()
         return response
-
-    def _response_language(self, request: web.Request) -> Language:
-        if self._locale != "auto":
-            return self._locale
-        return preferred_language(",".join(request.headers.getall("Accept-Language", [])))
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Add the headers of all responses; PocketBase's router sends redirects without them."""
         response.headers.popall("Server", None)  # aiohttp's; PocketBase sends none
-        if response.status == redirect.REDIRECT_STATUS:
+        if response.status == _REDIRECT_STATUS:
             return
         origin = request.headers.get("Origin", "")
         if request.method == "OPTIONS":
@@ -172,16 +174,53 @@ async def _handle_expect(request: web.Request) -> None:
         request.writer.output_size = 0  # as aiohttp's own handler: the response is yet to come
 
 
-class _ClientErrorFilter(logging.Filter):
-    """Drops aiohttp's log entries about requests that aren't HTTP: no operator can act on them."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, HttpProcessingError)
+def _is_actionable(record: logging.LogRecord) -> bool:
+    """Whether a log entry isn't about a request that isn't HTTP: no operator can act on those."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
-def _http_logger() -> logging.Logger:
-    logger = logging.getLogger("pgrealtime.http")
-    if not logger.filters:
-        logger.addFilter(_ClientErrorFilter())
-    return logger
+def clean_path(path: str) -> str:
+    """Return the still escaped path without empty and dot segments; a final slash stays.
+
+    As Go's router does: ``//api/realtime`` isn't canonical; ``%2F`` is no slash, ``%2E`` no dot.
+    """
+    plain = posixpath.normpath("/" + path.lstrip("/"))
+    return f"{plain}/" if path.endswith("/") and plain != "/" else plain
+
+
+@web.middleware
+async def _redirect_to_clean_path(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Redirect to the canonical path, or call the handler if this is one."""
+    path = request.rel_url.raw_path
+    plain = clean_path(path)
+    if plain == path or not path.startswith("/"):
+        return await handler(request)
+    query = request.rel_url.raw_query_string
+    location = quote(plain, safe=_SAFE_IN_PATHS) + (f"?{query}" if query else "")
+    response = web.Response(status=_REDIRECT_STATUS, headers={"Location": location})
+    if request.method in ("GET", "HEAD"):
+        response.content_type = "text/html"
+        response.charset = "utf-8"
+        response.text = f'<a href="{location.translate(_HTML_ESCAPES)}">Temporary Redirect</a>.\n\n'
+    return response
+
+
+def _health_handler(authenticator: Authenticator, server: ServerConfig) -> _Handler:
+    """Return the handler of ``/api/health`` in PocketBase's form (protocol, 9.4)."""
+
+    async def respond(request: web.Request) -> web.StreamResponse:
+        data: dict[str, Json] = {}
+        # While the users table can't be read, this process is healthy all the same.
+        with suppress(PgRealtimeError):
+            caller = await authenticator.authenticate(request.headers.get("Authorization"))
+            if isinstance(caller.principal, Superuser):
+                proxy_headers = (name for name in _PROXY_HEADERS if request.headers.get(name))
+                data = {
+                    "canBackup": True,
+                    "realIP": client_address(request, server.trusted_proxies),
+                    "possibleProxyHeader": next(proxy_headers, ""),
+                }
+        return respond_json(request, {"message": "API is healthy.", "code": 200, "data": data})
+
+    return respond

@@ -22,8 +22,7 @@ from pgrealtime.api.error_responses import (
     TOO_MANY_REQUESTS,
     RequestRefusedError,
 )
-from pgrealtime.fairness import FairLock
-from pgrealtime.networks import client_network
+from pgrealtime.fairness import FairLock, client_network
 
 _Content = TypeVar("_Content")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
 from pgrealtime.errors import PgRealtimeError
@@ -18,23 +18,12 @@ Language: TypeAlias = Literal["en", "zh"]
 
 
 @dataclass(frozen=True, slots=True)
-class LocalizedText:
-    """One sentence in each language."""
-
-    en: str
-    zh: str
-
-    def in_language(self, language: Language) -> str:
-        """Return the sentence in that language."""
-        return self.en if language == "en" else self.zh
-
-
-@dataclass(frozen=True, slots=True)
 class MemberFault:
-    """Why one member of a body is invalid."""
+    """Why one member of a body is invalid, in each language."""
 
     code: str
-    text: LocalizedText
+    en: str
+    zh: str
     params: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -44,54 +33,42 @@ MemberFaults: TypeAlias = Mapping[str, "MemberFault | MemberFaults"]
 
 @dataclass(frozen=True, slots=True)
 class ErrorResponse:
-    """Status and body of an error response."""
+    """Status and body of an error response, in each language."""
 
     status: int
-    text: LocalizedText
+    en: str
+    zh: str
     member_faults: MemberFaults = field(default_factory=dict)
 
 
-_SOMETHING_WENT_WRONG: Final = LocalizedText(
-    "Something went wrong while processing your request.", "处理请求时出错。"
+BAD_REQUEST: Final = ErrorResponse(
+    400, "Something went wrong while processing your request.", "处理请求时出错。"
 )
-
-BAD_REQUEST: Final = ErrorResponse(400, _SOMETHING_WENT_WRONG)
-ROUTE_NOT_FOUND: Final = ErrorResponse(
-    404, LocalizedText("The requested resource wasn't found.", "未找到请求的资源。")
-)
-FILE_NOT_FOUND: Final = ErrorResponse(404, LocalizedText("File not found.", "文件未找到。"))
-REQUEST_TIMEOUT: Final = ErrorResponse(408, LocalizedText("Request timeout.", "请求超时。"))
-TOO_MANY_REQUESTS: Final = ErrorResponse(429, LocalizedText("Too Many Requests.", "请求过多。"))
-BODY_TOO_LARGE: Final = ErrorResponse(
-    413, LocalizedText("Request entity too large.", "请求体过大。")
-)
-INTERNAL_ERROR: Final = ErrorResponse(500, _SOMETHING_WENT_WRONG)
-
-_UNAVAILABLE: Final = ErrorResponse(
-    503, LocalizedText("Realtime is temporarily unavailable.", "实时服务暂时不可用。")
-)
-
 TOKEN_REQUIRED: Final = ErrorResponse(
-    401,
-    LocalizedText(
-        "The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"
-    ),
+    401, "The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"
+)
+ROUTE_NOT_FOUND: Final = ErrorResponse(
+    404, "The requested resource wasn't found.", "未找到请求的资源。"
+)
+FILE_NOT_FOUND: Final = ErrorResponse(404, "File not found.", "文件未找到。")
+REQUEST_TIMEOUT: Final = ErrorResponse(408, "Request timeout.", "请求超时。")
+BODY_TOO_LARGE: Final = ErrorResponse(413, "Request entity too large.", "请求体过大。")
+TOO_MANY_REQUESTS: Final = ErrorResponse(429, "Too Many Requests.", "请求过多。")
+INTERNAL_ERROR: Final = replace(BAD_REQUEST, status=500)
+_UNAVAILABLE: Final = ErrorResponse(
+    503, "Realtime is temporarily unavailable.", "实时服务暂时不可用。"
 )
 
-_RESPONSE_BY_CODE: Final[Mapping[str, ErrorResponse]] = {
+_RESPONSE_BY_CODE: Final = {
     "body_unreadable": BAD_REQUEST,
     "client_unknown": ErrorResponse(
-        404, LocalizedText("Missing or invalid client id.", "缺少或无效的客户端 ID。")
+        404, "Missing or invalid client id.", "缺少或无效的客户端 ID。"
     ),
-    "address_mismatch": ErrorResponse(
-        400, LocalizedText("Invalid realtime client.", "无效的实时客户端。")
-    ),
+    "address_mismatch": ErrorResponse(400, "Invalid realtime client.", "无效的实时客户端。"),
     "authorization_mismatch": ErrorResponse(
         403,
-        LocalizedText(
-            "The current and the previous request authorization don't match.",
-            "当前请求和之前的请求授权不匹配。",
-        ),
+        "The current and the previous request authorization don't match.",
+        "当前请求和之前的请求授权不匹配。",
     ),
     "guest_refused": TOKEN_REQUIRED,
     "stream_away": _UNAVAILABLE,
@@ -105,7 +82,7 @@ class RequestRefusedError(PgRealtimeError):
     code = "request_refused"
 
     def __init__(self, error_response: ErrorResponse) -> None:
-        super().__init__(error_response.text.en)
+        super().__init__(error_response.en)
         self.error_response = error_response
 
 
@@ -118,27 +95,27 @@ def error_response_of(error: PgRealtimeError) -> ErrorResponse:
 
 def invalid_members(faults: MemberFaults) -> ErrorResponse:
     """Return the response for a body with invalid members."""
-    return ErrorResponse(400, _SOMETHING_WENT_WRONG, faults)
+    return replace(BAD_REQUEST, member_faults=faults)
 
 
-_LIMIT_TEXTS: Final[Mapping[str, LocalizedText]] = {
-    "views": LocalizedText(
+_LIMIT_TEXTS: Final = {
+    "views": (
         "A connection may have no more than {most} different fields and expand.",
         "每个连接的 fields 和 expand 组合不得超过 {most} 种。",
     ),
-    "filter_characters": LocalizedText(
+    "filter_characters": (
         "The filters of a connection must be no longer than {most} characters together.",
         "每个连接的过滤器总长度不得超过 {most} 个字符。",
     ),
-    "asking_filters": LocalizedText(
+    "asking_filters": (
         "A connection may have no more than {most} filters that need the database.",
         "每个连接需要查询数据库的过滤器不得超过 {most} 个。",
     ),
-    "unindexed_filters": LocalizedText(
+    "unindexed_filters": (
         "A connection may have no more than {most} filters without an equality.",
         "每个连接不含等值条件的过滤器不得超过 {most} 个。",
     ),
-    "unindexed_filters_of_address": LocalizedText(
+    "unindexed_filters_of_address": (
         "An address may have no more than {most} filters without an equality.",
         "每个地址不含等值条件的过滤器不得超过 {most} 个。",
     ),
@@ -148,9 +125,8 @@ _LIMIT_TEXTS: Final[Mapping[str, LocalizedText]] = {
 
 def limit_reached(limit_name: str, maximum: int) -> MemberFault:
     """Return the fault of a topic that exceeds the limit."""
-    text = _LIMIT_TEXTS[limit_name]
-    message = LocalizedText(text.en.format(most=maximum), text.zh.format(most=maximum))
-    return MemberFault("validation_limit_reached", message, {"max": maximum})
+    en, zh = (text.format(most=maximum) for text in _LIMIT_TEXTS[limit_name])
+    return MemberFault("validation_limit_reached", en, zh, {"max": maximum})
 
 
 def encode_error_response(error_response: ErrorResponse, language: Language) -> bytes:
@@ -158,7 +134,7 @@ def encode_error_response(error_response: ErrorResponse, language: Language) -> 
     return json.dumps(
         {
             "data": _encode_faults(error_response.member_faults, language),
-            "message": error_response.text.in_language(language),
+            "message": _message_of(error_response, language),
             "status": error_response.status,
         },
         ensure_ascii=False,
@@ -177,8 +153,12 @@ def _encode_faults(faults: MemberFaults, language: Language) -> dict[str, object
 
 
 def _encode_fault(fault: MemberFault, language: Language) -> dict[str, object]:
-    members: dict[str, object] = {"code": fault.code, "message": fault.text.in_language(language)}
-    return {**members, "params": dict(fault.params)} if fault.params else members
+    members: dict[str, object] = {"code": fault.code, "message": _message_of(fault, language)}
+    return {**members, "params": fault.params} if fault.params else members
+
+
+def _message_of(error: ErrorResponse | MemberFault, language: Language) -> str:
+    return error.en if language == "en" else error.zh
 
 
 def preferred_language(accept_language: str) -> Language:
@@ -194,19 +174,17 @@ def preferred_language(accept_language: str) -> Language:
 
 
 def _parse_language_range(entry: str) -> tuple[str, float]:
-    tag, _, parameters = entry.partition(";")
+    tag, _, parameters = entry.lower().partition(";")
     name, _, weight = parameters.partition("=")
-    if name.strip().lower() != "q":
-        return tag.strip().lower(), 1.0
+    if name.strip() != "q":
+        return tag.strip(), 1.0
     try:
-        return tag.strip().lower(), float(weight)
+        return tag.strip(), float(weight)
     except ValueError:
-        return tag.strip().lower(), 0.0
+        return tag.strip(), 0.0
 
 
-BLANK_MEMBER: Final = MemberFault(
-    "validation_required", LocalizedText("Cannot be blank.", "缺少必填值。")
-)
+BLANK_MEMBER: Final = MemberFault("validation_required", "Cannot be blank.", "缺少必填值。")
 """The fault of a required member that is missing or empty."""
 
 
@@ -214,10 +192,8 @@ def length_out_of_range(min_bytes: int, max_bytes: int) -> MemberFault:
     """Return the fault of a text that is too short or too long, in bytes."""
     return MemberFault(
         "validation_length_out_of_range",
-        LocalizedText(
-            f"The length must be between {min_bytes} and {max_bytes}.",
-            f"长度必须在 {min_bytes} 到 {max_bytes} 之间。",
-        ),
+        f"The length must be between {min_bytes} and {max_bytes}.",
+        f"长度必须在 {min_bytes} 到 {max_bytes} 之间。",
         {"max": max_bytes, "min": min_bytes},
     )
 
@@ -226,6 +202,7 @@ def length_too_long(maximum: int) -> MemberFault:
     """Return the fault of a text of too many bytes, or a list of too many elements."""
     return MemberFault(
         "validation_length_too_long",
-        LocalizedText(f"The length must be no more than {maximum}.", f"长度不得超过 {maximum}。"),
+        f"The length must be no more than {maximum}.",
+        f"长度不得超过 {maximum}。",
         {"max": maximum, "min": 0},
     )

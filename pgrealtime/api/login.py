@@ -14,18 +14,12 @@ from pgrealtime.api.error_responses import (
     TOKEN_REQUIRED,
     TOO_MANY_REQUESTS,
     ErrorResponse,
-    LocalizedText,
     RequestRefusedError,
 )
 from pgrealtime.api.json_response import query_values, respond_json
-from pgrealtime.api.login_body import (
-    LoginBody,
-    check_body_readable,
-    check_login_body,
-    parse_login_body,
-)
+from pgrealtime.api.login_body import check_body_readable, check_login_body, parse_login_body
 from pgrealtime.auth.account import UserCollection
-from pgrealtime.auth.authenticator import AuthenticatedCaller, Authenticator, caller_of_account
+from pgrealtime.auth.authenticator import Authenticator, caller_of_account
 from pgrealtime.auth.login import LoginAttempt, LoginService, LoginSession
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.config.model import ServerConfig
@@ -40,29 +34,22 @@ _MAX_BODY_BYTES: Final = 1024 * 1024
 """More than two texts of 255 bytes take in any encoding."""
 
 _COLLECTION_NOT_FOUND: Final = ErrorResponse(
-    404, LocalizedText("Missing or invalid collection context.", "缺少或无效的集合上下文。")
+    404, "Missing or invalid collection context.", "缺少或无效的集合上下文。"
 )
 _AUTH_COLLECTION_NOT_FOUND: Final = ErrorResponse(
-    404,
-    LocalizedText("Missing or invalid auth collection context.", "缺少或无效的认证集合上下文。"),
+    404, "Missing or invalid auth collection context.", "缺少或无效的认证集合上下文。"
 )
 _PASSWORD_AUTH_DISABLED: Final = ErrorResponse(
     403,
-    LocalizedText(
-        "The collection is not configured to allow password authentication.",
-        "该集合未配置为允许密码认证。",
-    ),
+    "The collection is not configured to allow password authentication.",
+    "该集合未配置为允许密码认证。",
 )
 _AUTH_RULE_NOT_SATISFIED: Final = ErrorResponse(
     403,
-    LocalizedText(
-        "The request doesn't satisfy the collection requirements to authenticate.",
-        "请求不满足该集合的认证要求。",
-    ),
+    "The request doesn't satisfy the collection requirements to authenticate.",
+    "请求不满足该集合的认证要求。",
 )
-_LOGIN_FAILED: Final = ErrorResponse(
-    400, LocalizedText("Failed to authenticate.", "身份验证失败。")
-)
+_LOGIN_FAILED: Final = ErrorResponse(400, "Failed to authenticate.", "身份验证失败。")
 
 
 class LoginRoutes:
@@ -112,11 +99,8 @@ class LoginRoutes:
         users = self._requested_auth_users(request)
         if not users.login.password_hash:
             raise RequestRefusedError(_PASSWORD_AUTH_DISABLED)
-        call = await self._read_body(request, parse_login_body) or LoginBody()
-        check_login_body(call, users.login.identity)
-        attempt = LoginAttempt(
-            identity=call.identity, password=call.password, identity_field=call.identity_field
-        )
+        attempt = await self._read_body(request, parse_login_body) or LoginAttempt()
+        check_login_body(attempt, users.login.identity)
         address = client_address(request, self._server.trusted_proxies)
         try:
             session = await self._login.log_in(users, attempt, address)
@@ -129,11 +113,15 @@ class LoginRoutes:
     async def auth_refresh(self, request: web.Request) -> web.Response:
         """Respond with the record of the token's user and, if it is refreshable, a new token."""
         users = self._requested_users(request)
-        authenticated = await self._authenticate_token(request)
-        match authenticated.caller.principal:
-            case AuthRecord(collection_id=collection, id=record_id) if (
-                collection == users.collection.id
-            ):
+        try:
+            authenticated = await self._authenticator.authenticate_token(
+                request.headers.get("Authorization")
+            )
+        except AuthError as error:
+            raise RequestRefusedError(TOKEN_REQUIRED) from error
+        caller = authenticated.caller
+        match caller.principal:
+            case AuthRecord(collection_id=users.collection.id, id=record_id):
                 pass
             case AuthRecord(collection_name=name):
                 raise RequestRefusedError(_wrong_collection(name))
@@ -144,9 +132,7 @@ class LoginRoutes:
             session = await self._login.refresh_session(users, record_id, authenticated)
         except AuthError as error:
             raise RequestRefusedError(TOKEN_REQUIRED) from error
-        return await self._respond_with_session(
-            request, session, authenticated.caller, context="default"
-        )
+        return await self._respond_with_session(request, session, caller, context="default")
 
     async def _read_body(
         self, request: web.Request, parse: Callable[[str, bytes, bytes], _Content]
@@ -154,14 +140,6 @@ class LoginRoutes:
         address = client_address(request, self._server.trusted_proxies)
         reader = request.app[BODY_READER_KEY]
         return await reader.read(request, address, parse, max_bytes=_MAX_BODY_BYTES)
-
-    async def _authenticate_token(self, request: web.Request) -> AuthenticatedCaller:
-        try:
-            return await self._authenticator.authenticate_token(
-                request.headers.get("Authorization")
-            )
-        except AuthError as error:
-            raise RequestRefusedError(TOKEN_REQUIRED) from error
 
     def _requested_users(self, request: web.Request) -> UserCollection:
         if not self._login.is_enabled:
@@ -206,8 +184,6 @@ def _headers_for_rules(request: web.Request) -> dict[str, str]:
 def _wrong_collection(name: str) -> ErrorResponse:
     return ErrorResponse(
         403,
-        LocalizedText(
-            f"The request requires auth record from {name} collection.",
-            f"请求需要来自 {name} 集合的认证记录。",
-        ),
+        f"The request requires auth record from {name} collection.",
+        f"请求需要来自 {name} 集合的认证记录。",
     )

@@ -8,9 +8,10 @@ accounts can't be enumerated.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import structlog
 
@@ -18,11 +19,10 @@ from pgrealtime.auth.account import Account, AccountLoader, UserCollection
 from pgrealtime.auth.authenticator import AuthenticatedCaller
 from pgrealtime.auth.password_verifier import PasswordVerifier
 from pgrealtime.auth.passwords import StoredHash, dummy_hash_for, has_cost_of, scheme_name_of
-from pgrealtime.auth.rate_limiter import RateLimiter
 from pgrealtime.auth.token import make_login_token
 from pgrealtime.config.model import CollectionLoginConfig, LoginConfig
 from pgrealtime.errors import AuthError
-from pgrealtime.networks import client_network
+from pgrealtime.fairness import client_network
 
 log = structlog.get_logger(__name__)
 
@@ -35,10 +35,10 @@ _MAX_LOGGED_KINDS = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoginAttempt:
-    """Submitted credentials."""
+    """Submitted credentials; those of a request without a body are the defaults."""
 
-    identity: str
-    password: str = field(repr=False)
+    identity: str = ""
+    password: str = field(default="", repr=False)
     identity_field: str = ""
     """The only field to look the identity up in; empty for all configured fields."""
 
@@ -236,3 +236,37 @@ def _identity_fields_to_try(login: CollectionLoginConfig, attempt: LoginAttempt)
     others = tuple(name for name in login.identity if name != "email")
     is_address = "@" in attempt.identity.strip("@")
     return ("email", *others) if is_address and "email" in login.identity else others
+
+
+RateKey: TypeAlias = tuple[str, ...]
+"""Network and identity, or network and account."""
+
+_MAX_KEYS = 20_000
+"""Keys remembered, some megabytes. Beyond, the one unused for longest is forgotten: an attacker
+needs as many networks or identities to reset the key of another account."""
+
+
+class RateLimiter:
+    """A token bucket for each key: ``per_minute`` attempts when full, and refilled in a minute."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._used: OrderedDict[RateKey, tuple[float, float]] = OrderedDict()
+        """Attempts used, and the monotonic second for which that was computed."""
+
+    def try_acquire(self, key: RateKey, now: float) -> bool:
+        """Use one attempt of the key; False if none is left. ``now`` is monotonic seconds."""
+        # Counted before the result is known, so that parallel attempts count too.
+        used, since = self._used.get(key, (0.0, now))
+        used = max(0.0, used - (now - since) * self._per_minute / 60.0)
+        is_admitted = used + 1.0 <= self._per_minute
+        self._used[key] = (used + 1.0 if is_admitted else used, now)
+        # After a refusal too: hammering keeps the key from being forgotten.
+        self._used.move_to_end(key)
+        if len(self._used) > _MAX_KEYS:
+            self._used.popitem(last=False)
+        return is_admitted
+
+    def reset(self, key: RateKey) -> None:
+        """Refill the key's bucket, after the right password."""
+        self._used.pop(key, None)

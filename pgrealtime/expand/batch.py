@@ -17,6 +17,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, FieldKind, unpadded_id
 from pgrealtime.expand.node import RecordNode, RecordVersion, ids_in_row
 from pgrealtime.expand.plan import (
+    MAX_EXPAND_DEPTH,
     ExpandBranch,
     ExpandViewer,
     JunctionHops,
@@ -31,7 +32,6 @@ from pgrealtime.expand.undo import (
     rows_before_overlay,
 )
 from pgrealtime.fairness import YieldTimer
-from pgrealtime.protocol.expand_option import MAX_EXPAND_DEPTH
 from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.evaluation import Evaluation

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Final, TypeAlias
 from weakref import WeakValueDictionary
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
@@ -19,7 +19,6 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import RuleError
-from pgrealtime.protocol.expand_option import ExpandNames, parse_expand
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.predicate import DenyAll
@@ -293,3 +292,20 @@ def merge_paths(paths: Iterable[Sequence[RelationHop]]) -> Mapping[str, ExpandBr
         name: ExpandBranch(rest[0][0], merge_paths(hops[1:] for hops in rest))
         for name, rest in by_first.items()
     }
+
+
+ExpandNames: TypeAlias = tuple[str, ...]
+"""Names of relations, from the record outwards."""
+
+MAX_EXPAND_DEPTH: Final = 6
+
+
+def parse_expand(text: str) -> tuple[ExpandNames, ...]:
+    """Return the paths of the option, without those that are the beginning of another.
+
+    Spaces are ignored everywhere, dots at both ends of a path. Paths are cut after six names.
+    """
+    items = (item.strip(".") for item in text.replace(" ", "").split(","))
+    paths = dict.fromkeys(tuple(item.split(".")[:MAX_EXPAND_DEPTH]) for item in items if item)
+    beginnings = {path[:length] for path in paths for length in range(1, len(path))}
+    return tuple(path for path in paths if path not in beginnings)

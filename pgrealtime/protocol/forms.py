@@ -1,9 +1,11 @@
-"""Parses form bodies as Go's ``net/http``, ``mime`` and ``mime/multipart`` do.
+"""Binds members of request bodies, in JSON or as a form, as PocketBase does.
 
-Used by ``protocol.form_json``. Which bodies are valid is part of PocketBase's behaviour: lines may
-end with LF alone, a body may end within a part's headers, two equal parameters are valid, a
-numbered one is ignored. The available parsers (aiohttp's, ``multipart``, ``email``) decide these
-differently, so the rules are written out here; the conformance tests compare with PocketBase.
+Between the bytes of ``api.body_reader`` and the calls of ``api.subscribe_body`` and
+``api.login_body``. Forms are parsed as by Go's ``net/http``, ``mime`` and ``mime/multipart``. Which
+bodies are valid is part of PocketBase's behaviour: lines may end with LF alone, a body may end
+within a part's headers, two equal parameters are valid, a numbered one is ignored. The available
+parsers (aiohttp's, ``multipart``, ``email``) decide these differently, so the rules are written out
+here; the conformance tests compare with PocketBase.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import quopri
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 from urllib.parse import unquote_to_bytes
 
+from pgrealtime.protocol.json_reader import MAX_TOKENS, JsonReader
 from pgrealtime.protocol.query_string import QueryString, parse_query_string
 
-FormPair = tuple[bytes, bytes]
+_FormPair: TypeAlias = tuple[bytes, bytes]
+
+_FORM_CONTENT_TYPES: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 # The token of RFC 2045, section 5.1, as in Go's mime.isTokenChar.
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`{|}~0-9A-Za-z]+")
@@ -47,29 +52,54 @@ class FormError(ValueError):
     """The body isn't a valid form of its content type, or the content type is invalid."""
 
 
-@dataclass(frozen=True, slots=True)
-class MediaType:
-    """A content type or disposition, and its parameters by lower case name."""
+def bind_body(
+    content_type: str, body: bytes, query: bytes, is_list_by_name: Mapping[str, bool]
+) -> dict[str, list[str]] | None:
+    """Return the values of members by name; None for a content type that isn't known.
 
-    name: str
-    parameters: Mapping[str, str]
-
-
-def parse_form(content_type: str, body: bytes, query: bytes) -> list[FormPair]:
-    """Return the pairs of form and URL in PocketBase's order; the query string is still escaped.
+    Of a member that is no list the first value counts. The pairs of the URL's query string belong
+    to a form. Its bytes that aren't UTF-8 become U+FFFD, as in every client that reads them back.
 
     Raises:
-        FormError: Body, content type or query string is invalid.
+        FormError: The form can't be read.
+        JsonError: Likewise a JSON body, or a form's ``@jsonPayload``.
     """
-    media_type = parse_media_type(content_type)
+    if content_type.startswith("application/json"):
+        # Only the first value is read; what follows it is ignored, as PocketBase does.
+        return JsonReader(body).bind_members(is_list_by_name, folds_case=True) or {}
+    if not content_type.startswith(_FORM_CONTENT_TYPES):
+        return None
+    known = {name.encode(): name for name in is_list_by_name}
+    values: dict[str, list[str]] = {}
+    # All payloads share one token limit: a form may have thousands.
+    tokens_left = MAX_TOKENS
+    payloads: list[bytes] = []
+    for key, value in _parse_form(content_type, body, query):
+        if key == b"@jsonPayload":
+            payloads.append(value)
+        elif name := known.get(key):
+            values.setdefault(name, []).append(value.decode(errors="replace"))
+    # After all keys: a payload's members replace them, and its null resets them.
+    for payload in payloads:
+        reader = JsonReader(payload, max_tokens=tokens_left)
+        members = reader.bind_members(is_list_by_name, folds_case=False)
+        values = {} if members is None else values | members
+        reader.expect_end()
+        tokens_left = reader.tokens_left
+    return values
+
+
+def _parse_form(content_type: str, body: bytes, query: bytes) -> list[_FormPair]:
+    """Return the pairs of form and URL in PocketBase's order; the query string is still escaped."""
+    media_type, parameters = _parse_media_type(content_type)
     url_pairs = _well_formed_pairs(parse_query_string(query))
     # PocketBase chooses by prefix and case of the header as sent, Go then by the parsed type.
     if content_type.startswith("multipart/form-data"):
-        boundary = media_type.parameters.get("boundary")
-        if media_type.name != "multipart/form-data" or boundary is None:
+        boundary = parameters.get("boundary")
+        if media_type != "multipart/form-data" or boundary is None:
             raise FormError("not multipart/form-data, or no boundary")
-        return [*url_pairs, *parse_multipart(body, boundary.encode(errors="surrogateescape"))]
-    if media_type.name != "application/x-www-form-urlencoded":
+        return [*url_pairs, *_parse_multipart(body, boundary.encode(errors="surrogateescape"))]
+    if media_type != "application/x-www-form-urlencoded":
         return url_pairs
     if len(body) > _MAX_FORM_BYTES:
         raise FormError("form too large")
@@ -78,17 +108,16 @@ def parse_form(content_type: str, body: bytes, query: bytes) -> list[FormPair]:
     return [*_well_formed_pairs(parse_query_string(body)), *url_pairs]
 
 
-def _well_formed_pairs(query: QueryString) -> list[FormPair]:
+def _well_formed_pairs(query: QueryString) -> list[_FormPair]:
     if not query.is_well_formed:
         raise FormError("broken pair in an urlencoded form")
     return list(query.pairs)
 
 
-def parse_media_type(text: str) -> MediaType:
-    """Parse the header.
+def _parse_media_type(text: str) -> tuple[str, Mapping[str, str]]:
+    """Return a content type or disposition, and its parameters by lower case name.
 
-    Raises:
-        FormError: Where Go's ``mime.ParseMediaType`` returns an error.
+    Raises an error where Go's ``mime.ParseMediaType`` returns one.
     """
     base, _, _ = text.partition(";")
     name = base.strip().lower()
@@ -99,7 +128,7 @@ def parse_media_type(text: str) -> MediaType:
     offset = len(base)
     for _ in range(_MAX_PARAMETERS):
         if offset >= end:
-            return MediaType(name, _resolve_extended_parameters(parameters))
+            return name, _resolve_extended_parameters(parameters)
         key, value, offset = _next_parameter(text, offset)
         if parameters.setdefault(key, value) != value:
             raise FormError("repeated parameter")
@@ -142,7 +171,7 @@ class _MultipartBody:
     offset: int = 0
     newline: bytes = b"\r\n"
     parts_read: int = 0
-    pairs: list[FormPair] = field(default_factory=list)
+    pairs: list[_FormPair] = field(default_factory=list)
 
     def next_line(self) -> bytes:
         """Return the next line with its line end; empty at the end of the body."""
@@ -168,12 +197,8 @@ class _MultipartBody:
         return line.startswith(last) and line[len(last) :].lstrip(b" \t") in (b"", self.newline)
 
 
-def parse_multipart(body: bytes, boundary: bytes) -> list[FormPair]:
-    """Return names and values of the parts that aren't files.
-
-    Raises:
-        FormError: The body has no closing delimiter, or text between parts.
-    """
+def _parse_multipart(body: bytes, boundary: bytes) -> list[_FormPair]:
+    """Return names and values of the parts that aren't files."""
     if not boundary:
         raise FormError("empty boundary")
     lines = _MultipartBody(body, b"--" + boundary)
@@ -203,34 +228,29 @@ def _read_part(multipart: _MultipartBody) -> bool:
     if multipart.parts_read > _MAX_PARTS:
         raise FormError("too many parts")
     headers = _read_headers(multipart)
-    # For Go the end of the form.
     if headers is None:
-        return False
+        return False  # for Go the end of the form
     # Read even if it is dropped: the next part follows it.
     value = _read_content(multipart)
-    disposition = _parse_disposition(headers.get(b"content-disposition", b""))
-    name = disposition.parameters.get("name", "")
+    disposition, parameters = _parse_disposition(headers.get(b"content-disposition", b""))
+    name = parameters.get("name", "")
     # Go keeps files apart from values, and drops parts without a name.
-    if disposition.name != "form-data" or not name or disposition.parameters.get("filename"):
+    if disposition != "form-data" or not name or parameters.get("filename"):
         return True
     # The only encoding that Go's multipart reader decodes.
     if headers.get(b"content-transfer-encoding", b"").lower() == b"quoted-printable":
-        value = _decode_quoted_printable(value)
+        if _BAD_QUOTING.search(value):
+            raise FormError("broken quoted-printable")
+        value = quopri.decodestring(value)
     multipart.pairs.append((name.encode(errors="surrogateescape"), value))
     return True
 
 
-def _decode_quoted_printable(text: bytes) -> bytes:
-    if _BAD_QUOTING.search(text):
-        raise FormError("broken quoted-printable")
-    return quopri.decodestring(text)
-
-
-def _parse_disposition(header: bytes) -> MediaType:
+def _parse_disposition(header: bytes) -> tuple[str, Mapping[str, str]]:
     try:
-        return parse_media_type(header.decode(errors="surrogateescape"))
+        return _parse_media_type(header.decode(errors="surrogateescape"))
     except FormError:
-        return MediaType("", {})
+        return "", {}
 
 
 def _read_headers(multipart: _MultipartBody) -> dict[bytes, bytes] | None:
@@ -242,8 +262,7 @@ def _read_headers(multipart: _MultipartBody) -> dict[bytes, bytes] | None:
         line = multipart.next_line()
         text = line.removesuffix(b"\r\n").removesuffix(b"\n")
         if not text:
-            whole = {key: b" ".join(pieces) for key, pieces in headers.items()}
-            return whole if line else None
+            return {key: b" ".join(pieces) for key, pieces in headers.items()} if line else None
         if not _HEADER_TEXT.fullmatch(text):
             raise FormError("control character in a header of a part")
         # A folded line belongs to the header before (RFC 5322, section 2.2.3).

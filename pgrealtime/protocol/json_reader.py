@@ -1,6 +1,6 @@
 """A pull parser of JSON, exactly as strict as PocketBase's: Go's ``encoding/json/v2``.
 
-Used by ``protocol.topic`` and ``protocol.form_json``. It returns one value at a time, so a caller
+Used by ``protocol.topic`` and ``protocol.forms``. It returns one value at a time, so a caller
 keeps what it read before an error (PocketBase keeps those options of a topic) and skips the rest
 without building it.
 
@@ -12,7 +12,7 @@ could count the values; and it ends at Python's recursion limit, where Go accept
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isinf
 from typing import Final
 
@@ -154,6 +154,35 @@ class JsonReader:
             yield
         self._close_bracket()
 
+    def bind_members(
+        self, is_list_by_name: Mapping[str, bool], *, folds_case: bool
+    ) -> dict[str, list[str]] | None:
+        """Return the strings of an object's members with these names; None for null.
+
+        A member is a string, or an array of strings if it is a list; null in it is empty.
+
+        Raises:
+            JsonError: Not an object, invalid, a repeated member or one of another kind.
+        """
+        if self.consume_null():
+            return None
+        normalize = _fold_name if folds_case else str
+        known = {normalize(name): name for name in is_list_by_name}
+        values: dict[str, list[str]] = {}
+        for text in self.members():
+            name = known.get(normalize(text))
+            if name is None:
+                self.skip()
+            elif name in values:
+                raise JsonError("repeated member")
+            elif not is_list_by_name[name]:
+                values[name] = [self._read_string_or_empty()]
+            elif self.consume_null():
+                values[name] = []
+            else:
+                values[name] = [self._read_string_or_empty() for _ in self.elements()]
+        return values
+
     def skip(self) -> None:
         """Consume a value of any kind and depth, checking its syntax without building it."""
         # A stack of its own, not recursion: Go accepts 10,000 levels, Python's limit is a thousand.
@@ -180,6 +209,9 @@ class JsonReader:
         """Check that only white space is left."""
         if self.peek():
             raise JsonError("something follows the value")
+
+    def _read_string_or_empty(self) -> str:
+        return "" if self.consume_null() else self.read_string()
 
     def _read_number_text(self) -> bytes:
         self._count_token()
@@ -229,6 +261,13 @@ class JsonReader:
 
 
 _EXHAUSTED: Final = object()
+
+
+def _fold_name(name: str) -> str:
+    """Return a member's name in the form in which ``encoding/json/v2`` compares without case."""
+    # Hyphens and underscores are ignored. Of the letters that fold to ASCII only the long s occurs
+    # in the names that are bound here.
+    return name.replace("-", "").replace("_", "").replace("\u017f", "s").lower()
 
 
 def _decode_utf8(text: bytes) -> str:

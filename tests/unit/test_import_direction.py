@@ -16,7 +16,7 @@ import pgrealtime
 _PACKAGE = Path(pgrealtime.__file__).parent
 
 _FLOOR = (
-    *("errors", "lsn", "changes", "snapshot", "text_forms", "networks", "spelling", "caches"),
+    *("errors", "lsn", "changes", "snapshot", "text_forms", "spelling", "caches"),
     *("fairness", "config"),
 )
 """What every room stands on."""
@@ -40,7 +40,6 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "lsn": (),
     "text_forms": (),
-    "networks": (),
     "spelling": (),
     "caches": (),
     "fairness": (),
@@ -132,7 +131,7 @@ _IMPORTERS: dict[str, tuple[str, ...]] = {
 """The top rooms -> the only other rooms that may import them."""
 
 _PURE = (
-    *("errors", "lsn", "changes", "snapshot", "text_forms", "networks", "spelling"),
+    *("errors", "lsn", "changes", "snapshot", "text_forms", "spelling"),
     *(
         "config.units",
         "config.model",

@@ -16,10 +16,10 @@ from typing import NamedTuple, TypeAlias
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.expand.plan import ExpandViewer
+from pgrealtime.fairness import client_network
 from pgrealtime.hub.connections.group import MemberGroup, MemberRenderGroup, RenderKey
 from pgrealtime.hub.connections.output import ConnectionOutput, ResponseWriter
 from pgrealtime.lsn import Cursor
-from pgrealtime.networks import client_network
 from pgrealtime.protocol.frame import HEARTBEAT, connect_tail
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.records.encode import View

@@ -6,7 +6,6 @@ import pytest
 
 from pgrealtime.api.error_responses import (
     INTERNAL_ERROR,
-    LocalizedText,
     MemberFault,
     RequestRefusedError,
     encode_error_response,
@@ -63,9 +62,9 @@ def test_refused_calls_say_why(code: str, english: str, chinese: str) -> None:
 
 def test_faults_are_nested_and_sorted() -> None:
     """Faults of elements are under their index as text; all objects are sorted (protocol, 1.4)."""
-    fault = MemberFault("some_code", LocalizedText("Wrong.", "错。"), {"min": 1, "max": 2})
+    fault = MemberFault("some_code", "Wrong.", "错。", {"min": 1, "max": 2})
     response = invalid_members(
-        {"b": fault, "a": {"10": fault, "9": MemberFault("other", LocalizedText("No.", "不。"))}}
+        {"b": fault, "a": {"10": fault, "9": MemberFault("other", "No.", "不。")}}
     )
 
     assert encode_error_response(response, "en").decode() == (

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgrealtime.api.error_responses import RequestRefusedError
-from pgrealtime.api.login_body import LoginBody, check_login_body, parse_login_body
+from pgrealtime.api.login_body import check_login_body, parse_login_body
+from pgrealtime.auth.login import LoginAttempt
 
 TYPES = [
     "application/json",
@@ -24,7 +25,7 @@ TYPES = [
 def test_any_body_is_a_call_or_refused(content_type: str, body: bytes, query: bytes) -> None:
     """No body is an internal error."""
     with contextlib.suppress(RequestRefusedError):
-        assert isinstance(parse_login_body(content_type, body, query), LoginBody)
+        assert isinstance(parse_login_body(content_type, body, query), LoginAttempt)
 
 
 @given(st.text(), st.text(), st.text())
@@ -32,9 +33,9 @@ def test_what_passes_has_a_length_that_can_be_tried(
     identity: str, password: str, name: str
 ) -> None:
     """Only identities and passwords within the limits reach the database."""
-    call = LoginBody(identity, password, name)
+    attempt = LoginAttempt(identity=identity, password=password, identity_field=name)
     with contextlib.suppress(RequestRefusedError):
-        check_login_body(call, ["email"])
+        check_login_body(attempt, ["email"])
         assert 1 <= len(identity.encode()) <= 255
         assert 1 <= len(password.encode()) <= 255
         assert name in {"", "email"}
@@ -43,7 +44,7 @@ def test_what_passes_has_a_length_that_can_be_tried(
 def test_all_faults_of_a_login_are_reported_at_once() -> None:
     """Each faulty member of the body has its own fault."""
     with pytest.raises(RequestRefusedError) as error:
-        check_login_body(LoginBody("", "x" * 256, "name"), ["email"])
+        check_login_body(LoginAttempt(password="x" * 256, identity_field="name"), ["email"])
 
     assert set(error.value.error_response.member_faults) == {
         "identity",
@@ -54,4 +55,4 @@ def test_all_faults_of_a_login_are_reported_at_once() -> None:
 
 def test_a_password_is_not_printed() -> None:
     """Neither in logs nor in tracebacks."""
-    assert "hush" not in repr(LoginBody("ann", "hush"))
+    assert "hush" not in repr(LoginAttempt(identity="ann", password="hush"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.api.redirect import clean_path
+from pgrealtime.api.app import clean_path
 from tests.conformance.http_client import Request, send
 from tests.unit.api.served import served
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgrealtime.auth.rate_limiter import RateLimiter
+from pgrealtime.auth.login import RateLimiter
 
 ANN = ("10.0.0.1", "ann")
 

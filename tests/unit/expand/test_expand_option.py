@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pgrealtime.protocol.expand_option import ExpandNames, parse_expand
+from pgrealtime.expand.plan import ExpandNames, parse_expand
 
 TEXTS: dict[str, tuple[ExpandNames, ...]] = {
     "": (),
