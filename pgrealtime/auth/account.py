@@ -6,8 +6,8 @@ Used by ``auth.authenticator`` (by id) and ``auth.login`` (by identity).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -49,8 +49,8 @@ class UserCollection:
     @property
     def column_names(self) -> tuple[str, ...]:
         """The columns that are read to make a caller: the key first, each once."""
-        fields = (self.collection.fields_by_name.get(name) for name in _PLAIN_FIELDS)
-        plain = (f.column.name for f in fields if f is not None and f.column is not None)
+        columns = (self.collection.column_of(name) for name in _PLAIN_FIELDS)
+        plain = (column.name for column in columns if column is not None)
         names = (self.collection.key.name, *plain, *self.login.secret_columns, *self.rule_columns)
         return tuple(dict.fromkeys(names))
 
@@ -77,13 +77,13 @@ class Account:
         return token_key_of(self.users.login, self.row)
 
 
+@dataclass(slots=True, eq=False)
 class _AccountBatch:
     """Ids that one query will read, and the task of that query."""
 
-    def __init__(self, users: UserCollection) -> None:
-        self.users = users
-        self.ids: set[str] = set()
-        self.task: asyncio.Task[Mapping[str, Account]] | None = None
+    users: UserCollection
+    ids: set[str] = field(default_factory=set)
+    task: asyncio.Task[Mapping[str, Account]] | None = None
 
 
 class AccountLoader:
@@ -122,11 +122,7 @@ class AccountLoader:
         """As ``load``, with the whole row, in a separate query."""
         columns = [column.name for column in users.collection.table.columns]
         key = canonical_id(record_id, users.collection.key.type)
-        try:
-            accounts = {} if key is None else await self._select_by_id(users, [key], columns)
-        except (psycopg.DataError, UnicodeEncodeError):
-            return None
-        return accounts.get(key or "")
+        return None if key is None else (await self._select_by_id(users, [key], columns)).get(key)
 
     async def find_by_value(
         self, users: UserCollection, column: Column, value: str
@@ -135,9 +131,8 @@ class AccountLoader:
 
         Case matters, unless the column's type or its unique index ignores it. Raises as ``load``.
         """
-        table = users.collection.table
-        columns = [column.name for column in table.columns]
-        parameters = {"table": table.oid, "column": column.name}
+        columns = [column.name for column in users.collection.table.columns]
+        parameters = {"table": users.collection.table.oid, "column": column.name}
         try:
             # Without a unique index "lower" could find several users, and would read the whole
             # table.
@@ -180,32 +175,24 @@ class AccountLoader:
         async with self._query_locks.setdefault(users_id, asyncio.Lock()):
             if self._open_batches.get(users_id) is batch:
                 del self._open_batches[users_id]
-            try:
-                return await self._select_by_id(batch.users, batch.ids, batch.users.column_names)
-            except (psycopg.DataError, UnicodeEncodeError):
-                # One of the ids can't be encoded in the database's encoding. It has no row; the
-                # other ids must be read all the same.
-                return await self._select_one_by_one(batch.users, batch.ids)
-
-    async def _select_one_by_one(
-        self, users: UserCollection, ids: Iterable[str]
-    ) -> Mapping[str, Account]:
-        accounts: dict[str, Account] = {}
-        for record_id in ids:
-            try:
-                accounts |= await self._select_by_id(users, [record_id], users.column_names)
-            except (psycopg.DataError, UnicodeEncodeError):
-                continue
-        return accounts
+            return await self._select_by_id(batch.users, [*batch.ids], batch.users.column_names)
 
     async def _select_by_id(
-        self, users: UserCollection, ids: Iterable[str], columns: Sequence[str]
+        self, users: UserCollection, ids: Sequence[str], columns: Sequence[str]
     ) -> dict[str, Account]:
         table, key = users.collection.table, users.collection.key
         statement = rows_by_key_statement(table, key, columns, _SNAPSHOT, _INSERT_LSN)
         names = [*columns, _SNAPSHOT_KEY, _INSERT_LSN_KEY]
-        rows = await self._select(users, statement, {"ids": list(ids)}, names)
-        accounts = [_account_with_read_point(users, row) for row in rows]
+        try:
+            rows = await self._select(users, statement, {"ids": ids}, names)
+        except (psycopg.DataError, UnicodeEncodeError):
+            # One of the ids can't be encoded in the database's encoding. It has no row; the other
+            # ids must be read all the same.
+            found: dict[str, Account] = {}
+            for record_id in ids if len(ids) > 1 else ():
+                found |= await self._select_by_id(users, [record_id], columns)
+            return found
+        accounts = [_account_of_row(users, row) for row in rows]
         return {account.record.id: account for account in accounts}
 
     async def _select(
@@ -237,13 +224,11 @@ _SNAPSHOT = sql.SQL("pg_catalog.pg_current_snapshot()")
 _INSERT_LSN = sql.SQL("pg_catalog.pg_current_wal_insert_lsn()")
 
 
-def _account_with_read_point(users: UserCollection, row: Row) -> Account:
-    read_point = parse_read_point(row.pop(_SNAPSHOT_KEY) or "", row.pop(_INSERT_LSN_KEY) or "")
-    return replace(_account_of_row(users, row), read_point=read_point)
-
-
 def _account_of_row(users: UserCollection, row: Row) -> Account:
-    return Account(users=users, record=auth_record_of(users.collection, row), row=row)
+    snapshot, insert_lsn = row.pop(_SNAPSHOT_KEY, None), row.pop(_INSERT_LSN_KEY, None)
+    read_point = parse_read_point(snapshot, insert_lsn) if snapshot and insert_lsn else None
+    record = auth_record_of(users.collection, row)
+    return Account(users=users, record=record, row=row, read_point=read_point)
 
 
 def _retrieve_exception(task: asyncio.Task[Mapping[str, Account]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from types import MappingProxyType
@@ -41,11 +41,7 @@ from pgrealtime.config.model import (
     IssuerConfig,
     LoginConfig,
 )
-from pgrealtime.errors import (
-    AuthError,
-    ConfigError,
-    ConfigProblem,
-)
+from pgrealtime.errors import AuthError, ConfigError, ConfigProblem
 
 log = structlog.get_logger(__name__)
 
@@ -92,30 +88,19 @@ class Authenticator:
         self._past_collection_ids: set[str] = set()
         self.checks_by_result: Counter[str] = Counter()
         """Counts of authentications by ``accepted`` or the error's code."""
-        self.replace_settings(
-            key_sources_of(auth),
-            auth.login,
-            collections,
-            logins=logins,
-            rule_columns=rule_columns,
-            allow_guests=auth.allow_guests,
-        )
+        self.replace_settings(auth, collections, logins=logins, rule_columns=rule_columns)
 
     def replace_settings(
         self,
-        issuers: Iterable[tuple[IssuerConfig, KeySource]],
-        login: LoginConfig,
+        auth: AuthConfig,
         collections: Collections,
         *,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         rule_columns: Mapping[str, tuple[str, ...]] = _NO_RULE_COLUMNS,
-        allow_guests: bool = True,
     ) -> None:
-        """Replace the configuration (see the constructor), keeping fetched keys.
-
-        ``issuers`` are made by ``key_sources_of``; ``allow_guests``: whether guests may subscribe.
-        """
-        self._allow_guests = allow_guests
+        """Replace the configuration, as the constructor does, keeping fetched keys."""
+        issuers = _key_sources_of(auth)
+        self._auth = auth
         # A key set stays known over a reload, or all its tokens would be refused until it is
         # fetched.
         fetched = {_jwks_identity(issuer): source for issuer, source in self._issuers}
@@ -127,7 +112,6 @@ class Authenticator:
         self._issuer_by_trust_digest = {
             digest: issuer for issuer, _ in self._issuers for digest in _trust_digests_of(issuer)
         }
-        self._login = login
         self._users_by_name = {
             c.name: UserCollection(
                 collection=c,
@@ -136,16 +120,15 @@ class Authenticator:
             )
             for c in collections.values()
         }
-        self._users_by_id = {users.collection.id: users for users in self._users_by_name.values()}
-        self._users_by_folded_name = {
-            name.lower(): users for name, users in self._users_by_name.items()
-        }
+        by_name = self._users_by_name
+        self._users_by_id = {users.collection.id: users for users in by_name.values()}
+        self._users_by_folded_name = {name.lower(): users for name, users in by_name.items()}
         self._past_collection_ids |= self._users_by_id.keys()
 
     def revalidate_caller(self, caller: Caller) -> Caller:
         """Return the caller under the present configuration; a guest if its token became invalid.
 
-        The database isn't read. Without its collection a user is a guest (protocol, 8).
+        The database isn't read.
         """
         issuer = self._issuer_by_trust_digest.get(caller.trust_digest or b"")
         match caller.principal:
@@ -156,7 +139,9 @@ class Authenticator:
                 if users is None:
                     # Without its collection a user is a guest (protocol, 8), unless the issuer's
                     # users never had one.
-                    return caller if self._has_no_row(record, issuer) else Caller()
+                    is_rowless = issuer is not None and issuer.collection == record.collection_name
+                    has_left = collection_id in self._past_collection_ids
+                    return caller if is_rowless and not has_left else Caller()
                 if not self._is_still_trusted(caller, users, issuer):
                     return Caller()
                 name = users.collection.name
@@ -164,18 +149,13 @@ class Authenticator:
             case _:
                 return caller
 
-    def _has_no_row(self, record: AuthRecord, issuer: IssuerConfig | None) -> bool:
-        is_by_issuer = issuer is not None and issuer.collection == record.collection_name
-        return is_by_issuer and record.collection_id not in self._past_collection_ids
-
     def _is_still_trusted(
         self, caller: Caller, users: UserCollection, issuer: IssuerConfig | None
     ) -> bool:
         if issuer is not None:
             return self._users_by_name.get(issuer.collection) is users
-        return self._login.enabled and caller.trust_digest == _login_trust_digest(
-            self._login, users
-        )
+        login = self._auth.login
+        return login.enabled and caller.trust_digest == _login_trust_digest(login, users)
 
     def find_user_collection(self, name_or_id: str) -> UserCollection | None:
         """Return the collection of a token or of a login route, by name (case ignored) or id."""
@@ -221,7 +201,7 @@ class Authenticator:
             AuthError: Code ``guest_refused``: the caller is a guest, and guests aren't allowed.
         """
         caller = await self.authenticate(authorization)
-        if isinstance(caller.principal, Guest) and not self._allow_guests:
+        if isinstance(caller.principal, Guest) and not self._auth.allow_guests:
             raise AuthError("guests may not subscribe", code="guest_refused")
         return caller
 
@@ -244,16 +224,15 @@ class Authenticator:
             # Outside the ``try``: with this issuer's signature no other issuer need be asked.
             expires_at = check_times(token.claims, now=self._unix_clock(), leeway=issuer.leeway)
             caller = await self._caller_of_claims(token.claims, issuer, expires_at)
-            trust_digest = _trust_digest(
-                issuer, key.material, is_superuser=isinstance(caller.principal, Superuser)
-            )
-            caller = replace(caller, trust_digest=trust_digest)
+            is_super = isinstance(caller.principal, Superuser)
+            digest = _trust_digest(issuer, key.material, is_superuser=is_super)
+            caller = replace(caller, trust_digest=digest)
             return AuthenticatedCaller(caller=caller, token=token, is_login_token=False)
         # A token that an issuer signed, but that was refused, is not tried as one of ours.
-        specific = [error for error in refusals if error.error_code != "token_signature"]
-        if specific:
-            raise specific[0]
-        if self._login.enabled:
+        for error in refusals:
+            if error.error_code != "token_signature":
+                raise error
+        if self._auth.login.enabled:
             return await self._authenticate_login_token(token)
         raise _unknown_signer_error()
 
@@ -268,44 +247,40 @@ class Authenticator:
             raise AuthError(f'the token has no "{issuer.id_claim}"', code="token_id")
         users = self._users_by_name.get(issuer.collection)
         if users is None:
-            record = _record_of_claims(claims, issuer.collection, record_id)
-            return Caller(record, expires_at)
+            return Caller(_record_of_claims(claims, issuer.collection, record_id), expires_at)
         # Open connections of a deleted user become guests (protocol, 8). The same token on a new
         # connection must not undo that.
-        return caller_of_account(
-            _require_account(await self._accounts.load(users, record_id)), expires_at
-        )
+        account = require_account(await self._accounts.load(users, record_id))
+        return caller_of_account(account, expires_at)
 
     async def _authenticate_login_token(self, token: Token) -> AuthenticatedCaller:
         """Verify a token of our login: its key is partly in the user's row, which is read first."""
-        claims = login_claims(token)
-        users = self.find_user_collection(claims.collection_name_or_id)
+        collection_name_or_id, record_id = login_claims(token)
+        users = self.find_user_collection(collection_name_or_id)
         # Where nobody can log in, no token is valid, though the rows may have a token key.
         if users is None or not users.login.password_hash:
             raise AuthError(
                 "the collection of the token's user has no login", code="account_unknown"
             )
         expires_at = check_times(token.claims, now=self._unix_clock())
-        account = _require_account(await self._accounts.load(users, claims.record_id))
+        account = require_account(await self._accounts.load(users, record_id))
         if account.token_key is None:
             raise AuthError("the token's user has no token key", code="token_signature")
         # As in PocketBase (protocol, 9.3): when the user's part changes, the user's tokens become
         # invalid.
-        check_signature(token, VerificationKey("HS256", account.token_key + self._login.secret))
+        check_signature(
+            token, VerificationKey("HS256", account.token_key + self._auth.login.secret)
+        )
         caller = replace(
             caller_of_account(account, expires_at),
-            trust_digest=_login_trust_digest(self._login, users),
+            trust_digest=_login_trust_digest(self._auth.login, users),
             token_key_digest=digest_token_key(account.token_key),
         )
         return AuthenticatedCaller(caller=caller, token=token, is_login_token=True)
 
 
-def key_sources_of(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ...]:
-    """Return each issuer with its key source.
-
-    Raises:
-        ConfigError: A public key can't be used.
-    """
+def _key_sources_of(auth: AuthConfig) -> list[tuple[IssuerConfig, KeySource]]:
+    """Return each issuer with its key source; raise an error with all keys that can't be used."""
     sources: list[tuple[IssuerConfig, KeySource]] = []
     problems: list[ConfigProblem] = []
     for n, issuer in enumerate(auth.issuers):
@@ -315,7 +290,7 @@ def key_sources_of(auth: AuthConfig) -> tuple[tuple[IssuerConfig, KeySource], ..
             problems.append(ConfigProblem(f"auth.issuers.{n}.public_key", error.message))
     if problems:
         raise ConfigError(tuple(problems))
-    return tuple(sources)
+    return sources
 
 
 def _jwks_identity(issuer: IssuerConfig) -> tuple[object, ...]:
@@ -370,7 +345,8 @@ def _unknown_signer_error() -> AuthError:
     return AuthError("no issuer made this token", code="token_signature")
 
 
-def _require_account(account: Account | None) -> Account:
+def require_account(account: Account | None) -> Account:
+    """Return the account of a token's user, or raise an error where there is none."""
     if account is None:
         raise AuthError("the token's user is unknown", code="account_unknown")
     return account
@@ -403,7 +379,7 @@ def _record_of_claims(claims: Claims, collection: str, record_id: str) -> AuthRe
 def issuer_key_problems(config: Config) -> tuple[ConfigProblem, ...]:
     """Return which public keys can't be used."""
     try:
-        key_sources_of(config.auth)
+        _key_sources_of(config.auth)
     except ConfigError as error:
         return error.problems
     return ()

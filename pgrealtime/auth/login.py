@@ -16,7 +16,7 @@ from typing import TypeAlias
 import structlog
 
 from pgrealtime.auth.account import Account, AccountLoader, UserCollection
-from pgrealtime.auth.authenticator import AuthenticatedCaller
+from pgrealtime.auth.authenticator import AuthenticatedCaller, require_account
 from pgrealtime.auth.password_verifier import PasswordVerifier
 from pgrealtime.auth.passwords import StoredHash, dummy_hash_for, has_cost_of, scheme_name_of
 from pgrealtime.auth.token import make_login_token
@@ -31,6 +31,14 @@ _UNUSABLE_PASSWORD_PREFIX = "!"  # noqa: S105 (of a hash)
 
 _MAX_LOGGED_KINDS = 100
 """Distinct log entries about unsupported hashes, per process."""
+
+
+_RateKey: TypeAlias = tuple[str, ...]
+"""Network and identity, or network and account."""
+
+_MAX_RATE_KEYS = 20_000
+"""Keys remembered, some megabytes. Beyond, the one unused for longest is forgotten: an attacker
+needs as many networks or identities to reset the key of another account."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +58,32 @@ class LoginSession:
     account: Account
     """Has the whole row."""
     token: str = field(repr=False)
+
+
+class RateLimiter:
+    """A token bucket for each key: ``per_minute`` attempts when full, and refilled in a minute."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._used: OrderedDict[_RateKey, tuple[float, float]] = OrderedDict()
+        """Attempts used, and the monotonic second for which that was computed."""
+
+    def try_acquire(self, key: _RateKey, now: float) -> bool:
+        """Use one attempt of the key; False if none is left. ``now`` is monotonic seconds."""
+        # Counted before the result is known, so that parallel attempts count too.
+        used, since = self._used.get(key, (0.0, now))
+        used = max(0.0, used - (now - since) * self._per_minute / 60.0)
+        is_admitted = used + 1.0 <= self._per_minute
+        self._used[key] = (used + 1.0 if is_admitted else used, now)
+        # After a refusal too: hammering keeps the key from being forgotten.
+        self._used.move_to_end(key)
+        if len(self._used) > _MAX_RATE_KEYS:
+            self._used.popitem(last=False)
+        return is_admitted
+
+    def reset(self, key: _RateKey) -> None:
+        """Refill the key's bucket, after the right password."""
+        self._used.pop(key, None)
 
 
 class LoginService:
@@ -98,18 +132,11 @@ class LoginService:
         """Log a refusal; of attempts beyond the limit one per network and minute."""
         # Without the identity: users type passwords into the wrong field. Such attempts cost little
         # apart from the log entry, which takes a millisecond.
+        key, now = (client_network(address),), self._monotonic_clock()
         is_beyond = error.error_code == "login_refused"
-        network = client_network(address)
-        if is_beyond and not self._refusal_log_limiter.try_acquire(
-            (network,), self._monotonic_clock()
-        ):
-            return
-        log.info(
-            "login.refused",
-            collection=users.collection.name,
-            code=error.error_code,
-            address=address,
-        )
+        if not is_beyond or self._refusal_log_limiter.try_acquire(key, now):
+            collection, code = users.collection.name, error.error_code
+            log.info("login.refused", collection=collection, code=code, address=address)
 
     async def _log_in(
         self, users: UserCollection, attempt: LoginAttempt, address: str
@@ -177,14 +204,11 @@ class LoginService:
                 ``AccountLoader.load``.
         """
         # Read again: the user may have been deleted since the token was checked.
-        account = await self._accounts.load_whole_row(users, record_id)
-        if account is None:
-            raise AuthError("the token's user is unknown", code="account_unknown")
-        is_renewed = (
-            authenticated.is_login_token and authenticated.token.claims.get("refreshable") is True
-        )
-        token = self._make_token(account) if is_renewed else authenticated.token.text
-        return LoginSession(account=account, token=token)
+        account = require_account(await self._accounts.load_whole_row(users, record_id))
+        token = authenticated.token
+        is_renewed = authenticated.is_login_token and token.claims.get("refreshable") is True
+        text = self._make_token(account) if is_renewed else token.text
+        return LoginSession(account=account, token=text)
 
     @property
     def is_enabled(self) -> bool:
@@ -206,11 +230,9 @@ class LoginService:
         # All fields are queried, also after a match: the number of queries would show in the time.
         found_account: Account | None = None
         for name in _identity_fields_to_try(users.login, attempt):
-            identity_field = users.collection.fields_by_name.get(name)
-            if identity_field is not None and identity_field.column is not None:
-                account = await self._accounts.find_by_value(
-                    users, identity_field.column, attempt.identity
-                )
+            column = users.collection.column_of(name)
+            if column is not None:
+                account = await self._accounts.find_by_value(users, column, attempt.identity)
                 found_account = found_account or account
         return found_account
 
@@ -236,37 +258,3 @@ def _identity_fields_to_try(login: CollectionLoginConfig, attempt: LoginAttempt)
     others = tuple(name for name in login.identity if name != "email")
     is_address = "@" in attempt.identity.strip("@")
     return ("email", *others) if is_address and "email" in login.identity else others
-
-
-RateKey: TypeAlias = tuple[str, ...]
-"""Network and identity, or network and account."""
-
-_MAX_KEYS = 20_000
-"""Keys remembered, some megabytes. Beyond, the one unused for longest is forgotten: an attacker
-needs as many networks or identities to reset the key of another account."""
-
-
-class RateLimiter:
-    """A token bucket for each key: ``per_minute`` attempts when full, and refilled in a minute."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._per_minute = per_minute
-        self._used: OrderedDict[RateKey, tuple[float, float]] = OrderedDict()
-        """Attempts used, and the monotonic second for which that was computed."""
-
-    def try_acquire(self, key: RateKey, now: float) -> bool:
-        """Use one attempt of the key; False if none is left. ``now`` is monotonic seconds."""
-        # Counted before the result is known, so that parallel attempts count too.
-        used, since = self._used.get(key, (0.0, now))
-        used = max(0.0, used - (now - since) * self._per_minute / 60.0)
-        is_admitted = used + 1.0 <= self._per_minute
-        self._used[key] = (used + 1.0 if is_admitted else used, now)
-        # After a refusal too: hammering keeps the key from being forgotten.
-        self._used.move_to_end(key)
-        if len(self._used) > _MAX_KEYS:
-            self._used.popitem(last=False)
-        return is_admitted
-
-    def reset(self, key: RateKey) -> None:
-        """Refill the key's bucket, after the right password."""
-        self._used.pop(key, None)

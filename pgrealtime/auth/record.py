@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 
@@ -59,7 +58,9 @@ def update_caller(
     has: if the caller needs one, it becomes stale (``Caller.is_stale``).
     """
     assert isinstance(caller.principal, AuthRecord)
-    if any(name not in row for name in _required_generated_columns(caller, collection, login)):
+    secrets = login.secret_columns if caller.token_key_digest is not None else ()
+    known_row = _row_of_record(collection, caller.principal)
+    if any(n in collection.generated_columns and n not in row for n in (*known_row, *secrets)):
         return Caller(is_stale=True)
     is_key_known = all(name in row for name in login.secret_columns)
     if caller.token_key_digest is not None and is_key_known:
@@ -67,29 +68,13 @@ def update_caller(
         key = token_key_of(login, row)
         if key is None or digest_token_key(key) != caller.token_key_digest:
             return Caller()
-    whole = {**_row_of_record(collection, caller.principal), **row}
+    whole = {**known_row, **row}
     own = tuple(
         (name, row.get(name, known))
         for name, known in caller.row_values
-        if name in row or not _is_generated(collection, name)
+        if name in row or name not in collection.generated_columns
     )
     return replace(caller, principal=auth_record_of(collection, whole), row_values=own)
-
-
-def _required_generated_columns(
-    caller: Caller, collection: Collection, login: CollectionLoginConfig
-) -> Iterator[str]:
-    """Yield the generated columns of which the principal or the token key is made."""
-    assert isinstance(caller.principal, AuthRecord)
-    secret = login.secret_columns if caller.token_key_digest is not None else ()
-    for name in (*_row_of_record(collection, caller.principal), *secret):
-        if _is_generated(collection, name):
-            yield name
-
-
-def _is_generated(collection: Collection, name: str) -> bool:
-    column = collection.table.find_column(name)
-    return column is not None and column.is_generated
 
 
 def _row_of_record(collection: Collection, record: AuthRecord) -> Row:
@@ -99,16 +84,14 @@ def _row_of_record(collection: Collection, record: AuthRecord) -> Row:
         "emailVisibility": "t" if record.email_visibility else "f",
         "verified": "t" if record.verified else "f",
     }
-    fields = ((collection.fields_by_name.get(name), value) for name, value in values.items())
-    columns = {
-        f.column.name: value for f, value in fields if f is not None and f.column is not None
-    }
-    return {collection.key.name: record.id, **columns}
+    columns = ((collection.column_of(name), value) for name, value in values.items())
+    known = {column.name: value for column, value in columns if column is not None}
+    return {collection.key.name: record.id, **known}
 
 
 def _field_value(collection: Collection, row: Row, name: str) -> str | None:
-    field = collection.fields_by_name.get(name)
-    return None if field is None or field.column is None else row.get(field.column.name)
+    column = collection.column_of(name)
+    return None if column is None else row.get(column.name)
 
 
 def _bool_field_value(collection: Collection, row: Row, name: str) -> bool:

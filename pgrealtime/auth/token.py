@@ -175,17 +175,10 @@ def id_from_claim(claims: Claims, claim: str) -> str | None:
             return None
 
 
-@dataclass(frozen=True, slots=True)
-class LoginClaims:
-    """The user of a token of our login, or of a PocketBase with the same secrets."""
+def login_claims(token: Token) -> tuple[str, str]:
+    """Return id or name of the auth collection, and the user's id, of a login token.
 
-    collection_name_or_id: str
-    """Id or name of the auth collection."""
-    record_id: str
-
-
-def login_claims(token: Token) -> LoginClaims:
-    """Return the user of a token that PocketBase would accept as auth token (protocol, 9.3).
+    It is one that PocketBase would accept as auth token (protocol, 9.3).
 
     Raises:
         AuthError: Code ``token_signature``: it has another type or algorithm.
@@ -197,7 +190,7 @@ def login_claims(token: Token) -> LoginClaims:
         case "auth", str(collection), str(record_id) if (
             token.algorithm == "HS256" and "=" not in token.text
         ):
-            return LoginClaims(collection, record_id)
+            return collection, record_id
         case _:
             raise AuthError("no issuer made this token", code="token_signature")
 

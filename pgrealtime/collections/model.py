@@ -118,6 +118,11 @@ class Collection:
         object.__setattr__(self, "fields_by_name", {f.name: f for f in self.fields})
         object.__setattr__(self, "column_names", frozenset(c.name for c in self.table.columns))
 
+    def column_of(self, field_name: str) -> Column | None:
+        """Return the column of the field; None if there is no such field or it has none."""
+        field = self.fields_by_name.get(field_name)
+        return None if field is None else field.column
+
 
 class Collections(Mapping[str, Collection]):
     """All collections, by name, id and table.

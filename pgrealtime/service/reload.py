@@ -15,7 +15,7 @@ from typing import TypeAlias
 import psycopg
 import structlog
 
-from pgrealtime.auth.authenticator import issuer_key_problems, key_sources_of
+from pgrealtime.auth.authenticator import issuer_key_problems
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
@@ -243,12 +243,10 @@ class Reloader:
         parts.login_service.replace_settings(auth.login)
         parts.own_records.replace_collections(collections)
         parts.authenticator.replace_settings(
-            key_sources_of(auth),
-            auth.login,
+            auth,
             collections,
             logins=applied.logins,
             rule_columns=caller_columns_read_by_rules(collections),
-            allow_guests=auth.allow_guests,
         )
         await parts.hub.replace_generation(
             collections,

@@ -8,10 +8,10 @@ import jwt
 import pytest
 
 from pgrealtime.auth.account import AccountLoader
-from pgrealtime.auth.authenticator import Authenticator, key_sources_of
+from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.principal import Caller
 from pgrealtime.collections.model import Collections
-from pgrealtime.config.model import AuthConfig, IssuerConfig, LoginConfig
+from pgrealtime.config.model import AuthConfig, IssuerConfig
 from pgrealtime.postgres.pool import QueryPool
 
 SECRET = "a-secret-of-thirty-two-characters"
@@ -33,7 +33,7 @@ async def known(*issuers: IssuerConfig, **claims: str) -> tuple[Authenticator, C
 
 
 def use(authenticator: Authenticator, *issuers: IssuerConfig) -> None:
-    authenticator.replace_settings(key_sources_of(AuthConfig(issuers=issuers)), LoginConfig(), NONE)
+    authenticator.replace_settings(AuthConfig(issuers=issuers), NONE)
 
 
 HOLDS = [
