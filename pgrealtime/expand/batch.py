@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, FieldKind, unpadded_id
+from pgrealtime.expand import undo
 from pgrealtime.expand.node import RecordNode, RecordVersion, ids_in_row
 from pgrealtime.expand.plan import (
     MAX_EXPAND_DEPTH,
@@ -25,12 +26,6 @@ from pgrealtime.expand.plan import (
     RelationKey,
 )
 from pgrealtime.expand.relation_sql import relation_query
-from pgrealtime.expand.undo import (
-    ids_before_changes,
-    ids_before_overlay,
-    is_whole_row,
-    rows_before_overlay,
-)
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rules.engine.before_state import BeforeState
@@ -60,11 +55,6 @@ class _Traversal:
         return self.branch.hop.target
 
     @property
-    def may_query_target(self) -> bool:
-        """Whether the viewer may query the target collection."""
-        return self.target.name in self.viewer.view_predicates
-
-    @property
     def may_see_target(self) -> bool:
         """Whether the viewer may see any record there."""
         return self.viewer.view_predicates.get(self.target.name) is not None
@@ -79,6 +69,7 @@ class _Traversal:
 
 _Level: TypeAlias = list[tuple[RecordNode, ExpandViewer, Mapping[str, ExpandBranch]]]
 """Records with the branches that a viewer follows from them."""
+_Evaluation: TypeAlias = Evaluation[RecordVersion, BoundPredicate]
 _VisibleNodes: TypeAlias = dict[tuple[ExpandViewer, ExpandBranch, RecordVersion], RecordNode]
 """A record that a branch leads to is one node, however many records lead to it."""
 
@@ -138,16 +129,15 @@ class LoadBatch:
             for branch in branches.values()
         ]
         await self._load_targets(
-            [traversal for traversal in traversals if traversal.may_query_target]
+            [t for t in traversals if t.target.name in t.viewer.view_predicates]
         )
-        evaluation: Evaluation[RecordVersion, BoundPredicate] = Evaluation(self._macro_values)
+        evaluation: _Evaluation = Evaluation(self._macro_values)
         yield_timer = YieldTimer()
         for traversal in traversals:
             bound = traversal.predicates
             for child in traversal.children or ():
-                evaluation.add(
-                    child.record_version, child.collection, child.row, bound, child.before_state
-                )
+                version, row = child.record_version, child.row
+                evaluation.add(version, child.collection, row, bound, child.before_state)
                 if yield_timer.is_due():
                     await yield_timer.pause()
         await self._session.answer_questions(evaluation)
@@ -162,16 +152,12 @@ class LoadBatch:
     async def _load_targets(self, traversals: Sequence[_Traversal]) -> None:
         """Set ids and children of traversals, also children that the viewer doesn't see."""
         permitted = [traversal for traversal in traversals if traversal.may_see_target]
-        await self._load_relation_ids(
-            (traversal.branch.hop, traversal.node) for traversal in permitted
-        )
+        await self._load_relation_ids((t.branch.hop, t.node) for t in permitted)
         yield_timer = YieldTimer()
         for traversal in traversals:
-            hop = traversal.branch.hop
-            traversal.ids = (
-                self._target_ids(hop, traversal.node) if traversal.may_see_target else []
-            )
-            if traversal.ids is None and self._live_target_ids(hop, traversal.node) is not None:
+            hop, node = traversal.branch.hop, traversal.node
+            traversal.ids = self._target_ids(hop, node) if traversal.may_see_target else []
+            if traversal.ids is None and self._live_target_ids(hop, node) is not None:
                 self._record_unknown_state(traversal)
             if yield_timer.is_due():
                 await yield_timer.pause()
@@ -214,19 +200,16 @@ class LoadBatch:
         # First later transactions are undone, then the node's own from its delete on.
         if ids is not None and hop.relation_key in node.later_link_changes:
             changes = node.later_link_changes[hop.relation_key]
-            before = None
-            if changes is not None:
-                before = ids_before_changes(query, changes, node.record_id, ids)
-            ids = None if before is None else sorted(before, key=id_sort_key)
+            if changes is None:
+                return None
+            ids = _sorted_ids(undo.ids_before_changes(query, changes, node.record_id, ids))
         if ids is None or node.before_state is None:
             return ids
-        target_ids = set(ids)
+        before: set[str] | None = set(ids)
         for overlay in node.before_state.overlays([query.table.name]):
-            before = ids_before_overlay(query, overlay, node.record_id, target_ids)
-            if before is None:
-                return None
-            target_ids = before
-        return sorted(target_ids, key=id_sort_key)
+            if before is not None:
+                before = undo.ids_before_overlay(query, overlay, node.record_id, before)
+        return _sorted_ids(before)
 
     def _row_in_state(
         self, collection: Collection, record_id: str, before_state: BeforeState | None
@@ -240,12 +223,12 @@ class LoadBatch:
         if key not in self._rows_before:
             rows: dict[str, Row | None] = {}
             for overlay in overlays:
-                rows |= rows_before_overlay(collection, overlay)
+                rows |= undo.rows_before_overlay(collection, overlay)
             self._rows_before[key] = rows
         row = self._rows_before[key].get(record_id, live)
         if row is None or row is live:
             return row, not any(overlay.was_truncated for overlay in overlays)
-        return row, is_whole_row(collection.table, row)
+        return row, undo.is_whole_row(collection.table, row)
 
     # --- queries
 
@@ -258,31 +241,24 @@ class LoadBatch:
         for key, (hop, ids) in wanted.items():
             self._ids_by_relation[key] |= await self._query_relation_ids(hop, list(ids))
 
-    async def _query_relation_ids(
-        self, hop: RelationHop, source_ids: Ids
-    ) -> Mapping[str, Ids | None]:
+    async def _query_relation_ids(self, hop: RelationHop, sources: Ids) -> Mapping[str, Ids | None]:
         query = relation_query(hop)
-        pairs = await self._session.fetch_texts(
-            query.statement, {"ids": query.valid_ids(source_ids)}
-        )
+        values = {"ids": query.valid_ids(sources)}
+        pairs = await self._session.fetch_texts(query.statement, values)
         if pairs is None:
-            return dict.fromkeys(source_ids)
-        targets_of: dict[str, set[str]] = {source_id: set() for source_id in source_ids}
+            return dict.fromkeys(sources)
+        targets_of: dict[str, set[str]] = {source: set() for source in sources}
         for source, target in pairs:
             if source and target:
                 targets_of[source].add(target)
-        return {
-            source_id: sorted(targets, key=id_sort_key) for source_id, targets in targets_of.items()
-        }
+        return {source: _sorted_ids(targets) for source, targets in targets_of.items()}
 
     async def _load_rows(self, traversals: Iterable[_Traversal]) -> None:
         wanted: dict[str, tuple[Collection, dict[str, None]]] = {}
         for traversal in traversals:
             name, known = traversal.target.name, self._rows[traversal.target.name]
             _, ids = wanted.setdefault(name, (traversal.target, {}))
-            ids.update(
-                (record_id, None) for record_id in traversal.ids or () if record_id not in known
-            )
+            ids |= dict.fromkeys(found for found in traversal.ids or () if found not in known)
         for name, (collection, ids) in wanted.items():
             chunk = [*ids][: max(0, _MAX_ROWS - self._row_count)]
             self._row_count += len(chunk)
@@ -292,7 +268,7 @@ class LoadBatch:
 
 def _attach_visible_children(
     traversal: _Traversal,
-    evaluation: Evaluation[RecordVersion, BoundPredicate],
+    evaluation: _Evaluation,
     visible_nodes: _VisibleNodes,
 ) -> _Level:
     """Attach to a record the children that the viewer sees; return those that are new."""
@@ -310,15 +286,16 @@ def _attach_visible_children(
         key = viewer, branch, child.record_version
         if key not in visible_nodes:
             visible_nodes[key] = child
-            child.sees_email = (
-                viewer.sees_hidden
-                or viewer.own_record == (name, child.record_id)
-                or manage in satisfied
-            )
+            is_own = viewer.own_record == (name, child.record_id)
+            child.sees_email = viewer.sees_hidden or is_own or manage in satisfied
             new_nodes.append((child, viewer, branch.branches))
         visible.append(visible_nodes[key])
     traversal.node.children[branch.hop.name] = visible
     return new_nodes
+
+
+def _sorted_ids(ids: Iterable[str] | None) -> Ids | None:
+    return None if ids is None else sorted(ids, key=id_sort_key)
 
 
 def id_sort_key(text: str) -> tuple[bool, int, str]:

@@ -117,12 +117,10 @@ class RelatedRecordLoader:
         self._sessions = sessions
         self._tables = reachable_tables(collections)
         self._junction_hops: JunctionHops = {
-            collection.name: junction_hops(collections, collection)
-            for collection in collections.values()
+            name: junction_hops(collections, collection) for name, collection in collections.items()
         }
-        self._link_history = (
-            None if row_history is None else LinkHistory(row_history, self._junction_hops)
-        )
+        hops = self._junction_hops
+        self._link_history = None if row_history is None else LinkHistory(row_history, hops)
         self._render_record = render_record
 
     async def load_for_events(
@@ -135,22 +133,16 @@ class RelatedRecordLoader:
         load_live_rows: LoadLiveRows | None = None,
         check_viewers: CheckViewers | None = None,
     ) -> RelatedRecords:
-        """Return the related data of events, as far as it can be loaded in time.
+        """Return the related data of a slice's events, as far as it can be loaded in time.
 
-        Args:
-            events: The slice's.
-            event_indexes: Those that have recipients; ids in junction tables are loaded for them.
-            requests: What is expanded, and for whom.
-            partial_row_indexes: Events whose rows lack columns.
-            load_live_rows: Called for events whose state isn't fully known.
-            check_viewers: Called with the viewers for which something was read.
+        ``event_indexes`` have recipients: ids in junction tables are loaded for them. The rows of
+        ``partial_row_indexes`` lack columns.
         """
+        linked = [index for index in event_indexes if self._has_junctions(events[index])]
         batch = _EventBatch(
             events=events,
             requests=list(dict.fromkeys(requests)),
-            junction_indexes=[
-                index for index in event_indexes if self._has_junctions(events[index])
-            ],
+            junction_indexes=linked,
             partial_row_indexes=list(partial_row_indexes),
             load_live_rows=load_live_rows,
             check_viewers=check_viewers,
@@ -180,7 +172,6 @@ class RelatedRecordLoader:
         """Return what is expanded for some viewers, or None if that takes too long or fails.
 
         The connections of those viewers then catch up by themselves, and no other waits for them.
-        The arguments are those of ``load_for_events``.
         """
         batch = _EventBatch(
             events=events,
@@ -257,23 +248,21 @@ class RelatedRecordLoader:
         states = {index: self._before_state(record) for index, record in records.items()}
         later: dict[int, LaterLinkChanges] = {}
         if self._link_history is not None:
-            linked = {
-                index: changed for index, changed in records.items() if self._has_junctions(changed)
-            }
+            linked = {n: changed for n, changed in records.items() if self._has_junctions(changed)}
             later = await self._link_history.later_changes(session, linked)
 
         def make_node(index: int) -> RecordNode:
             record = records[index]
-            return RecordNode(
-                record.collection,
-                unpadded_id(record.collection, record.record_id),
-                record.row,
-                before_state=states[index],
-                later_link_changes=later.get(index, {}),
-            )
+            record_id = unpadded_id(record.collection, record.record_id)
+            changes = later.get(index, {})
+            return RecordNode(record.collection, record_id, record.row, states[index], changes)
 
         nodes = {index: make_node(index) for index in batch.junction_indexes}
-        await _load_junction_ids(loading, nodes, related)
+        await loading.load_junction_ids(nodes.values())
+        for index, node in nodes.items():
+            related.junction_ids[index] = node.junction_ids
+            if live_ids := loading.live_junction_ids(node):
+                related.live_junction_ids[index] = live_ids
         unknown = {*related.live_junction_ids, *batch.partial_row_indexes}
         if batch.load_live_rows is not None and unknown:
             await batch.load_live_rows(session, unknown)
@@ -322,9 +311,8 @@ class RelatedRecordLoader:
         if record.action != "delete":
             return None
         first = record.cursor.ordinal - 1
-        return BeforeState(
-            record.transaction_changes[first : first + _MAX_CHANGES_UNDONE], self._tables
-        )
+        undone = record.transaction_changes[first : first + _MAX_CHANGES_UNDONE]
+        return BeforeState(undone, self._tables)
 
     def _try_render_expand(
         self, root: RecordNode, viewer: ExpandViewer, max_bytes: int
@@ -337,22 +325,10 @@ class RelatedRecordLoader:
             return None, max_bytes
         except (ValueError, LookupError) as error:
             # A value that isn't of the type that the catalogue gave its column.
-            log.error(  # noqa: TRY400 (the message may not show the row)
-                "expand.failed", collection=root.collection.name, error=type(error).__name__
-            )
+            kind = type(error).__name__
+            log.error("expand.failed", collection=root.collection.name, error=kind)  # noqa: TRY400 (the message may not show the row)
             return None, 0
         return expand, len(expand or b"")
-
-
-async def _load_junction_ids(
-    loading: LoadBatch, nodes: Mapping[int, RecordNode], related: RelatedRecords
-) -> None:
-    """Load the ids in junction tables of events' records."""
-    await loading.load_junction_ids(nodes.values())
-    for index, node in nodes.items():
-        related.junction_ids[index] = node.junction_ids
-        if live_ids := loading.live_junction_ids(node):
-            related.live_junction_ids[index] = live_ids
 
 
 def _lacks_relation_column(viewer: ExpandViewer, row: Row) -> bool:

@@ -7,7 +7,7 @@ them. Pure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from pgrealtime.changes import Action, Change, Row
@@ -20,8 +20,6 @@ from pgrealtime.text_forms import parse_array
 LaterLinkChanges: TypeAlias = Mapping[RelationKey, Sequence[Change] | None]
 """By relation through a junction table, changes of a record's links that are later than its event
 and must be undone; None where they aren't known."""
-_NO_LATER_LINK_CHANGES: LaterLinkChanges = MappingProxyType({})
-
 
 RecordVersion: TypeAlias = tuple[str, str, int]
 """Collection, id and the identity of the state that a related record is read in."""
@@ -42,49 +40,27 @@ class ChangedRecord(Protocol):
     """All changes of the transaction; that at ``cursor.ordinal``, from 1, is the record's."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class RecordNode:
-    """A record with the related records that one viewer sees of it.
+    """A record with the related records that one viewer sees of it."""
 
-    Attributes:
-        junction_ids: Ids by field name, of relations through junction tables.
-        children: Related records by the name of their ``RelationHop``, in order; None if they may
-            not be looked for, or could not be found.
-        before_state: The state that related tables are read in; None is their present one.
-        later_link_changes: Changes of its links that are undone.
-    """
-
-    __slots__ = (
-        "before_state",
-        "children",
-        "collection",
-        "junction_ids",
-        "later_link_changes",
-        "record_id",
-        "row",
-        "sees_email",
-    )
-
-    def __init__(
-        self,
-        collection: Collection,
-        record_id: str,
-        row: Row,
-        *,
-        before_state: BeforeState | None = None,
-        later_link_changes: LaterLinkChanges = _NO_LATER_LINK_CHANGES,
-    ) -> None:
-        self.collection = collection
-        self.record_id = record_id
-        self.row = row
-        self.before_state = before_state
-        self.later_link_changes = later_link_changes
-        self.sees_email = False
-        self.junction_ids: Mapping[str, Sequence[str]] = {}
-        self.children: dict[str, list[RecordNode] | None] = {}
+    collection: Collection
+    record_id: str
+    row: Row
+    before_state: BeforeState | None = None
+    """The state that related tables are read in; None is their present one."""
+    later_link_changes: LaterLinkChanges = field(default_factory=dict)
+    """Changes of its links that are undone."""
+    sees_email: bool = False
+    junction_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Ids by field name, of relations through junction tables."""
+    children: dict[str, list[RecordNode] | None] = field(default_factory=dict)
+    """Related records by the name of their ``RelationHop``, in order; None if they may not be
+    looked for, or could not be found."""
 
     @property
     def record_version(self) -> RecordVersion:
-        """Its collection, its id and the state it is read in."""
+        """See ``RecordVersion``."""
         return self.collection.name, self.record_id, id(self.before_state)
 
     @property

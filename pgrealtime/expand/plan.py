@@ -1,7 +1,6 @@
 """Compiles the option ``expand`` and who may see what it leads to (protocol, 5.6).
 
-Its text is parsed by ``protocol.expand_option``; ``expand.load`` and ``expand.batch`` load the
-records that a plan leads to. Pure.
+``expand.load`` and ``expand.batch`` load the records that a plan leads to. Pure.
 """
 
 from __future__ import annotations
@@ -26,6 +25,10 @@ from pgrealtime.rules.language.request import RuleRequest
 
 _BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
 _MAX_PLANS = 4096
+MAX_EXPAND_DEPTH: Final = 6
+
+ExpandNames: TypeAlias = tuple[str, ...]
+"""Names of relations, from the record outwards."""
 
 RelationKey: TypeAlias = tuple[str, str, bool]
 """A relation in one of its directions: collection that has the field, field, whether backward."""
@@ -207,24 +210,18 @@ class ExpandCompiler:
             for names in parse_expand(expand_option)
         ]
         # A path whose first name is no relation adds nothing to any record.
-        paths = tuple(path for path in resolved if path.hops)
-        if not paths:
+        if not (paths := tuple(path for path in resolved if path.hops)):
             return None
         hops = [hop for path in paths for hop in path.hops]
         targets = tuple({hop.target.name: hop.target for hop in hops}.values())
-        rules = [
-            rule for target in targets for rule in (target.view_rule, target.manage_rule) if rule
-        ]
+        rules = (rule for target in targets for rule in (target.view_rule, target.manage_rule))
+        sources = (*targets, *(hop.owner for hop in hops))
         return ExpandPlan(
             paths=paths,
             branches=merge_paths([path.hops for path in paths]),
             targets=targets,
-            depends_on_caller=any("@request.auth" in rule for rule in rules),
-            lookup_columns=frozenset(
-                column
-                for source in (*targets, *(hop.owner for hop in hops))
-                for column in _lookup_columns(source)
-            ),
+            depends_on_caller=any("@request.auth" in (rule or "") for rule in rules),
+            lookup_columns=frozenset(c for source in sources for c in _lookup_columns(source)),
         )
 
     def _resolve_path(
@@ -253,24 +250,20 @@ class ExpandCompiler:
                 name=name, field=field, owner=owner, source=source, target=owner, is_back=True
             )
         field = source.fields_by_name.get(name)
-        if field is None or field.relation is None:
-            return None
-        return _forward_hop(self._collections, source, field)
+        return None if field is None else _forward_hop(self._collections, source, field)
 
 
-def _forward_hop(collections: Collections, source: Collection, field: Field) -> RelationHop:
-    assert field.relation is not None
+def _forward_hop(collections: Collections, source: Collection, field: Field) -> RelationHop | None:
+    if field.relation is None:
+        return None
     target = collections[field.relation.collection_name]
     return RelationHop(name=field.name, field=field, owner=source, source=source, target=target)
 
 
 def junction_hops(collections: Collections, collection: Collection) -> tuple[RelationHop, ...]:
     """Return the collection's relations through junction tables."""
-    return tuple(
-        _forward_hop(collections, collection, field)
-        for field in collection.fields
-        if field.relation is not None and field.relation.junction is not None
-    )
+    hops = (_forward_hop(collections, collection, field) for field in collection.fields)
+    return tuple(hop for hop in hops if hop is not None and not hop.is_in_row)
 
 
 def _lookup_columns(collection: Collection) -> Iterator[LookupColumn]:
@@ -294,16 +287,13 @@ def merge_paths(paths: Iterable[Sequence[RelationHop]]) -> Mapping[str, ExpandBr
     }
 
 
-ExpandNames: TypeAlias = tuple[str, ...]
-"""Names of relations, from the record outwards."""
-
-MAX_EXPAND_DEPTH: Final = 6
-
-
 def parse_expand(text: str) -> tuple[ExpandNames, ...]:
     """Return the paths of the option, without those that are the beginning of another.
 
     Spaces are ignored everywhere, dots at both ends of a path. Paths are cut after six names.
+    As observed with PocketBase 0.40.6, a path with a name that isn't a relation adds nothing, not
+    even its valid beginning: ``author.zzz`` and ``author.zzz,author`` leave a record without
+    ``expand``, while ``author.zzz,author.team`` is ``author.team``. So whole paths are returned.
     """
     items = (item.strip(".") for item in text.replace(" ", "").split(","))
     paths = dict.fromkeys(tuple(item.split(".")[:MAX_EXPAND_DEPTH]) for item in items if item)

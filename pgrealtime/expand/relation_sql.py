@@ -18,6 +18,7 @@ from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.expand.node import ids_in_array
 from pgrealtime.expand.plan import RelationHop
 from pgrealtime.postgres.rows import identifier
+from pgrealtime.rules.sql.row_images import find_columns
 
 _BACK_LIMIT = 1000
 """Records that point to one record (protocol, 5.6)."""
@@ -41,11 +42,9 @@ class RelationQuery:
     def source_ids(self, row: Row) -> list[str]:
         """Return the source ids that a row of the table matches."""
         text = row.get(self.match_column.name)
-        if not text:
-            return []
-        if self.match_column.type.base.element is None:
+        if text and self.match_column.type.base.element is None:
             return [unpadded_id(self.source, text)]
-        return ids_in_array(text)
+        return ids_in_array(text) if text else []
 
     def valid_ids(self, ids: Iterable[str]) -> list[str]:
         """Return the ids that can be cast to the column's type without an error."""
@@ -85,32 +84,22 @@ class RelationQuery:
 
 def relation_query(hop: RelationHop) -> RelationQuery:
     """Return the query for the ids that a hop leads to; not for one that ``is_in_row``."""
-    owner, relation = hop.owner, hop.field.relation
-    assert relation is not None
-    limit = _BACK_LIMIT if hop.is_back else _FORWARD_LIMIT
-    junction = relation.junction
+    assert hop.field.relation is not None
+    junction = hop.field.relation.junction
     if junction is None:
+        table, result = hop.owner.table, hop.owner.key
         assert hop.field.column is not None
-        return RelationQuery(
-            table=owner.table,
-            match_column=hop.field.column,
-            result_column=owner.key,
-            source=hop.source,
-            is_collection_table=True,
-            limit=limit,
-        )
-    source_column, target_column = junction.source_column, junction.target_column
+        match = hop.field.column
+    else:
+        table = junction.table
+        match, result = find_columns(table, (junction.source_column, junction.target_column))
+        if hop.is_back:
+            match, result = result, match
     return RelationQuery(
-        table=junction.table,
-        match_column=_column(junction.table, target_column if hop.is_back else source_column),
-        result_column=_column(junction.table, source_column if hop.is_back else target_column),
+        table=table,
+        match_column=match,
+        result_column=result,
         source=hop.source,
-        is_collection_table=False,
-        limit=limit,
+        is_collection_table=junction is None,
+        limit=_BACK_LIMIT if hop.is_back else _FORWARD_LIMIT,
     )
-
-
-def _column(table: Table, name: str) -> Column:
-    column = table.find_column(name)
-    assert column is not None
-    return column

@@ -50,14 +50,8 @@ def ids_before_changes(
         after, before = _images_after_and_before(change)
         if any(not (match in row and result in row) for row in (*after, *before)):
             return None
-        ids.difference_update(
-            row[result] or "" for row in after if source_id in query.source_ids(row)
-        )
-        ids.update(
-            row[result] or ""
-            for row in before
-            if row[result] and source_id in query.source_ids(row)
-        )
+        ids -= {row[result] or "" for row in after if source_id in query.source_ids(row)}
+        ids |= {row[result] or "" for row in before if source_id in query.source_ids(row)} - {""}
     return ids
 
 
