@@ -6,8 +6,6 @@ compiled, a thousand times a small one. ``cachetools.LRUCache`` takes 0.33 to 0.
 this class 0.22, and would save ten lines. Neither class may be used by several threads.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar

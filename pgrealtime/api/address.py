@@ -1,7 +1,5 @@
 """The address of the client that sent a request, through trusted proxies. Used by all routes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TypeAlias

@@ -1,7 +1,5 @@
 """The private port for operators: ``/live``, ``/ready`` and ``/metrics``. Served by ``service``."""
 
-from __future__ import annotations
-
 import hmac
 from collections.abc import Awaitable, Callable
 

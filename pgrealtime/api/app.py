@@ -1,7 +1,5 @@
 """The public port: its routes, and what all responses have in common. Served by ``service``."""
 
-from __future__ import annotations
-
 import logging
 import posixpath
 from collections.abc import Awaitable, Callable

@@ -1,7 +1,5 @@
 """CORS response headers, for ``api.app`` (protocol, 1.2 and 1.3)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

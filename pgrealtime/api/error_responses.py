@@ -5,8 +5,6 @@ PocketBase's to the byte. The Chinese is that of the API document this program i
 its style where the document has none.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

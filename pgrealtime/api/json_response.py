@@ -1,7 +1,5 @@
 """JSON responses of the routes other than the stream, reduced by the query parameter ``fields``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import msgspec

@@ -1,7 +1,5 @@
 """The routes ``/api/collections/COLL/auth-…``: log in, renew a token, list the ways to log in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Final, TypeVar
 

@@ -1,7 +1,5 @@
 """The route ``/api/realtime``: GET opens an SSE response, POST submits its topics."""
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import suppress
 from functools import partial

@@ -9,8 +9,6 @@ Backpressure: ``write`` never waits. What the kernel doesn't accept stays in asy
 size the hub reads (``buffered_bytes``) to decide what to queue and when to close a slow client.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Final

@@ -1,7 +1,5 @@
 """The body of a subscribe call: from bytes to a checked ``SubscribeBody``, for ``api.realtime``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

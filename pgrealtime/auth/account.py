@@ -3,8 +3,6 @@
 Used by ``auth.authenticator`` (by id) and ``auth.login`` (by identity).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A token is checked against each issuer's keys, then as a token of our login. Its
 the users table each time (``auth.account``), so that a deleted user's token is refused.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import Counter

@@ -3,8 +3,6 @@
 Used by ``auth.authenticator``; ``service`` runs the fetching as a task.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence

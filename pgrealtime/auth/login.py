@@ -5,8 +5,6 @@ same for an unknown identity, an account without a usable hash and a wrong passw
 accounts can't be enumerated.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable

@@ -6,8 +6,6 @@ under SCHED_IDLE, which leaves the loop every slice it can use. A loop that is b
 would starve it, so after a second its priority becomes ordinary.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import sys

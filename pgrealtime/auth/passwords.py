@@ -4,8 +4,6 @@ Called in threads by ``auth.password_verifier``. A hash is data of the users tab
 decide how much time and memory a login attempt takes, so they are bounded.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac

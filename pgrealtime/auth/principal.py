@@ -4,8 +4,6 @@ Made by ``auth.authenticator``, changed by the stream (``auth.record.update_call
 and records.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import TypeAlias
 

@@ -1,7 +1,5 @@
 """Makes a caller from a row of a users table, be it read (``auth.account``) or streamed (hub)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from hashlib import sha256
 

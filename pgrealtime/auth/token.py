@@ -4,8 +4,6 @@ No claim is trusted before ``check_signature``. PyJWT verifies signatures; the c
 here, because PyJWT reads the system's clock and accepts ``"17"`` as a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, get_args

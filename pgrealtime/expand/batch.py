@@ -5,8 +5,6 @@ collection, and a rule is evaluated once for all viewers for which it is the sam
 the nodes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

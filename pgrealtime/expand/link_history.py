@@ -4,8 +4,6 @@ Links are read live, so an event would show links that were made after it, which
 not be allowed to see. ``expand.batch`` undoes what ``LinkHistory`` returns.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 

@@ -5,8 +5,6 @@ nodes of the events' records, ``batch`` loads what they lead to, and ``render`` 
 here holds an event back: what can't be loaded is left out and reported as failed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

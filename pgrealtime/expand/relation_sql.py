@@ -4,8 +4,6 @@
 and for back relations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

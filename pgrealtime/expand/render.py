@@ -3,8 +3,6 @@
 ``load`` calls it once the snapshot has ended. Pure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 

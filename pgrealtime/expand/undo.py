@@ -4,8 +4,6 @@
 wants: a transaction's changes as ``Overlay``, or later changes of links one by one. Pure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from pgrealtime.catalog.model import Table

@@ -8,8 +8,6 @@ parsers (aiohttp's, ``multipart``, ``email``) decide these differently, so the r
 here; the conformance tests compare with PocketBase.
 """
 
-from __future__ import annotations
-
 import quopri
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A message is ``id:``, the id, and a tail. Only the id differs between connection
 encoded once for all that receive it: the end of the id line, event line, data line, empty line.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 

@@ -9,8 +9,6 @@ returns nothing of a text with an error; it builds all of 32 MB of ``[[],[],...`
 could count the values; and it ends at Python's recursion limit, where Go accepts 10,000 levels.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from math import isinf

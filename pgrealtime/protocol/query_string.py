@@ -1,7 +1,5 @@
 """Parses query strings and urlencoded bodies as Go's ``url.ParseQuery`` does."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Final

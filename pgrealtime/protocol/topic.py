@@ -5,8 +5,6 @@ normalizing slashes. The rest is parsed as by Go's ``net/url`` and ``encoding/js
 decide which options PocketBase sees.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,11 +3,8 @@
 The login routes call it. The record is rendered from its row as an event's record is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
 
 import psycopg
 import structlog
@@ -19,9 +16,9 @@ from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import DatabaseUnreachableError, RuleError
 from pgrealtime.expand.load import RelatedRecordLoader
-from pgrealtime.expand.node import RecordNode, RecordVersion
+from pgrealtime.expand.node import RecordNode
 from pgrealtime.expand.plan import ExpandCompiler
-from pgrealtime.records.encode import View, compile_encoder
+from pgrealtime.records.encode import Nulls, View, compile_encoder
 from pgrealtime.rule_queries.session import ReadSessionFactory
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.evaluation import Evaluation
@@ -39,11 +36,7 @@ _MAX_PLANS = 64
 class OwnRecordRenderer:
     """Renders accounts' own records, with the related records that they expand and may see.
 
-    Args:
-        sessions: Opens the snapshots to read in.
-        collections: The collections in force.
-        nulls: How NULL is shown.
-        hidden: Whether clients may expand a hidden relation.
+    ``nulls`` says how NULL is shown, ``hidden`` whether clients may expand a hidden relation.
     """
 
     def __init__(
@@ -51,12 +44,12 @@ class OwnRecordRenderer:
         sessions: ReadSessionFactory,
         collections: Collections,
         *,
-        nulls: Literal["null", "zero"],
+        nulls: Nulls,
         hidden: HiddenFieldsMode = "strict",
     ) -> None:
         self._sessions = sessions
         self._hidden: HiddenFieldsMode = hidden
-        self._nulls: Literal["null", "zero"] = nulls
+        self._nulls: Nulls = nulls
         self.replace_collections(collections)
 
     def replace_collections(self, collections: Collections) -> None:
@@ -85,7 +78,7 @@ class OwnRecordRenderer:
             row: The account's whole row.
             caller: The caller by the request's own token.
             query: The URL's query.
-            headers: The request's, their names in snake case.
+            headers: Their names in snake case.
             context: ``@request.context``: ``password``, or ``default`` for a refresh.
 
         Raises:
@@ -105,15 +98,11 @@ class OwnRecordRenderer:
             reason = error.message
             log.error("rule.error", collection=current.name, reason=reason)  # noqa: TRY400 (the rule's fault, not ours)
             return False
-        if isinstance(bound, DenyAll):
-            return False
-        return await self._matches(current, row, bound)
+        return not isinstance(bound, DenyAll) and await self._matches(current, row, bound)
 
     async def _matches(self, collection: Collection, row: Row, bound: BoundPredicate) -> bool:
-        version: RecordVersion = collection.name, "", 0
-        evaluation: Evaluation[RecordVersion, BoundPredicate] = Evaluation(
-            MacroValues(datetime.now(UTC))
-        )
+        version, macro_values = collection.name, MacroValues(datetime.now(UTC))
+        evaluation: Evaluation[str, BoundPredicate] = Evaluation(macro_values)
         evaluation.add(version, collection, row, [bound])
         try:
             async with self._sessions.read_session(frozenset()) as session:
@@ -133,30 +122,18 @@ class OwnRecordRenderer:
     ) -> bytes:
         """Return the JSON of an account's record, with its e-mail address whatever its visibility.
 
+        ``query["expand"]`` shows what the account may see; ``owner`` is the account as a caller.
         Unlike in PocketBase, rules of expanded records can't read the body of the login.
-
-        Args:
-            collection: The account's.
-            row: The account's whole row.
-            owner: The account as a caller; ``query["expand"]`` shows what it may see.
-            query: The URL's query.
-            headers: The request's, their names in snake case.
         """
-        view = View(sees_email=True)
+        encode = compile_encoder(collection, nulls=self._nulls, view=View(sees_email=True))
         if self._collections.get(collection.name) is not collection:
-            # The collections were replaced while the password was checked.
-            return compile_encoder(collection, nulls=self._nulls, view=view)(row)
+            return encode(row)  # the collections were replaced while the password was checked
         request = RuleRequest(
             principal=owner.principal, query=query, headers=headers, method="POST"
         )
-        is_expanded = "expand" in query
-        viewer = (
-            self._expand_compiler.compile_expand(collection, request, owner.own_row)
-            if is_expanded
-            else None
-        )
+        viewer = self._expand_compiler.compile_expand(collection, request, owner.own_row)
         related, expand = await self._related_loader.load_for_row(collection, row, viewer)
-        return compile_encoder(collection, nulls=self._nulls, view=view)(row, related, expand)
+        return encode(row, related, expand)
 
     def _render_node(self, node: RecordNode, view: View, expand: bytes | None) -> bytes:
         show = compile_encoder(node.collection, nulls=self._nulls, view=view)

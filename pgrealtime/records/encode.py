@@ -15,7 +15,13 @@ from msgspec import Raw
 
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Field
-from pgrealtime.records.fields import Projection, compile_projections, parse_fields, project_all
+from pgrealtime.records.fields import (
+    Fields,
+    Projection,
+    compile_projections,
+    parse_fields,
+    project_all,
+)
 from pgrealtime.records.values import Converter, Json, choose_converter, distinct_ids, zero_value
 
 Nulls = Literal["null", "zero"]
@@ -84,14 +90,14 @@ def compile_encoder(collection: Collection, *, nulls: Nulls, view: View) -> Reco
 
     ``nulls``: SQL NULL becomes null, or PocketBase's zero value of the field.
     """
-    members = _select_members(_members(collection, nulls, view), view.fields)
+    members = _members(collection, nulls, view)
+    if fields := parse_fields(view.fields or ""):
+        members = _project_members(members, fields)
     if collection.type != "auth" or view.sees_email:
         return _compile_writer(members)
     with_email = _compile_writer(members)
     without_email = _compile_writer(member for member in members if member.name != "email")
-    visibility = collection.fields_by_name.get("emailVisibility")
-    column = visibility.column if visibility is not None else None
-    if column is None:
+    if (column := collection.column_of("emailVisibility")) is None:
         return without_email
     visibility_column = column.name
 
@@ -131,10 +137,7 @@ def unencodable_column(collection: Collection, row: Row, *, nulls: Nulls) -> str
     return ""
 
 
-def _select_members(members: list[_Member], text: str | None) -> list[_Member]:
-    fields = parse_fields(text or "")
-    if not fields:
-        return members
+def _project_members(members: list[_Member], fields: Fields) -> list[_Member]:
     projection_of = compile_projections(fields)
     return [
         member.projected(projection)

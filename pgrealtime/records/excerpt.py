@@ -11,8 +11,6 @@ tags in ``title``, ``textarea`` and ``xmp``, ends ``<!-- a --!> b`` at no ``--!>
 that the end of the text cuts off into text.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from functools import lru_cache

@@ -5,8 +5,6 @@ with PocketBase 0.40.6, with which the conformance tests compare. One deliberate
 in selected members keep their digits, PocketBase prints them anew.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,8 +68,7 @@ def parse_fields(text: str) -> Fields | None:
 
 
 def _parse_modifier(text: str) -> ExcerptModifier | None:
-    words = _split_unquoted(text, "(), ", respects_brackets=False)
-    match words:
+    match _split_unquoted(text, "(), ", respects_brackets=False):
         case ["excerpt", limit, *more] if len(more) <= 1:
             number = _parse_positive_integer(limit)
             with_ellipsis = bool(more) and more[0] in _TRUE_WORDS
@@ -130,8 +127,8 @@ def compile_projections(fields: Fields) -> MemberProjections:
         by_first.setdefault(_first_name(path), {})[path] = modifier
 
     def projection_of(name: str) -> Projection | None:
-        candidates = by_first.get(_first_name(name), {})
-        nested = {path: modifier for path, modifier in candidates.items() if _is_within(path, name)}
+        candidates = by_first.get(_first_name(name), {}).items()
+        nested = {path: more for path, more in candidates if f"{path}.".startswith(f"{name}.")}
         if nested:
             return _nested_projection(name, nested)
         return _modifier_projection(fields["*"]) if "*" in fields else None
@@ -147,9 +144,8 @@ def _nested_projection(name: str, nested_fields: Fields) -> Projection:
     for path, modifier in nested_fields.items():
         if path in (name, f"{name}."):
             return _modifier_projection(modifier)
-    inner = compile_projections(
-        {path[len(name) + 1 :]: modifier for path, modifier in nested_fields.items()}
-    )
+    start = len(name) + 1
+    inner = compile_projections({path[start:]: more for path, more in nested_fields.items()})
 
     def project(value: Json) -> Json:
         try:
@@ -158,10 +154,6 @@ def _nested_projection(name: str, nested_fields: Fields) -> Projection:
             return value
 
     return project
-
-
-def _is_within(path: str, name: str) -> bool:
-    return f"{path}.".startswith(f"{name}.")
 
 
 def project_all(value: Json) -> Json:
@@ -205,10 +197,8 @@ def _decode_one_level(value: Json) -> Json:
         return value
     match bytes(value)[:1]:
         case b"{":
-            members: dict[str, Json] = dict(msgspec.json.decode(value, type=dict[str, Raw]))
-            return members
+            return {**msgspec.json.decode(value, type=dict[str, Raw])}
         case b"[":
-            items: list[Json] = list(msgspec.json.decode(value, type=list[Raw]))
-            return items
+            return [*msgspec.json.decode(value, type=list[Raw])]
         case _:
             return value

@@ -9,8 +9,6 @@ Written out, and not left to a library, for byte equality with PostGIS (digits, 
 Source: PostGIS, "doc/ZMSgeoms.txt" and "liblwgeom/lwout_geojson.c"; RFC 7946.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from math import isfinite
@@ -85,12 +83,7 @@ class _EwkbReader:
             return self._read_line(dimensions)
         if shape in {_POLYGON, _TRIANGLE}:
             return self._read_list(lambda: self._read_line(dimensions))
-        return self._read_list(self._read_member)
-
-    def _read_member(self) -> str:
-        """Read a member of a multiple geometry; return its coordinates only."""
-        shape, dimensions, _ = self._read_header()
-        return self._read_coordinates(shape, dimensions)
+        return self._read_list(lambda: self._read_coordinates(*self._read_header()[:2]))
 
     def _read_header(self) -> tuple[int, tuple[int, int], str]:
         """Return shape, the number of dimensions shown and stored, and the crs member."""

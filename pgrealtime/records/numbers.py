@@ -1,7 +1,5 @@
 """Prints numbers as ECMAScript does, which is their form in PocketBase's records."""
 
-from __future__ import annotations
-
 
 def format_double(number: float) -> str:
     """Return a finite double as the shortest digits that parse to the same double."""

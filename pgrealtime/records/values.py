@@ -15,8 +15,6 @@ The JSON forms are those of protocol 6.6 and 6.8. For what PocketBase doesn't ha
 - everything else is its text form.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from base64 import b64encode
