@@ -7,19 +7,14 @@ from typing import TypeAlias
 from aiohttp import web
 
 Network: TypeAlias = IPv4Network | IPv6Network
-Address: TypeAlias = IPv4Address | IPv6Address
-
-
-def peer_address(request: web.Request) -> str:
-    """Return the address of the TCP peer; empty for a Unix socket."""
-    name = request.transport and request.transport.get_extra_info("peername")
-    return str(name[0]) if isinstance(name, tuple) else ""
 
 
 def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> str:
     """Return the client's address, which must be equal in all requests for one connection."""
+    name = request.transport and request.transport.get_extra_info("peername")
+    peer = str(name[0]) if isinstance(name, tuple) else ""  # not of a Unix socket
     forwarded_for = request.headers.getall("X-Forwarded-For", [])
-    return address_behind_proxies(peer_address(request), forwarded_for, trusted_proxies)
+    return address_behind_proxies(peer, forwarded_for, trusted_proxies)
 
 
 def address_behind_proxies(
@@ -44,7 +39,7 @@ def address_behind_proxies(
     return peer if address is None else address.exploded
 
 
-def _parse_address(text: str) -> Address | None:
+def _parse_address(text: str) -> IPv4Address | IPv6Address | None:
     """Parse an address, with or without a port; None if it is none. Maps IPv4 in IPv6 to IPv4."""
     if text.startswith("["):
         text = text[1:].partition("]")[0]

@@ -32,15 +32,11 @@ def build_admin_app(
         return web.json_response({"status": "ready"})
 
     async def scrape(request: web.Request) -> web.Response:
-        if not _is_authorized(request, config.token):
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if config.token and not hmac.compare_digest(given, b"Bearer " + config.token.encode()):
             return web.Response(status=401, headers={"WWW-Authenticate": "Bearer"})
         return web.Response(body=await fetch_metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.add_routes([web.get("/live", live), web.get("/ready", ready), web.get("/metrics", scrape)])
     return app
-
-
-def _is_authorized(request: web.Request, token: str) -> bool:
-    authorization = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-    return not token or hmac.compare_digest(authorization, b"Bearer " + token.encode())

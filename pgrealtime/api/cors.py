@@ -17,19 +17,19 @@ class AllowedOrigins:
 
     def __init__(self, origins: Sequence[str]) -> None:
         self._exact = frozenset(origins)
-        self._patterns = [_origin_pattern(origin) for origin in origins if origin != _ANY_ORIGIN]
+        quoted = (re.escape(origin) for origin in origins if origin != _ANY_ORIGIN)
+        self._patterns = [
+            re.compile(text.replace(r"\*", ".*").replace(r"\?", ".")) for text in quoted
+        ]
 
     def allow_origin(self, origin: str) -> str | None:
         """Return the value of ``Access-Control-Allow-Origin``; None for no such header."""
         if _ANY_ORIGIN in self._exact:
             return _ANY_ORIGIN
-        if origin in self._exact or self._matches(origin):
-            return origin
-        return None
-
-    def _matches(self, origin: str) -> bool:
-        could_be_one = "://" in origin and len(origin) <= _MAX_ORIGIN_CHARACTERS
-        return could_be_one and any(pattern.fullmatch(origin) for pattern in self._patterns)
+        could_match = "://" in origin and len(origin) <= _MAX_ORIGIN_CHARACTERS
+        patterns = self._patterns if could_match else ()
+        is_allowed = origin in self._exact or any(text.fullmatch(origin) for text in patterns)
+        return origin if is_allowed else None
 
     def response_headers(self, origin: str) -> Headers:
         """Return the headers of a response that answers no preflight request."""
@@ -53,8 +53,3 @@ class AllowedOrigins:
         if request_headers:
             headers.append(("Access-Control-Allow-Headers", request_headers))
         return headers
-
-
-def _origin_pattern(origin: str) -> re.Pattern[str]:
-    quoted = re.escape(origin).replace(r"\*", ".*").replace(r"\?", ".")
-    return re.compile(quoted)

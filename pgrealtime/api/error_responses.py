@@ -186,14 +186,15 @@ BLANK_MEMBER: Final = MemberFault("validation_required", "Cannot be blank.", "�
 """The fault of a required member that is missing or empty."""
 
 
-def length_out_of_range(min_bytes: int, max_bytes: int) -> MemberFault:
-    """Return the fault of a text that is too short or too long, in bytes."""
-    return MemberFault(
-        "validation_length_out_of_range",
-        f"The length must be between {min_bytes} and {max_bytes}.",
-        f"长度必须在 {min_bytes} 到 {max_bytes} 之间。",
-        {"max": max_bytes, "min": min_bytes},
-    )
+MAX_TEXT_BYTES: Final = 255
+
+LENGTH_OUT_OF_RANGE: Final = MemberFault(
+    "validation_length_out_of_range",
+    "The length must be between 1 and 255.",
+    "长度必须在 1 到 255 之间。",
+    {"max": MAX_TEXT_BYTES, "min": 1},
+)
+"""The fault of a text of more bytes than these."""
 
 
 def length_too_long(maximum: int) -> MemberFault:

@@ -7,17 +7,17 @@ from typing import Final
 from pgrealtime.api.error_responses import (
     BAD_REQUEST,
     BLANK_MEMBER,
+    LENGTH_OUT_OF_RANGE,
+    MAX_TEXT_BYTES,
     ErrorResponse,
     MemberFault,
     MemberFaults,
     RequestRefusedError,
-    length_out_of_range,
 )
 from pgrealtime.auth.login import LoginAttempt
 from pgrealtime.protocol.forms import FormError, bind_body
 from pgrealtime.protocol.json_reader import JsonError
 
-_MAX_MEMBER_BYTES: Final = 255
 _MEMBERS: Final = {"identity": False, "password": False, "identityField": False}
 
 LOGIN_UNREADABLE: Final = ErrorResponse(
@@ -73,12 +73,12 @@ def check_login_body(attempt: LoginAttempt, identity_fields: Collection[str]) ->
         RequestRefusedError: With all invalid members.
     """
     faults: dict[str, MemberFault | MemberFaults] = {
-        name: BLANK_MEMBER if not text else length_out_of_range(1, _MAX_MEMBER_BYTES)
+        name: BLANK_MEMBER if not text else LENGTH_OUT_OF_RANGE
         for name, text in (("identity", attempt.identity), ("password", attempt.password))
-        if not 0 < len(text.encode()) <= _MAX_MEMBER_BYTES
+        if not 0 < len(text.encode()) <= MAX_TEXT_BYTES
     }
-    if len(attempt.identity_field.encode()) > _MAX_MEMBER_BYTES:
-        faults["identityField"] = length_out_of_range(1, _MAX_MEMBER_BYTES)
+    if len(attempt.identity_field.encode()) > MAX_TEXT_BYTES:
+        faults["identityField"] = LENGTH_OUT_OF_RANGE
     elif attempt.identity_field and attempt.identity_field not in identity_fields:
         faults["identityField"] = _INVALID_VALUE
     if faults:

@@ -9,12 +9,7 @@ from aiohttp import web
 
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY
-from pgrealtime.api.error_responses import (
-    ErrorResponse,
-    RequestRefusedError,
-    invalid_members,
-    limit_reached,
-)
+from pgrealtime.api.error_responses import RequestRefusedError, invalid_members, limit_reached
 from pgrealtime.api.sse_transport import (
     EventStreamResponse,
     SseTransport,
@@ -125,7 +120,10 @@ class RealtimeRoutes:
         try:
             await self._hub.subscribe(call.client_id, call.topic_texts, caller, address)
         except SubscriptionLimitError as error:
-            raise RequestRefusedError(_limit_response(error, call)) from error
+            index = str(call.topic_texts.index(error.topic))
+            fault = limit_reached(error.limit_name, error.maximum)
+            refusal = invalid_members({"subscriptions": {index: fault}})
+            raise RequestRefusedError(refusal) from error
         headers = self._outcome_header(call, caller) if OUTCOME_HEADER in request.headers else {}
         return web.Response(status=204, headers=headers)
 
@@ -134,12 +132,6 @@ class RealtimeRoutes:
         indexes = [str(n) for n, name in enumerate(call.topic_texts) if name in unmatchable]
         kind = "guest" if isinstance(caller.principal, Guest) else "known"
         return {OUTCOME_HEADER: f"caller={kind}; mute={','.join(indexes)}"}
-
-
-def _limit_response(error: SubscriptionLimitError, call: SubscribeBody) -> ErrorResponse:
-    index = str(call.topic_texts.index(error.topic))
-    fault = limit_reached(error.limit_name, error.maximum)
-    return invalid_members({"subscriptions": {index: fault}})
 
 
 def _truncate_position(text: str | None) -> str | None:

@@ -49,6 +49,7 @@ class SseTransport(asyncio.Protocol):
     connection was returned or is lost, and ``on_closed`` was called).
 
     Attributes:
+        is_ended: Whether the body has ended: writes are ignored.
         next_protocol: Makes the protocol that serves the connection afterwards; None closes it.
         on_closed: Called once, when the end of the body was sent or the connection is lost.
     """
@@ -58,11 +59,11 @@ class SseTransport(asyncio.Protocol):
         "_abort_timer",
         "_has_body",
         "_is_chunked",
-        "_is_ended",
         "_pipelined",
         "_stall_timeout",
         "_transport",
         "_writable",
+        "is_ended",
         "next_protocol",
         "on_closed",
     )
@@ -81,23 +82,18 @@ class SseTransport(asyncio.Protocol):
         self._has_body = has_body
         self._stall_timeout = stall_timeout
         self.next_protocol = next_protocol
-        self._is_ended = False
+        self.is_ended = False
         self._pipelined = b""
         self._writable: asyncio.Event | None = None
         """Exists while the buffer is above its high-water mark; set when it is low again."""
         self._abort_timer: asyncio.TimerHandle | None = None
         self.on_closed: Callable[[], None] = _do_nothing
 
-    @property
-    def is_ended(self) -> bool:
-        """Whether the body has ended: writes are ignored."""
-        return self._is_ended
-
     # --- called by the hub ------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
         """Write bytes without waiting; drop them after the end or a lost connection."""
-        if self._is_ended or not self._has_body or not data or self._transport.is_closing():
+        if self.is_ended or not self._has_body or not data or self._transport.is_closing():
             return
         # One call is one HTTP chunk (RFC 9112, section 7.1: length in hex, CRLF, data, CRLF). Some
         # clients take each chunk for a message, and PocketBase writes a message at a time.
@@ -114,14 +110,14 @@ class SseTransport(asyncio.Protocol):
 
     def close(self) -> None:
         """End the body after what was written; abort if the client doesn't receive it in time."""
-        if self._is_ended:
+        if self.is_ended:
             return
         if self._is_chunked and self._has_body and not self._transport.is_closing():
             # With a high-water mark of 0, resume_writing means that the buffer is empty.
             self._transport.set_write_buffer_limits(high=0)
             # The last chunk and no trailers.
             self._transport.write(b"0\r\n\r\n")
-        self._is_ended = True
+        self.is_ended = True
         if self.buffered_bytes():
             loop = asyncio.get_running_loop()
             # TCP_USER_TIMEOUT alone would not do: each byte that a client reads starts it anew.
@@ -131,7 +127,7 @@ class SseTransport(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close the connection at once and drop the buffer."""
-        self._is_ended = True
+        self.is_ended = True
         self._transport.abort()
 
     # --- called by asyncio (asyncio.Protocol) -----------------------------------------------
@@ -149,12 +145,12 @@ class SseTransport(asyncio.Protocol):
     def resume_writing(self) -> None:
         """End ``drain``; after the end of the body, which is sent now, return the connection."""
         self._stop_waiting()
-        if self._is_ended:
+        if self.is_ended:
             self._return_connection()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Close: the connection is lost."""
-        self._is_ended = True
+        self.is_ended = True
         self._stop_waiting()
         self._notify_closed()
 

@@ -5,9 +5,10 @@ from typing import Final
 
 from pgrealtime.api.error_responses import (
     BLANK_MEMBER,
+    LENGTH_OUT_OF_RANGE,
+    MAX_TEXT_BYTES,
     MemberFault,
     MemberFaults,
-    length_out_of_range,
     length_too_long,
 )
 from pgrealtime.errors import SubscriptionError
@@ -15,7 +16,6 @@ from pgrealtime.protocol.forms import FormError, bind_body
 from pgrealtime.protocol.json_reader import JsonError
 
 _MEMBERS: Final = {"clientId": False, "subscriptions": True}
-_MAX_CLIENT_ID_BYTES: Final = 255
 _MAX_SUBSCRIPTIONS: Final = 1000
 _MAX_SUBSCRIPTION_BYTES: Final = 2500
 
@@ -49,8 +49,8 @@ def find_call_faults(call: SubscribeBody) -> MemberFaults:
     faults: dict[str, MemberFault | MemberFaults] = {}
     if not call.client_id:
         faults["clientId"] = BLANK_MEMBER
-    elif len(call.client_id.encode()) > _MAX_CLIENT_ID_BYTES:
-        faults["clientId"] = length_out_of_range(1, _MAX_CLIENT_ID_BYTES)
+    elif len(call.client_id.encode()) > MAX_TEXT_BYTES:
+        faults["clientId"] = LENGTH_OUT_OF_RANGE
     if len(call.topic_texts) > _MAX_SUBSCRIPTIONS:
         faults["subscriptions"] = length_too_long(_MAX_SUBSCRIPTIONS)
     elif too_long := {

@@ -6,7 +6,7 @@ Used by ``auth.authenticator``; ``service`` runs the fetching as a task.
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import aiohttp
 import jwt
@@ -33,31 +33,6 @@ _FETCH_TIMEOUT_SECONDS = 5.0
 _MAX_JWKS_BYTES = 1 << 20
 _MIN_RSA_BITS = 2048
 """RFC 7518, section 3.3."""
-
-
-class KeySource(Protocol):
-    """The keys of one issuer."""
-
-    async def keys_for(self, token: Token) -> Sequence[VerificationKey]:
-        """Return the keys with the token's algorithm and, if both have one, its ``kid``."""
-
-    async def run(self) -> None:
-        """Refresh the keys until cancelled; return at once if they are constant."""
-
-
-def key_source(issuer: IssuerConfig) -> KeySource:
-    """Return the key source of the issuer's configuration.
-
-    Raises:
-        AuthError: Code ``key_invalid``: the PEM text is not a usable key.
-    """
-    if issuer.jwks_url:
-        return JwksKeySource(issuer)
-    if issuer.public_key:
-        return ConfiguredKeySource([_require_accepted(parse_pem(issuer.public_key), issuer)])
-    # The previous one, so that a secret can be replaced while tokens signed with it are in use.
-    secrets = (issuer.secret, issuer.previous_secret)
-    return ConfiguredKeySource([VerificationKey("HS256", secret) for secret in secrets if secret])
 
 
 class ConfiguredKeySource:
@@ -138,14 +113,32 @@ class JwksKeySource:
         except (aiohttp.ClientError, TimeoutError, ValueError, AuthError) as error:
             # ValueError: a host that is no name, perhaps of a redirect.
             reason = error.message if isinstance(error, AuthError) else type(error).__name__
-            log.warning(
-                "jwks.failed", issuer=self._issuer.name, reason=reason, kept=len(self._keys)
-            )
+            name, kept = self._issuer.name, len(self._keys)
+            log.warning("jwks.failed", issuer=name, reason=reason, kept=kept)
             return False
         # Replaced as a whole: a withdrawn key is no longer accepted.
         self._keys = keys
         log.info("jwks.refreshed", issuer=self._issuer.name, keys=len(keys))
         return True
+
+
+KeySource: TypeAlias = ConfiguredKeySource | JwksKeySource
+"""The keys of one issuer."""
+
+
+def key_source(issuer: IssuerConfig) -> KeySource:
+    """Return the key source of the issuer's configuration.
+
+    Raises:
+        AuthError: Code ``key_invalid``: the PEM text is not a usable key.
+    """
+    if issuer.jwks_url:
+        return JwksKeySource(issuer)
+    if issuer.public_key:
+        return ConfiguredKeySource([_require_accepted(parse_pem(issuer.public_key), issuer)])
+    # The previous one, so that a secret can be replaced while tokens signed with it are in use.
+    secrets = (issuer.secret, issuer.previous_secret)
+    return ConfiguredKeySource([VerificationKey("HS256", secret) for secret in secrets if secret])
 
 
 async def _download(url: str) -> bytes:
@@ -236,10 +229,8 @@ def _key_with_algorithm(public_key: object) -> VerificationKey:
 
 
 def _require_accepted(key: VerificationKey, issuer: IssuerConfig) -> VerificationKey:
-    accepted: tuple[Algorithm, ...] = issuer.accepted_algorithms
-    if key.algorithm not in accepted:
-        raise AuthError(
-            f"a key for {key.algorithm}, where {', '.join(accepted)} is required",
-            code="key_invalid",
-        )
+    if key.algorithm not in issuer.accepted_algorithms:
+        accepted = ", ".join(issuer.accepted_algorithms)
+        message = f"a key for {key.algorithm}, where {accepted} is required"
+        raise AuthError(message, code="key_invalid")
     return key

@@ -6,6 +6,7 @@ not be allowed to see. ``expand.batch`` undoes what ``LinkHistory`` returns.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from pgrealtime.caches import WeightedCache
 from pgrealtime.changelog.row_history import CACHED_CHANGES, RowHistory, TableHistory, column_values
@@ -21,6 +22,11 @@ from pgrealtime.snapshot import Snapshot
 
 _UNKNOWN_VALUE = "\0"
 """Index key for changes whose row isn't known; a PostgreSQL text can't contain this character."""
+
+_ChangeOrdinals: TypeAlias = tuple[
+    Sequence[Change], dict[tuple[TableName, str], dict[str, list[int]]]
+]
+"""A transaction's changes, and by table and column, then value, the ordinals of some of them."""
 
 
 class LinkHistory:
@@ -50,11 +56,9 @@ class LinkHistory:
                 await yield_timer.pause()
             by_relation: dict[RelationKey, Sequence[Change] | None] = {}
             for hop in self._junction_hops[record.collection.name]:
-                changes = (
-                    await self._changes_of_hop(hop, record, first, session.snapshot)
-                    if is_complete
-                    else None
-                )
+                changes = None
+                if is_complete:
+                    changes = await self._changes_of_hop(hop, record, first, session.snapshot)
                 if changes is None or changes:
                     by_relation[hop.relation_key] = changes
             if by_relation:
@@ -140,30 +144,14 @@ class TransactionLinkChanges:
     def _ordinals(
         self, record: ChangedRecord, table: TableName, column: str
     ) -> Mapping[str, Sequence[int]]:
+        """Return ordinals, from 1, of the changes of a table, by value of a column."""
         changes = record.transaction_changes
-        cached = self._ordinals_cache.get(
-            id(changes), lambda: (_ChangeOrdinals(changes), len(changes))
-        )
-        return cached.by_value(table, column)
-
-
-class _ChangeOrdinals:
-    """The ordinals, from 1, of a transaction's changes by table and column, then by value.
-
-    It refers to the changes, because the cache knows them by their identity.
-    """
-
-    __slots__ = ("_by_column", "_changes")
-
-    def __init__(self, changes: Sequence[Change]) -> None:
-        self._changes = changes
-        self._by_column: dict[tuple[TableName, str], dict[str, list[int]]] = {}
-
-    def by_value(self, table: TableName, column: str) -> Mapping[str, Sequence[int]]:
-        ordinals = self._by_column.get((table, column))
+        # The entry refers to the changes, because the cache knows them by their identity.
+        _, by_column = self._ordinals_cache.get(id(changes), lambda: ((changes, {}), len(changes)))
+        ordinals = by_column.get((table, column))
         if ordinals is None:
-            ordinals = self._by_column[table, column] = {}
-            for ordinal, change in enumerate(self._changes, start=1):
+            ordinals = by_column[table, column] = {}
+            for ordinal, change in enumerate(changes, start=1):
                 if change.table == table:
                     for value in column_values(change, column) or (_UNKNOWN_VALUE,):
                         ordinals.setdefault(value, []).append(ordinal)

@@ -24,9 +24,6 @@ _NUMBER: Final = re.compile(
 _PLAIN_STRING: Final = re.compile(rb'"([^"\\\x00-\x1f]*+)"')
 _STRING: Final = re.compile(rb'"((?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+)"')
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")
-# A character beyond U+FFFF is escaped as a pair: 10 bits in the high half, 10 in the low.
-_SURROGATE_PAIR: Final = re.compile("([\ud800-\udbff])([\udc00-\udfff])")
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _SHORT_ESCAPES: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _LITERALS: Final = (b"null", b"true", b"false")
 
@@ -277,18 +274,15 @@ def _decode_utf8(text: bytes) -> str:
 
 
 def _unescape(text: str) -> str:
-    # Halves can only come from escapes, since strict UTF-8 has none.
-    whole = _SURROGATE_PAIR.sub(_join_surrogates, _ESCAPE.sub(_unescape_one, text))
-    if _SURROGATE.search(whole):
-        raise JsonError("lone surrogate")
-    return whole
+    # A character beyond U+FFFF is escaped as two surrogates, which UTF-16 joins. They can only come
+    # from escapes, since strict UTF-8 has none.
+    units = _ESCAPE.sub(_unescape_one, text).encode("utf-16-le", errors="surrogatepass")
+    try:
+        return units.decode("utf-16-le")
+    except UnicodeDecodeError as error:
+        raise JsonError("lone surrogate") from error
 
 
 def _unescape_one(escape: re.Match[str]) -> str:
     digits, short = escape.groups()
     return chr(int(digits, 16)) if digits else _SHORT_ESCAPES.get(short, short)
-
-
-def _join_surrogates(pair: re.Match[str]) -> str:
-    high, low = (ord(half) for half in pair.groups())
-    return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))

@@ -34,12 +34,9 @@ def parse_query_string(text: bytes) -> QueryString:
         return QueryString((), is_well_formed=False)
     pairs = [pair for pair in text.split(b"&") if pair]
     valid = [pair for pair in pairs if b";" not in pair and not has_bad_escape(pair)]
-    return QueryString(tuple(map(_split, valid)), is_well_formed=len(valid) == len(pairs))
-
-
-def _split(pair: bytes) -> tuple[bytes, bytes]:
-    name, _, value = pair.partition(b"=")
-    return _unescape(name), _unescape(value)
+    split = (pair.partition(b"=") for pair in valid)
+    unescaped = tuple((_unescape(name), _unescape(value)) for name, _, value in split)
+    return QueryString(unescaped, is_well_formed=len(valid) == len(pairs))
 
 
 def _unescape(text: bytes) -> bytes:
