@@ -67,13 +67,13 @@ def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.App
     app[BODY_READER_KEY] = BodyReader()
     app.on_response_prepare.append(middleware.add_headers)
     realtime = RealtimeRoutes(hub, authenticator, config.server, config.realtime)
-    path = config.server.base_path
+    path = f"{config.server.base_path}/api"
     app.on_shutdown.append(realtime.close_streams)
-    app.router.add_get(f"{path}/api/realtime", realtime.handle_connect)
+    app.router.add_get(f"{path}/realtime", realtime.handle_connect)
     app.router.add_post(
-        f"{path}/api/realtime", realtime.handle_subscribe, expect_handler=_handle_expect
+        f"{path}/realtime", realtime.handle_subscribe, expect_handler=_handle_expect
     )
-    app.router.add_get(f"{path}/api/health", _health_handler(authenticator, config.server))
+    app.router.add_get(f"{path}/health", _health_handler(authenticator, config.server))
     return app
 
 
@@ -157,9 +157,8 @@ class ResponseMiddleware:
             requested = request.headers.get("Access-Control-Request-Headers", "")
             response.headers.extend(self._allowed_origins.preflight_headers(origin, requested))
         else:
-            response.headers.extend(
-                (*_SECURITY_HEADERS, *self._allowed_origins.response_headers(origin))
-            )
+            response.headers.extend(_SECURITY_HEADERS)
+            response.headers.extend(self._allowed_origins.response_headers(origin))
 
 
 async def _handle_expect(request: web.Request) -> None:

@@ -141,18 +141,11 @@ def encode_error_response(error_response: ErrorResponse, language: Language) -> 
     ).encode()
 
 
-def _encode_faults(faults: MemberFaults, language: Language) -> dict[str, object]:
-    return {
-        name: _encode_fault(entry, language)
-        if isinstance(entry, MemberFault)
-        else _encode_faults(entry, language)
-        for name, entry in faults.items()
-    }
-
-
-def _encode_fault(fault: MemberFault, language: Language) -> dict[str, object]:
-    members: dict[str, object] = {"code": fault.code, "message": _message_of(fault, language)}
-    return {**members, "params": fault.params} if fault.params else members
+def _encode_faults(faults: MemberFault | MemberFaults, language: Language) -> dict[str, object]:
+    if not isinstance(faults, MemberFault):
+        return {name: _encode_faults(entry, language) for name, entry in faults.items()}
+    members: dict[str, object] = {"code": faults.code, "message": _message_of(faults, language)}
+    return {**members, "params": faults.params} if faults.params else members
 
 
 def _message_of(error: ErrorResponse | MemberFault, language: Language) -> str:

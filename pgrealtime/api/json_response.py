@@ -7,7 +7,7 @@ from aiohttp import web
 
 from pgrealtime.api.error_responses import BAD_REQUEST, RequestRefusedError
 from pgrealtime.protocol.query_string import parse_query_string
-from pgrealtime.records.fields import compile_projections, parse_fields
+from pgrealtime.records.fields import apply_projections, compile_projections, parse_fields
 from pgrealtime.records.values import Json
 
 
@@ -20,12 +20,7 @@ def respond_json(request: web.Request, members: Mapping[str, Json]) -> web.Respo
     fields = parse_fields(query_values(request).get("fields", ""))
     if fields is None:
         raise RequestRefusedError(BAD_REQUEST)
-    projection_of = compile_projections(fields)
-    selected = {
-        name: project(value)
-        for name, value in members.items()
-        if (project := projection_of(name)) is not None
-    }
+    selected = apply_projections({**members}, compile_projections(fields))
     return web.Response(body=msgspec.json.encode(selected), content_type="application/json")
 
 

@@ -112,9 +112,8 @@ class LoginRoutes:
         """Respond with the record of the token's user and, if it is refreshable, a new token."""
         users = self._requested_users(request)
         try:
-            authenticated = await self._authenticator.authenticate_token(
-                request.headers.get("Authorization")
-            )
+            authorization = request.headers.get("Authorization")
+            authenticated = await self._authenticator.authenticate_token(authorization)
         except AuthError as error:
             raise RequestRefusedError(TOKEN_REQUIRED) from error
         caller = authenticated.caller

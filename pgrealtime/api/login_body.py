@@ -4,16 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
-from pgrealtime.api.error_responses import (
-    BAD_REQUEST,
-    BLANK_MEMBER,
-    LENGTH_OUT_OF_RANGE,
-    MAX_TEXT_BYTES,
-    ErrorResponse,
-    MemberFault,
-    MemberFaults,
-    RequestRefusedError,
-)
+from pgrealtime.api import error_responses
+from pgrealtime.api.error_responses import ErrorResponse, MemberFault, RequestRefusedError
 from pgrealtime.auth.login import LoginAttempt
 from pgrealtime.protocol.forms import FormError, bind_body
 from pgrealtime.protocol.json_reader import JsonError
@@ -47,7 +39,7 @@ def parse_login_body(content_type: str, body: bytes, query: bytes) -> LoginAttem
 
 def check_body_readable(content_type: str, body: bytes, query: bytes) -> None:
     """Check that a body can be read whose members don't matter; as ``parse_login_body``."""
-    _bind_members(content_type, body, query, {}, BAD_REQUEST)
+    _bind_members(content_type, body, query, {}, error_responses.BAD_REQUEST)
 
 
 def _bind_members(
@@ -72,13 +64,13 @@ def check_login_body(attempt: LoginAttempt, identity_fields: Collection[str]) ->
     Raises:
         RequestRefusedError: With all invalid members.
     """
-    faults: dict[str, MemberFault | MemberFaults] = {
-        name: BLANK_MEMBER if not text else LENGTH_OUT_OF_RANGE
+    faults: dict[str, MemberFault | error_responses.MemberFaults] = {
+        name: error_responses.BLANK_MEMBER if not text else error_responses.LENGTH_OUT_OF_RANGE
         for name, text in (("identity", attempt.identity), ("password", attempt.password))
-        if not 0 < len(text.encode()) <= MAX_TEXT_BYTES
+        if not 0 < len(text.encode()) <= error_responses.MAX_TEXT_BYTES
     }
-    if len(attempt.identity_field.encode()) > MAX_TEXT_BYTES:
-        faults["identityField"] = LENGTH_OUT_OF_RANGE
+    if len(attempt.identity_field.encode()) > error_responses.MAX_TEXT_BYTES:
+        faults["identityField"] = error_responses.LENGTH_OUT_OF_RANGE
     elif attempt.identity_field and attempt.identity_field not in identity_fields:
         faults["identityField"] = _INVALID_VALUE
     if faults:

@@ -114,9 +114,8 @@ class RealtimeRoutes:
         call = await reader.read(request, address, parse_subscribe_body) or SubscribeBody()
         if faults := find_call_faults(call):
             raise RequestRefusedError(invalid_members(faults))
-        caller = await self._authenticator.authenticate_subscriber(
-            request.headers.get("Authorization")
-        )
+        authorization = request.headers.get("Authorization")
+        caller = await self._authenticator.authenticate_subscriber(authorization)
         try:
             await self._hub.subscribe(call.client_id, call.topic_texts, caller, address)
         except SubscriptionLimitError as error:

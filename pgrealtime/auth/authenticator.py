@@ -32,13 +32,7 @@ from pgrealtime.auth.token import (
     parse_token,
 )
 from pgrealtime.collections.model import Collections, derive_collection_id
-from pgrealtime.config.model import (
-    AuthConfig,
-    CollectionLoginConfig,
-    Config,
-    IssuerConfig,
-    LoginConfig,
-)
+from pgrealtime.config.model import AuthConfig, CollectionLoginConfig, Config, IssuerConfig
 from pgrealtime.errors import AuthError, ConfigError, ConfigProblem
 
 log = structlog.get_logger(__name__)
@@ -153,7 +147,7 @@ class Authenticator:
         if issuer is not None:
             return self._users_by_name.get(issuer.collection) is users
         login = self._auth.login
-        return login.enabled and caller.trust_digest == _login_trust_digest(login, users)
+        return login.enabled and caller.trust_digest == _login_trust_digest(login.secret, users)
 
     def find_user_collection(self, name_or_id: str) -> UserCollection | None:
         """Return the collection of a token or of a login route, by name (case ignored) or id."""
@@ -266,12 +260,11 @@ class Authenticator:
             raise AuthError("the token's user has no token key", code="token_signature")
         # As in PocketBase (protocol, 9.3): when the user's part changes, the user's tokens become
         # invalid.
-        check_signature(
-            token, VerificationKey("HS256", account.token_key + self._auth.login.secret)
-        )
+        secret = self._auth.login.secret
+        check_signature(token, VerificationKey("HS256", account.token_key + secret))
         caller = replace(
             caller_of_account(account, expires_at),
-            trust_digest=_login_trust_digest(self._auth.login, users),
+            trust_digest=_login_trust_digest(secret, users),
             token_key_digest=digest_token_key(account.token_key),
         )
         return AuthenticatedCaller(caller=caller, token=token, is_login_token=True)
@@ -317,9 +310,9 @@ def _trust_digest(issuer: IssuerConfig, key_material: object, *, is_superuser: b
     return _digest(secret, issuer.public_key, *_jwks_identity(issuer), *purpose)
 
 
-def _login_trust_digest(login: LoginConfig, users: UserCollection) -> bytes:
+def _login_trust_digest(secret: str, users: UserCollection) -> bytes:
     columns = users.login.password_hash, users.login.token_key
-    return _digest(login.secret, *columns, users.collection.auth_rule)
+    return _digest(secret, *columns, users.collection.auth_rule)
 
 
 def _digest(*parts: object) -> bytes:

@@ -100,10 +100,8 @@ def _is_within_cost_limits(scheme: Scheme, match: re.Match[str]) -> bool:
             return int(match["rounds"]) <= _MAX_PBKDF2_ROUNDS
         case Scheme.SCRYPT:
             n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
-            return (
-                _scrypt_memory_bytes(n, r, p) <= _MAX_MEMORY_BYTES
-                and 128 * n * r * p <= _MAX_SCRYPT_BYTES
-            )
+            is_small = _scrypt_memory_bytes(n, r, p) <= _MAX_MEMORY_BYTES
+            return is_small and 128 * n * r * p <= _MAX_SCRYPT_BYTES
 
 
 def _scrypt_memory_bytes(n: int, r: int, p: int) -> int:
@@ -184,12 +182,9 @@ def dummy_hash_like(stored: StoredHash) -> StoredHash:
     assert match is not None  # parse_hash made it
     # The digest becomes zero bits, which no password that anybody knows has. Salt and costs stay,
     # so that a check takes exactly as long.
-    padding = "=" * match["digest"].count("=")
-    is_bcrypt = stored.scheme in {Scheme.BCRYPT, Scheme.BCRYPT_SHA256}
-    blank = "." if is_bcrypt else "A"
-    return StoredHash(
-        stored.scheme, match["head"] + blank * (len(match["digest"]) - len(padding)) + padding
-    )
+    blank = "." if stored.scheme in {Scheme.BCRYPT, Scheme.BCRYPT_SHA256} else "A"
+    digest = re.sub("[^=]", blank, match["digest"])  # "=" is padding
+    return StoredHash(stored.scheme, match["head"] + digest)
 
 
 def dummy_hash_for(texts: Iterable[str]) -> StoredHash:
@@ -215,8 +210,5 @@ def _cost_parameters(stored: StoredHash) -> tuple[object, ...]:
     """Return what determines the time of a check."""
     match = stored.scheme.value.fullmatch(stored.text)
     assert match is not None  # parse_hash made it
-    parameters = match.groupdict().items()
-    return stored.scheme, *(item for item in parameters if item[0] not in _GROUPS_WITHOUT_COST)
-
-
-_GROUPS_WITHOUT_COST = {"head", "salt", "digest"}
+    groups = match.groupdict().items()
+    return stored.scheme, *(item for item in groups if item[0] not in {"head", "salt", "digest"})

@@ -42,11 +42,9 @@ GUEST = Guest()
 
 def is_same_principal(first: Principal, second: Principal) -> bool:
     """Whether both are the same record or superuser, with whatever values of its fields."""
-    match first, second:
-        case AuthRecord(), AuthRecord():
-            return (first.collection_id, first.id) == (second.collection_id, second.id)
-        case _:
-            return first == second
+    if isinstance(first, AuthRecord) and isinstance(second, AuthRecord):
+        return (first.collection_id, first.id) == (second.collection_id, second.id)
+    return first == second
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +81,5 @@ AccountKey: TypeAlias = tuple[str, str]
 
 def account_of(caller: Caller) -> AccountKey | None:
     """Return the account of a caller; None for guests and superusers."""
-    match caller.principal:
-        case AuthRecord() as record:
-            return record.collection_name, record.id
-        case _:
-            return None
+    record = caller.principal
+    return (record.collection_name, record.id) if isinstance(record, AuthRecord) else None

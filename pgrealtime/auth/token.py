@@ -32,14 +32,9 @@ class _AnyLengthHmac(HMACAlgorithm):
         return None
 
 
-def _make_jws() -> jwt.PyJWS:
-    jws = jwt.PyJWS(algorithms=[name for name in _ALGORITHMS if name != "HS256"])
-    jws.register_algorithm("HS256", _AnyLengthHmac(HMACAlgorithm.SHA256))
-    return jws
-
-
-_JWS = _make_jws()
+_JWS = jwt.PyJWS(algorithms=[name for name in _ALGORITHMS if name != "HS256"])
 """Has these four algorithms only, so ``alg: none`` does not exist here."""
+_JWS.register_algorithm("HS256", _AnyLengthHmac(HMACAlgorithm.SHA256))
 
 
 @dataclass(frozen=True, slots=True)

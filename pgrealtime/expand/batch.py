@@ -126,9 +126,8 @@ class LoadBatch:
             for node, viewer, branches in level
             for branch in branches.values()
         ]
-        await self._load_targets(
-            [t for t in traversals if t.target.name in t.viewer.view_predicates]
-        )
+        queryable = [t for t in traversals if t.target.name in t.viewer.view_predicates]
+        await self._load_targets(queryable)
         evaluation: _Evaluation = Evaluation(self._macro_values)
         yield_timer = YieldTimer()
         for traversal in traversals:

@@ -85,10 +85,7 @@ def _visible_changes(
     """Return later transactions' changes of the links; None if some aren't known."""
     changes: list[Change] = []
     ids = {record.record_id, unpadded_id(record.collection, record.record_id)}
-    writes = [
-        write for record_id in ids for write in table_history.writes(record_id, record.cursor.lsn)
-    ]
-    for write in writes:
+    for write in (w for id_ in ids for w in table_history.writes(id_, record.cursor.lsn)):
         if write.xid is not None and not snapshot.sees(write.xid):
             continue
         if write.change is None or isinstance(write.change, Truncate):

@@ -114,10 +114,8 @@ class RelatedRecordLoader:
     ) -> None:
         self._sessions = sessions
         self._tables = reachable_tables(collections)
-        self._junction_hops: JunctionHops = {
-            name: junction_hops(collections, collection) for name, collection in collections.items()
-        }
-        hops = self._junction_hops
+        hops: JunctionHops = {c.name: junction_hops(collections, c) for c in collections.values()}
+        self._junction_hops = hops
         self._link_history = None if row_history is None else LinkHistory(row_history, hops)
         self._render_record = render_record
 

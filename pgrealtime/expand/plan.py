@@ -138,9 +138,7 @@ class ExpandCompiler:
         self._collections = collections
         self._compiler = compiler
         self._is_strict = hidden == "strict"
-        self._by_folded_name = {
-            name.casefold(): collection for name, collection in collections.items()
-        }
+        self._by_folded_name = {c.name.casefold(): c for c in collections.values()}
         self._cached_plan = lru_cache(maxsize=max_plans)(self._compile_plan)
         self._viewers: WeakValueDictionary[object, ExpandViewer] = WeakValueDictionary()
 

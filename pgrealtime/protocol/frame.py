@@ -34,9 +34,6 @@ def cursor_tail(event_id: bytes) -> bytes:
 
 def resync_tail(collections: Iterable[str], reason: str) -> bytes:
     """Return the tail of PB_RESYNC: the collections to load anew; none means all."""
-    data = json.dumps(
-        {"collections": sorted(collections), "reason": reason},
-        separators=(",", ":"),
-        ensure_ascii=False,
-    )
+    members = {"collections": sorted(collections), "reason": reason}
+    data = json.dumps(members, separators=(",", ":"), ensure_ascii=False)
     return b"\nevent:PB_RESYNC\ndata:%b\n\n" % data.encode()

@@ -57,8 +57,6 @@ _FOREIGN_BREAKOUT: Final = _tags(
 )
 """HTML elements that end an enclosing ``svg`` or ``math``."""
 
-_TABLE: Final = _tags("table")
-
 _TOKEN = re.compile(
     r"""<!--(?:-?>|.*?(?:--!?>|\Z))          # comment
       | <[!?][^>]*(?:>|\Z)                   # doctype, CDATA, processing instruction
@@ -130,16 +128,16 @@ class _TextExtractor:
             else:
                 offset = self._start_element(token["name"].lower(), html, offset)
 
-    def _is_open(self, names: frozenset[str]) -> bool:
-        return any(self._open_counts[name] for name in names)
+    def _is_in_foreign(self) -> bool:
+        return any(self._open_counts[name] for name in _FOREIGN)
 
     def _start_element(self, name: str, html: str, offset: int) -> int:
         """Open the element; return the offset to continue at, after its content if that is raw."""
-        is_foreign = self._is_open(_FOREIGN)
+        is_foreign = self._is_in_foreign()
         if is_foreign and name in _FOREIGN_BREAKOUT:
             self._leave_foreign()
             is_foreign = False
-        if name in _STRUCTURE or (name in _IN_TABLE and not self._is_open(_TABLE)):
+        if name in _STRUCTURE or (name in _IN_TABLE and not self._open_counts["table"]):
             self._is_in_head = self._is_in_head and name != "body"
             return offset
         self._is_in_head = self._is_in_head and name in _IN_HEAD
@@ -161,7 +159,7 @@ class _TextExtractor:
     def _end_element(self, name: str) -> None:
         if name == "p":
             self._leave_foreign()
-        if not self._is_open(frozenset((name,))):
+        if not self._open_counts[name]:
             if name == "p":  # an end tag without a start is an empty paragraph
                 self._separate_block(name)
             return
@@ -169,7 +167,7 @@ class _TextExtractor:
             pass
 
     def _leave_foreign(self) -> None:
-        while self._is_open(_FOREIGN):
+        while self._is_in_foreign():
             self._close_element()
 
     def _close_element(self) -> str:

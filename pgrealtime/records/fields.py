@@ -149,7 +149,7 @@ def _nested_projection(name: str, nested_fields: Fields) -> Projection:
 
     def project(value: Json) -> Json:
         try:
-            return Raw(msgspec.json.encode(_project(value, inner)))
+            return Raw(msgspec.json.encode(apply_projections(value, inner)))
         except RecursionError:  # a path of hundreds of names into a value as deep
             return value
 
@@ -175,7 +175,7 @@ def _modifier_projection(modifier: ExcerptModifier | None) -> Projection:
     return shorten
 
 
-def _project(value: Json, projections: MemberProjections) -> Json:
+def apply_projections(value: Json, projections: MemberProjections) -> Json:
     """Project an object, or each of a list of objects; return anything else unchanged."""
     value = _decode_one_level(value)
     match value:
@@ -186,7 +186,7 @@ def _project(value: Json, projections: MemberProjections) -> Json:
                 if (project := projections(name)) is not None
             }
         case [first, *_] if isinstance(_decode_one_level(first), dict):
-            return [_project(item, projections) for item in value]
+            return [apply_projections(item, projections) for item in value]
         case _:
             return value
 

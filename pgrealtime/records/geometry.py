@@ -111,10 +111,8 @@ class _EwkbReader:
         form = f"{self._byte_order}{count * stored}d"
         numbers = struct.unpack_from(form, self._data, self._offset)
         self._offset += struct.calcsize(form)
-        return [
-            _format_point(numbers[first : first + shown])
-            for first in range(0, len(numbers), stored)
-        ]
+        starts = range(0, len(numbers), stored)
+        return [_format_point(numbers[start : start + shown]) for start in starts]
 
 
 def _crs_member(srid: int) -> str:
