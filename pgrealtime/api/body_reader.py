@@ -62,11 +62,6 @@ class BodyReader:
         """Held while the next chunk of a large body is taken, one per pass of the loop: a chunk
         of each of some dozen bodies at once would delay events for as long."""
 
-    @property
-    def large_bytes(self) -> int:
-        """Bytes of the large bodies that are being read or parsed."""
-        return self._large.total_bytes
-
     async def read(
         self,
         request: web.Request,

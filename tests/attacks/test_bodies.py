@@ -60,14 +60,14 @@ async def test_unfinished_bodies_fill_no_more_than_there_is_for_an_address() -> 
             ends = [asyncio.create_task(reader.read()) for reader in readers]
             async with asyncio.timeout(DEADLINE):
                 while sum(end.done() for end in ends) < 8:
-                    assert body_reader.large_bytes <= 4 * MIB
+                    assert body_reader._large.total_bytes <= 4 * MIB
                     await asyncio.sleep(0.001)
-            assert body_reader.large_bytes == 4 * MIB
+            assert body_reader._large.total_bytes == 4 * MIB
             refused = [end.result() for end in ends if end.done()]
             status = await subscribe(service.address, client_id, "posts/*")
             for end in ends:
                 end.cancel()
-        await until(lambda: body_reader.large_bytes == 0)
+        await until(lambda: body_reader._large.total_bytes == 0)
         await stream.close()
 
     assert status == 204
@@ -86,7 +86,7 @@ async def test_small_bodies_of_one_address_are_bounded_apart() -> None:
         await until(lambda: sum(end.done() for end in ends) == 4)
         await asyncio.sleep(0.05)
         refused = [end.result() for end in ends if end.done()]
-        assert body_reader.large_bytes == 0
+        assert body_reader._large.total_bytes == 0
         body = b'{"clientId":"%b"}' % (b"x" * MIB)
         large = (await send(post_json("/api/realtime", body), service.address)).head.status
         for end in ends:
@@ -123,11 +123,11 @@ async def test_unfinished_bodies_of_many_addresses_are_bounded_together(
             reader, writer = await service.raw(head + b"x" * MIB)
             ends.append((asyncio.create_task(reader.read()), writer))
         await until(lambda: sum(end.done() for end, _ in ends) >= 2)
-        held = body_reader.large_bytes
+        held = body_reader._large.total_bytes
         for end, writer in ends:
             end.cancel()
             writer.transport.abort()
-        await until(lambda: body_reader.large_bytes == 0)
+        await until(lambda: body_reader._large.total_bytes == 0)
 
     assert held <= 2 * MIB
 
@@ -140,7 +140,7 @@ async def test_what_was_refused_or_read_holds_no_room() -> None:
                 body = b'{"clientId":"%b"}' % (b"x" * size)
                 status = (await send(post_json("/api/realtime", body), service.address)).head.status
                 assert status == (429 if size > MIB else 400 if size > 10 else 404)
-            await until(lambda: body_reader.large_bytes == 0)
+            await until(lambda: body_reader._large.total_bytes == 0)
 
 
 async def test_an_aborted_call_frees_its_budget_only_with_its_thread(
@@ -159,17 +159,17 @@ async def test_an_aborted_call_frees_its_budget_only_with_its_thread(
     async with served(body_reader=body_reader) as service:
         for number in range(1, 4):
             _, writer = await service.raw(HEAD + b"Content-Length: %d\r\n\r\n" % MIB + b"x" * MIB)
-            await until(lambda: body_reader.large_bytes == number * MIB)  # noqa: B023
+            await until(lambda: body_reader._large.total_bytes == number * MIB)  # noqa: B023
             if number == 1:
                 assert await asyncio.to_thread(begun.acquire, timeout=DEADLINE)
             await asyncio.sleep(0.05)
             writer.transport.abort()
             await service.until_no_connection()
             await asyncio.sleep(0.05)
-            assert body_reader.large_bytes == number * MIB
+            assert body_reader._large.total_bytes == number * MIB
             assert not begun.acquire(blocking=False)
         may_go.set()
-        await until(lambda: body_reader.large_bytes == 0)
+        await until(lambda: body_reader._large.total_bytes == 0)
 
 
 async def test_bodies_that_can_not_be_read_leave_nothing_in_memory() -> None:
