@@ -43,11 +43,7 @@ class RealtimeRoutes:
     """The two handlers."""
 
     def __init__(
-        self,
-        hub: Hub,
-        authenticator: Authenticator,
-        server: ServerConfig,
-        config: RealtimeConfig,
+        self, hub: Hub, authenticator: Authenticator, server: ServerConfig, config: RealtimeConfig
     ) -> None:
         self._hub = hub
         self._authenticator = authenticator

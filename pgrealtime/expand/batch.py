@@ -264,9 +264,7 @@ class LoadBatch:
 
 
 def _attach_visible_children(
-    traversal: _Traversal,
-    evaluation: _Evaluation,
-    visible_nodes: _VisibleNodes,
+    traversal: _Traversal, evaluation: _Evaluation, visible_nodes: _VisibleNodes
 ) -> _Level:
     """Attach to a record the children that the viewer sees; return those that are new."""
     name, viewer, branch = traversal.target.name, traversal.viewer, traversal.branch
