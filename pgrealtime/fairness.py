@@ -1,7 +1,8 @@
 """Shares the event loop and exclusive resources fairly between clients.
 
 ``YieldTimer`` splits long work; ``FairQueue`` and ``FairLock`` let waiting keys (clients, networks)
-take turns; ``client_network`` is the network a client is counted by. Used by ``api``, ``auth``, ``hub``.
+take turns; ``client_network`` is the network a client is counted by. Used by ``api``, ``auth`` and
+``hub``.
 """
 
 import asyncio

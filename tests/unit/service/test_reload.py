@@ -260,7 +260,7 @@ async def test_a_new_password_ends_the_login_s_tokens_after_a_reload_too(
         assert users is not None
         ann = Caller(
             AuthRecord(collection_id=users.collection.id, collection_name="people", id="ann"),
-            trust_digest=_login_trust_digest(service.config.auth.login, users),
+            trust_digest=_login_trust_digest(service.config.auth.login.secret, users),
             token_key_digest=digest_token_key("k1"),
         )
         connection, _ = service.harness.connect()
