@@ -5,7 +5,9 @@ Called at the start, by a reload, and by the commands ``check`` and ``explain``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig
@@ -15,6 +17,7 @@ from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.language.syntax import parse_expression
 from pgrealtime.rules.sql.reference import check_rule
 
+_Owner = TypeVar("_Owner", Collection, CollectionConfig)
 _RULE_KEYS = ("list_rule", "view_rule", "manage_rule", "auth_rule")
 
 
@@ -28,29 +31,26 @@ def rule_texts(owner: Collection | CollectionConfig) -> Iterator[tuple[str, str]
 
 def syntax_problems(configured: Mapping[str, CollectionConfig]) -> Iterator[ConfigProblem]:
     """Yield a problem for each rule that can't be parsed. Needs no database."""
-    for name, config in configured.items():
-        for key, rule in rule_texts(config):
-            try:
-                parse_expression(rule)
-            except RuleError as error:
-                yield _rule_problem(name, key, rule, error)
+    return _problems(configured, lambda _, rule: parse_expression(rule))
 
 
 def rule_problems(collections: Collections) -> Iterator[ConfigProblem]:
     """Yield a problem for each rule that can't be evaluated, with the span of its text marked."""
-    for collection in collections.values():
-        for key, rule in rule_texts(collection):
+    return _problems(collections, partial(check_rule, collections))
+
+
+def _problems(
+    owners: Mapping[str, _Owner], check: Callable[[_Owner, str], object]
+) -> Iterator[ConfigProblem]:
+    for name, owner in owners.items():
+        for key, rule in rule_texts(owner):
             try:
-                check_rule(collections, collection, rule)
+                check(owner, rule)
             except RuleError as error:
-                yield _rule_problem(collection.name, key, rule, error)
-
-
-def _rule_problem(collection: str, key: str, rule: str, error: RuleError) -> ConfigProblem:
-    hint = (error.hint[:1].lower() + error.hint[1:]).removesuffix(".")
-    marked_text = underline_span(rule, error.start, error.end)
-    path = f"collections.{collection}.{key}"
-    return ConfigProblem(path, error.message, hint, marked_text=marked_text)
+                hint = (error.hint[:1].lower() + error.hint[1:]).removesuffix(".")
+                marked_text = underline_span(rule, error.start, error.end)
+                path = f"collections.{name}.{key}"
+                yield ConfigProblem(path, error.message, hint, marked_text=marked_text)
 
 
 def caller_columns_read_by_rules(collections: Collections) -> Mapping[str, tuple[str, ...]]:

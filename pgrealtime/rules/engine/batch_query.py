@@ -65,7 +65,9 @@ class PairQuestion:
         None if an overlay lacks a column that it reads: then nothing matches.
         """
         predicate, table = self.test.sql_predicate, self.test.collection.table
-        row_numbers, rows = _number_distinct([row for row, _ in self.pairs])
+        number_of: dict[ColumnTexts, int] = {}
+        row_numbers = [number_of.setdefault(row, len(number_of)) for row, _ in self.pairs]
+        rows = list(number_of)
         argument_of = _pair_parameters(self.test)
         _, arguments = self.pairs[0]
         own_count = len(self.test.caller_parameters)
@@ -194,12 +196,6 @@ def column_texts(row: Row, columns: Sequence[str]) -> ColumnTexts:
     return tuple([row[name] for name in columns])
 
 
-def _number_distinct(rows: Sequence[ColumnTexts]) -> tuple[list[int], list[ColumnTexts]]:
-    """Return for each row its number among the distinct ones, and these."""
-    known: dict[ColumnTexts, int] = {}
-    return [known.setdefault(row, len(known)) for row in rows], list(known)
-
-
 def _pair_parameters(test: Test) -> dict[str, int]:
     """Return the names of the test's SQL parameters that differ per pair, and their arguments."""
     return {
@@ -209,7 +205,7 @@ def _pair_parameters(test: Test) -> dict[str, int]:
     }
 
 
-def _shared_value(binding: Binding, macro_values: MacroValues | Mapping[Macro, Scalar]) -> Scalar:
+def _shared_value(binding: Binding, macro_values: Mapping[Macro, Scalar]) -> Scalar:
     """Return the value of an SQL parameter that is the same for all pairs, or rows."""
     match binding.parameter:
         case LiteralParameter(constant):
@@ -238,10 +234,7 @@ def _pairs_sql(
         return row_images.matching_rows_sql(table, predicate.column_names, condition, overlay_ctes)
     rows, ordinal = row_images.images_table(table, predicate.column_names)
     is_row = nodes.binary(exp.EQ, nodes.column(ROW_ALIAS, ordinal), nodes.column("q", "at"))
-    arrays = [row_images.integer_array(name) for name in ("n", "at")]
-    for name in names:
-        type_ = f"{FORM_TYPES[predicate.bindings[name].form]}[]"
-        arrays.append(nodes.cast(nodes.placeholder(name), type_))
+    types = {name: FORM_TYPES[predicate.bindings[name].form] for name in names}
 
     def read_pair(node: exp.Expr) -> exp.Expr:
         is_of_pair = isinstance(node, exp.Placeholder) and node.name in names
@@ -249,7 +242,7 @@ def _pairs_sql(
 
     select = nodes.select(
         [nodes.column("q", "n")],
-        row_images.unnest_arrays("q", ["n", "at", *names], arrays),
+        row_images.unnest_arrays("q", {"n": "int", "at": "int", **types}),
         joins=[exp.Join(this=rows, on=is_row)],
         where=condition.copy().transform(read_pair),
     )

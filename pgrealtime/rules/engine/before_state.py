@@ -23,8 +23,6 @@ class BeforeState:
     ``tables`` are those that rules can read.
     """
 
-    __slots__ = ("_changed_tables", "_changes", "_overlays", "_tables")
-
     def __init__(self, changes: Iterable[Change], tables: Mapping[TableName, Table]) -> None:
         self._changes = tuple(changes)
         self._tables = tables
@@ -56,8 +54,6 @@ class BeforeStates:
     A large transaction is evaluated in many batches. Computing its state for each of them would
     take time by the square of its changes.
     """
-
-    __slots__ = ("_batch_number", "_states", "_tables")
 
     def __init__(self, tables: Mapping[TableName, Table]) -> None:
         self._tables = tables

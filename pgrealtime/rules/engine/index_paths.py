@@ -179,17 +179,13 @@ def _composite_key_parts(alternatives: Sequence[Sequence[IndexPath]]) -> list[in
     """Return which operands make one key together: of different columns, and not too many."""
     index_by_reader: dict[RowKeyReader, int] = {}
     for index, paths in enumerate(alternatives):
-        if _is_single_key_path(paths):
-            index_by_reader.setdefault(paths[0].row_key_readers[0], index)
+        match paths:
+            case [IndexPath(kind=LookupKind.KEY, residual=True, guards=(), row_key_readers=[key])]:
+                if key.has_single_key:
+                    index_by_reader.setdefault(key, index)
+            case _:
+                pass
     return list(index_by_reader.values())[:_MAX_COMPOSITE_KEYS]
-
-
-def _is_single_key_path(paths: Sequence[IndexPath]) -> bool:
-    match paths:
-        case [IndexPath(kind=LookupKind.KEY, residual=True, guards=(), row_key_readers=(reader,))]:
-            return reader.has_single_key
-        case _:
-            return False
 
 
 def _composite_path(paths: Sequence[IndexPath]) -> IndexPath:
@@ -236,9 +232,9 @@ def _paths_of_condition(
                 paths = _paths_of_condition(part, other_conjuncts, test_call, registry)
                 if paths is None:
                     return None
-                part_paths += (
+                part_paths += [
                     replace(path, residual=test_call, implied_test_call=None) for path in paths
-                )
+                ]
             return part_paths
         case predicate.NestedRule():
             return None
@@ -257,9 +253,7 @@ def _paths_of_comparison(
     if path is None:
         return None
     is_whole_test = comparison is test_call.test.condition or (
-        path.kind is LookupKind.REMOTE
-        and not any(map(_is_caller_dependent, other_conjuncts))
-        and path.is_exact
+        path.kind is LookupKind.REMOTE and not any(map(_is_caller_dependent, other_conjuncts))
     )
     if path.is_exact and is_whole_test:
         return [replace(path, implied_test_call=test_call)]

@@ -107,14 +107,11 @@ class Plan:
 
     def specialize(self, values: Sequence[Scalar]) -> BoundPredicate | None:
         """Return what is left for a caller's values of ``parameters``; None if no row can match."""
-        verdicts = tuple(
-            [_row_independent_verdict(call, values) for call in self._row_independent_calls]
-        )
+        calls = self._row_independent_calls
+        verdicts = tuple([_row_independent_verdict(call, values) for call in calls])
         specialization = self._specializations.get(verdicts)
         if specialization is None:
-            specialization = self._make_specialization(
-                dict(zip(self._row_independent_calls, verdicts, strict=True))
-            )
+            specialization = self._make_specialization(dict(zip(calls, verdicts, strict=True)))
             if specialization.formula is False:
                 return None
             self._specializations[verdicts] = specialization

@@ -251,9 +251,8 @@ def _compare_unnegated(plan: ValueComparison, left: _Side, right: _Side, *, is_s
             is_strict = is_strict or plan.is_null_safe
             return _is_not_distinct(*_translate(left, right, is_strict=is_strict))
         case ComparisonKind.COALESCED:
-            return _is_not_distinct(
-                *map(_empty_text_for_null, _translate(left, right, is_strict=False))
-            )
+            sides = _translate(left, right, is_strict=False)
+            return _is_not_distinct(*map(_empty_text_for_null, sides))
 
 
 def _translate(left: _Side, right: _Side, *, is_strict: bool) -> tuple[SqlOperand, SqlOperand]:
@@ -270,8 +269,7 @@ def _like_pattern(pattern: Pattern, side: _Side) -> Sql:
         case Pattern.TEXT:
             return side.translate().as_text
         case Pattern.WRAPPED:
-            wildcard = nodes.string("%")
-            return nodes.concatenate(wildcard, side.translate().as_text, wildcard)
+            return nodes.concatenate("%", side.translate().as_text, "%")
 
 
 # --- equality

@@ -222,9 +222,8 @@ class Scope:
         match step:
             case predicate.ToOne(field, name):
                 assert field.column is not None
-                return self._join_by_key(
-                    collections[name], self._typed_column(parent, field.column)
-                )
+                link = self._typed_column(parent, field.column)
+                return self._join_by_key(collections[name], link)
             case predicate.EachValue(field):
                 return self._join_each_value(path, parent, field)
             case predicate.ToEach(name):

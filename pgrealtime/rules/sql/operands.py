@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from sqlglot import exp
 
@@ -21,14 +22,7 @@ from pgrealtime.rules.language.parameters import (
     ParameterClass,
     SqlForm,
 )
-from pgrealtime.rules.language.predicate import (
-    FieldValue,
-    JsonValue,
-    Modifier,
-    ParameterTerm,
-    RowPath,
-    Term,
-)
+from pgrealtime.rules.language.predicate import FieldValue, JsonValue, Modifier, RowPath, Term
 from pgrealtime.rules.language.sqlite_values import INT64_END, PASSWORD_HASH_PREFIX
 from pgrealtime.rules.sql import nodes
 from pgrealtime.rules.sql.conversions import (
@@ -51,7 +45,7 @@ def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> Sq
     for it: shorter, for where NULL and false are alike.
     """
     match term:
-        case ParameterTerm(parameter):
+        case predicate.ParameterTerm(parameter):
             return _parameter_operand(parameter, scope)
         case predicate.Keyword(flag):
             return _keyword_operand(flag)
@@ -67,14 +61,12 @@ def translate_operand(term: Term, scope: Scope, *, is_strict: bool = True) -> Sq
             secret = _null_without_row(path, scope, nodes.string(PASSWORD_HASH_PREFIX))
             return SqlOperand.of_text(_lower(secret) if modifier is Modifier.LOWER else secret)
         case predicate.Strftime():
-            of = scope.compute_once(term, lambda: {"t": _strftime(term, scope)})
-            return SqlOperand.of_text(of("t"))
+            made = scope.compute_once(term, lambda: {"t": _strftime(term, scope)})
+            return SqlOperand.of_text(made("t"))
         case predicate.GeoDistance():
-            of = scope.compute_once(term, lambda: {"n": _geo_distance(term, scope)})
-            distance = of("n")
-            return SqlOperand(
-                number=distance, make_text=lambda: float_text_sql(scope.translation, distance)
-            )
+            distance = scope.compute_once(term, lambda: {"n": _geo_distance(term, scope)})("n")
+            show = partial(float_text_sql, scope.translation, distance)
+            return SqlOperand(number=distance, make_text=show)
 
 
 # --- constants
@@ -258,9 +250,8 @@ def _json_operand(term: JsonValue, scope: Scope) -> SqlOperand:
     if term.field.kind is FieldKind.GEO_POINT and not term.field.is_stored_as_json:
         number = _coordinate(raw, term.keys[0], term.field.type)
         # PocketBase's points are JSON, whose whole numbers have no point.
-        return SqlOperand(
-            number=number, make_text=lambda: number_text_sql(scope.translation, number)
-        )
+        show_point = partial(number_text_sql, scope.translation, number)
+        return SqlOperand(number=number, make_text=show_point)
     if any(key.isdigit() and len(key) > _MAX_INDEX_DIGITS for key in term.keys):
         return SqlOperand.of_text(nodes.null())
     plain = replace(term, is_lower=False)

@@ -37,7 +37,7 @@ def images_table(table: Table, column_names: Collection[str]) -> tuple[Sql, str]
     names = [f"c{i}" for i in range(len(columns))]
     select = nodes.select(
         [nodes.column(raw, ordinal), *typed_columns(raw, names, columns)],
-        unnest_arrays(raw, [ordinal, *names], [integer_array("i"), *text_arrays(names)]),
+        unnest_arrays(raw, {"i": "int", **dict.fromkeys(names, "text")}, [ordinal, *names]),
     )
     return exp.Subquery(this=select, alias=nodes.row_alias(ROW_ALIAS)), ordinal
 
@@ -74,9 +74,17 @@ def distinct_values(
     return nodes.select([*ordinals, *columns], rows, joins=[exp.Join(this=found, kind="CROSS")])
 
 
-def unnest_arrays(alias: str, names: Sequence[str], arrays: Sequence[Sql]) -> Sql:
-    """Return ``UNNEST(...)``: arrays as the columns of a relation."""
-    return exp.Unnest(expressions=list(arrays), alias=nodes.row_alias(alias, *names))
+def unnest_arrays(
+    alias: str, element_types: Mapping[str, str], names: Sequence[str] | None = None
+) -> Sql:
+    """Return ``UNNEST(...)``: the arrays of these placeholders as the columns of a relation.
+
+    The columns have the placeholders' names if they are given no others.
+    """
+    arrays = [
+        nodes.cast(nodes.placeholder(key), f"{type_}[]") for key, type_ in element_types.items()
+    ]
+    return exp.Unnest(expressions=arrays, alias=nodes.row_alias(alias, *(names or element_types)))
 
 
 def typed_columns(alias: str, names: Sequence[str], columns: Sequence[Column]) -> list[Sql]:
@@ -88,16 +96,6 @@ def typed_columns(alias: str, names: Sequence[str], columns: Sequence[Column]) -
         )
         for name, column in zip(names, columns, strict=True)
     ]
-
-
-def integer_array(name: str) -> Sql:
-    """Return the placeholder of an array of integers."""
-    return nodes.cast(nodes.placeholder(name), "int[]")
-
-
-def text_arrays(names: Sequence[str]) -> list[Sql]:
-    """Return the placeholders of arrays of texts."""
-    return [nodes.cast(nodes.placeholder(name), "text[]") for name in names]
 
 
 # --- related tables before a transaction
@@ -359,7 +357,7 @@ def _overlay_cte(
         params[key] = [row[column.name] for row in overlay.old_images]
     old = nodes.select(
         typed_columns("k", column_names, columns),
-        unnest_arrays("k", column_names, text_arrays(column_names)),
+        unnest_arrays("k", dict.fromkeys(column_names, "text")),
     )
     unchanged = nodes.select(
         [nodes.column("t", column.name) for column in columns],
@@ -380,5 +378,5 @@ def _is_changed_row(name: str, overlay: Overlay, params: dict[str, object]) -> S
         params[key_name] = [row[column.name] for row in overlay.changed_rows]
         key = TypedSql(nodes.cast_to_type(nodes.column("g", key_name), column.type), column.type)
         equalities.append(nodes.equal_keys(typed_column("t", column), key))
-    changed = unnest_arrays("g", key_names, text_arrays(key_names))
+    changed = unnest_arrays("g", dict.fromkeys(key_names, "text"))
     return nodes.exists(changed, all_of(*equalities))

@@ -43,24 +43,16 @@ _SHIFT_MODIFIER = re.compile(
 _WEEKDAY_MODIFIER = re.compile(
     rf"weekday {_BLANK}*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?){_BLANK}*", re.ASCII
 )
-_SECONDS_PER_UNIT = {
-    "second": 1,
-    "minute": 60,
-    "hour": 3600,
-    "day": _DAY_SECONDS,
-    "month": 30 * _DAY_SECONDS,
-    "year": 365 * _DAY_SECONDS,
+_UNITS = {
+    "second": (1, 4.6427e11),
+    "minute": (60, 7.7379e9),
+    "hour": (3600, 1.2897e8),
+    "day": (_DAY_SECONDS, 5373485.0),
+    "month": (30 * _DAY_SECONDS, 176546.0),
+    "year": (365 * _DAY_SECONDS, 14713.0),
 }
-"""Of months and years it is the length of a fraction of one."""
-_MAX_SHIFT = {
-    "second": 4.6427e11,
-    "minute": 7.7379e9,
-    "hour": 1.2897e8,
-    "day": 5373485.0,
-    "month": 176546.0,
-    "year": 14713.0,
-}
-"""A longer shift leaves SQLite's range from every time, and is NULL."""
+"""The seconds of a unit, for a fraction of one; and the shift that leaves SQLite's range from every
+time, and is NULL."""
 _CALENDAR_UNITS = ("month", "year")
 """SQLite computes these by the calendar, so the time must be in its range before and after."""
 _SUBSECOND_MODIFIERS = frozenset({"subsec", "subsecond"})
@@ -224,7 +216,8 @@ def _apply_modifier(start: Sql, modifier: str) -> Sql:
 
 def _shift(start: Sql, amount: float, unit: str) -> Sql:
     """Return the time some units later. Months keep the day's number, also beyond their end."""
-    if abs(amount) >= _MAX_SHIFT[unit]:
+    unit_seconds, too_far = _UNITS[unit]
+    if abs(amount) >= too_far:
         return nodes.null(nodes.TIMESTAMP)
     half = math.copysign(0.5, amount)
     if unit in _CALENDAR_UNITS:
@@ -234,7 +227,7 @@ def _shift(start: Sql, amount: float, unit: str) -> Sql:
         later = nodes.call("make_interval", 0, count)
         start = nodes.binary(exp.Add, nodes.binary(exp.Add, month, later), rest)
         amount -= int(amount)
-    rounded = int(amount * 1000.0 * _SECONDS_PER_UNIT[unit] + half)
+    rounded = int(amount * 1000.0 * unit_seconds + half)
     days, milliseconds = divmod(rounded, _DAY_SECONDS * 1000)
     return nodes.binary(exp.Add, start, _interval(days, str(milliseconds / 1000)))
 
