@@ -17,7 +17,6 @@ from typing import TypeAlias
 from sqlglot import exp
 
 from pgrealtime.caches import cached_per_object
-from pgrealtime.changes import Row
 from pgrealtime.rules.engine.formula import Test
 from pgrealtime.rules.engine.index_keys import RemoteKey
 from pgrealtime.rules.language.parameters import (
@@ -189,11 +188,6 @@ class KeyQuestion:
 
 
 Question: TypeAlias = PairQuestion | KeyQuestion
-
-
-def column_texts(row: Row, columns: Sequence[str]) -> ColumnTexts:
-    """Return the columns of a row image, which must have them."""
-    return tuple([row[name] for name in columns])
 
 
 def _pair_parameters(test: Test) -> dict[str, int]:

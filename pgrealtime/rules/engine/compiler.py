@@ -35,13 +35,7 @@ from pgrealtime.rules.language.parameters import (
     parameter_class,
     parameter_value,
 )
-from pgrealtime.rules.language.predicate import (
-    Condition,
-    Conjunction,
-    DenyAll,
-    Predicate,
-    condition_parameters,
-)
+from pgrealtime.rules.language.predicate import Condition, Conjunction, DenyAll, Predicate
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.language.sqlite_values import Scalar
@@ -173,13 +167,8 @@ class RuleCompiler:
                 return caller_row.get(parameter.name) if parameter.name else "there"
             return parameter_value(parameter, request, _ANY_TIME, literals)
 
-        classes = tuple(
-            [
-                fixed_parameter_class(parameter) or parameter_class(value_of(parameter))
-                for one in predicates
-                for parameter in one.parameters
-            ]
-        )
+        own = [parameter for one in predicates for parameter in one.parameters]
+        classes = tuple([fixed_parameter_class(p) or parameter_class(value_of(p)) for p in own])
         key = _PlanKey(*names, *predicates, classes, caller_row is not None)
         plan = self._find_plan(key)
         if caller_row is not None and not all(_is_in(caller_row, p) for p in plan.parameters):
@@ -246,7 +235,7 @@ class RuleCompiler:
                 parameter: parameter_class(parameter.value)
                 if isinstance(parameter, LiteralParameter)
                 else classes[original.get(parameter, parameter)]
-                for parameter in condition_parameters(condition)
+                for parameter in predicate.condition_parameters(condition)
             }
             test = self._find_test(
                 collection, auth, condition, part_classes, is_row_bound=key.is_caller_row_bound
@@ -306,20 +295,18 @@ def _split(condition: Condition, compile_part: Callable[[Condition], Formula]) -
         case predicate.Comparison() | predicate.NestedRule():
             return compile_part(condition)
         case predicate.Disjunction(parts):
-            return disjunction([_split(part, compile_part) for part in parts])
+            return disjunction(_split(part, compile_part) for part in parts)
         case Conjunction():
+            independent = predicate.independent_parts(condition)
             return conjunction(
-                [
-                    compile_part(part)
-                    if isinstance(part, Conjunction)
-                    else _split(part, compile_part)
-                    for part in predicate.independent_parts(condition)
-                ]
+                compile_part(part) if isinstance(part, Conjunction) else _split(part, compile_part)
+                for part in independent
             )
 
 
 def _parameters_of(where: Condition) -> tuple[Parameter, ...]:
-    return tuple(p for p in condition_parameters(where) if not isinstance(p, LiteralParameter))
+    parameters = predicate.condition_parameters(where)
+    return tuple(p for p in parameters if not isinstance(p, LiteralParameter))
 
 
 def _is_in(caller_row: Row, parameter: Parameter | CallerColumn) -> bool:

@@ -14,13 +14,7 @@ from typing import Generic, TypeAlias, TypeVar
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.lsn import Xid
-from pgrealtime.rules.engine.batch_query import (
-    ColumnTexts,
-    KeyQuestion,
-    PairQuestion,
-    Question,
-    column_texts,
-)
+from pgrealtime.rules.engine.batch_query import ColumnTexts, KeyQuestion, PairQuestion, Question
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.formula import Test
 from pgrealtime.rules.engine.index import KeyEntries, Member
@@ -136,7 +130,7 @@ class Evaluation(Generic[K, M]):
                 overlays = row.overlays(sql_values.tables)
                 topic = (remote_key, is_all), tuple(map(id, overlays))
                 _, images = images_by_topic.setdefault(topic, (overlays, {}))
-                images.setdefault(column_texts(row.row, sql_values.column_names), []).append(row)
+                images.setdefault(_column_texts(row.row, sql_values.column_names), []).append(row)
         for ((remote_key, is_all), _), (overlays, images) in images_by_topic.items():
             question = KeyQuestion(
                 remote_key=remote_key,
@@ -162,7 +156,7 @@ class Evaluation(Generic[K, M]):
                 overlays = row.overlays(test.sql_predicate.tables)
                 topic = test, tuple(map(id, overlays))
                 _, pairs = pairs_by_topic.setdefault(topic, (overlays, {}))
-                image = column_texts(row.row, test.sql_predicate.column_names)
+                image = _column_texts(row.row, test.sql_predicate.column_names)
                 pairs.setdefault((image, arguments), []).append(row)
         for (test, _), (overlays, pairs) in pairs_by_topic.items():
             distinct = list(pairs)
@@ -209,6 +203,10 @@ _Topic: TypeAlias = tuple[_T, tuple[int, ...]]
 _Gathered: TypeAlias = tuple[tuple[Overlay, ...], dict[_T, list[RowEvaluation[M]]]]
 _RowsByImage: TypeAlias = list[list[RowEvaluation[M]]]
 """For each item of a question, the rows that have it: equal images are asked about once."""
+
+
+def _column_texts(row: Row, columns: Sequence[str]) -> ColumnTexts:
+    return tuple([row[name] for name in columns])
 
 
 def _indexed_keys(remote_key: RemoteKey, rows: Iterable[Sequence[RowEvaluation[M]]]) -> list[str]:

@@ -13,13 +13,9 @@ from functools import cached_property
 from typing import TypeAlias
 
 from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.rules.language import predicate
 from pgrealtime.rules.language.parameters import Parameter, ParameterClass
-from pgrealtime.rules.language.predicate import (
-    Condition,
-    Predicate,
-    columns_read,
-    varying_parameters,
-)
+from pgrealtime.rules.language.predicate import Condition
 from pgrealtime.rules.memory.conditions import compile_condition
 from pgrealtime.rules.memory.operands import CompileContext
 from pgrealtime.rules.sql.conditions import SqlPredicate, translate_predicate
@@ -53,7 +49,7 @@ class Test:
     is_utf8: bool
 
     def __post_init__(self) -> None:
-        self.caller_parameters, self.macros = varying_parameters(
+        self.caller_parameters, self.macros = predicate.varying_parameters(
             self.condition, is_caller_row_bound=self.is_caller_row_bound
         )
         arguments = (*self.caller_parameters, *self.macros)
@@ -66,7 +62,7 @@ class Test:
         self.column_names = (
             frozenset(self.sql_predicate.column_names)
             if self.in_process is None
-            else columns_read(self.condition)
+            else predicate.columns_read(self.condition)
         )
         self.is_row_independent = bool(self.in_process) and not (self.column_names or self.macros)
 
@@ -78,7 +74,7 @@ class Test:
             RuleUnsupportedError: PostgreSQL can't evaluate it exactly either.
         """
         return translate_predicate(
-            Predicate(collection_name=self.collection.name, where=self.condition),
+            predicate.Predicate(collection_name=self.collection.name, where=self.condition),
             self.collections,
             self.parameter_classes,
             auth_collection=self.auth_collection,

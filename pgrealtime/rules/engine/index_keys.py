@@ -28,17 +28,9 @@ from pgrealtime.rules.language.comparison import (
 from pgrealtime.rules.language.parameters import Macro, Parameter, ParameterClass
 from pgrealtime.rules.language.predicate import Comparison, Condition, ParameterTerm, Term
 from pgrealtime.rules.language.syntax import Op
+from pgrealtime.rules.memory import operands
 from pgrealtime.rules.memory.compare import SqliteValue
-from pgrealtime.rules.memory.operands import (
-    Arguments,
-    CompileContext,
-    ItemsReader,
-    ListScope,
-    NotInProcessError,
-    ValueReader,
-    compile_planned,
-    empty_text_for_null,
-)
+from pgrealtime.rules.memory.operands import Arguments, CompileContext, ListScope, ValueReader
 from pgrealtime.rules.memory.text_values import parse_numeric
 from pgrealtime.rules.sql.conditions import SqlValues, translate_key_values
 
@@ -84,7 +76,7 @@ def key_comparison(comparison: Comparison, context: CompileContext) -> KeyCompar
     scope = ListScope(context)
     try:
         readers = _key_readers(plan, scope)
-    except NotInProcessError:
+    except operands.NotInProcessError:
         return None
     if readers is None or len(scope.list_readers) > 1:
         return None
@@ -130,9 +122,10 @@ def _is_indexable(plan: ValueComparison, context: CompileContext) -> bool:
 
 def _key_readers(plan: ValueComparison, scope: ListScope) -> tuple[ValueReader, ValueReader] | None:
     """Return what reads either side's key; None if values of different types could be equal."""
-    left, right = compile_planned(plan.left, scope), compile_planned(plan.right, scope)
+    left, right = (operands.compile_planned(side, scope) for side in (plan.left, plan.right))
     if plan.kind is ComparisonKind.COALESCED:
-        return empty_text_for_null(left.read_value), empty_text_for_null(right.read_value)
+        for_null = operands.empty_text_for_null
+        return for_null(left.read_value), for_null(right.read_value)
     is_order = plan.kind is ComparisonKind.ORDER
     if left.only_type is not right.only_type and (is_order or left.only_type is not None):
         return None
@@ -142,7 +135,7 @@ def _key_readers(plan: ValueComparison, scope: ListScope) -> tuple[ValueReader, 
 
 
 def _row_keys_reader(
-    read: ValueReader, lists: Sequence[ItemsReader]
+    read: ValueReader, lists: Sequence[operands.ItemsReader]
 ) -> Callable[[Row], Sequence[SqliteValue]]:
     if not lists:
         return lambda row: (_as_hash_key(read(row, (), ())),)
