@@ -38,7 +38,7 @@ from pgrealtime.observe.redact import raise_location
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Dispatcher:
     """Delivers the changelog to the LIVE connections.
 

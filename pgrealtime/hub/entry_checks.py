@@ -22,7 +22,7 @@ _CATALOG_RETRY_SECONDS = 1.0
 """Between two queries of the catalogue if the first failed."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class EntryChecks:
     """Decides which entries may be evaluated with the generation in force."""
 

@@ -38,7 +38,7 @@ _LOGGED_TOPIC_CHARACTERS = 200
 """Characters of a topic that are logged."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class SubscribeCalls:
     """Carries out subscribe calls, one at a time for each connection."""
 

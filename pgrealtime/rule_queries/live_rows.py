@@ -65,7 +65,7 @@ class LiveRow(NamedTuple):
     """Where the WAL ended then: all that the snapshot sees commits before."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class LiveRowReader:
     """Reads live rows, in snapshots that see the transactions that wrote the images."""
 

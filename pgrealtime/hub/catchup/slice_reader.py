@@ -68,7 +68,7 @@ class EvaluatedSlice(Struct):
         )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class SliceReader:
     """Reads slices from the changelog at connections' own cursors."""
 

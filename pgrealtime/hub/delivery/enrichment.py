@@ -322,7 +322,7 @@ class LiveRowEvent(Struct):
     to which the event's own row led."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class LiveRowEvents:
     """The live row events of one slice; callers are checked at the end of each read session.
 

@@ -187,7 +187,7 @@ class CallerCheckResult(NamedTuple):
     """Whether the changelog holds everything that the snapshot sees."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class CallerCheck:
     """Finds the connections of one slice whose callers changed before rows were read for them.
 

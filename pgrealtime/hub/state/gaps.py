@@ -14,7 +14,7 @@ from pgrealtime.lsn import Cursor
 from pgrealtime.protocol.frame import resync_tail
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class GapNotifier:
     """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it."""
 

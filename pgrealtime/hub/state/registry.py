@@ -296,7 +296,7 @@ class ConnectionRegistry:
             self.invalidate_caller(connection, "guest", delivered)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class ConnectionTimeouts:
     """Closes connections that are due."""
 
