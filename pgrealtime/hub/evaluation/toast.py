@@ -142,12 +142,11 @@ class RowCompleter:
             table = row.collection.table.name
             _, lsn = first.get(table, (row.collection, row.first_commit_lsn))
             first[table] = row.collection, min(lsn, row.first_commit_lsn)
-        histories: dict[TableName, TableHistory] = {}
-        for table, (collection, after) in first.items():
-            history = await self._row_history.table_history(table, collection.key.name, after)
-            if history is not None:
-                histories[table] = history
-        return histories
+        histories = {
+            table: await self._row_history.table_history(table, collection.key.name, after)
+            for table, (collection, after) in first.items()
+        }
+        return {table: history for table, history in histories.items() if history is not None}
 
 
 async def _fill_unwritten_columns(
@@ -180,11 +179,9 @@ def _fill_columns(event: Event, live_row: LiveRow, columns: frozenset[str]) -> N
 
 def _visible_writes(table_history: TableHistory, undated_row: _UndatedLiveRow) -> list[RowWrite]:
     """Return the later writes of the row that its snapshot sees, or may see."""
-    return [
-        write
-        for write in table_history.writes(undated_row.record_id, undated_row.first_commit_lsn)
-        if write.xid is None or undated_row.live_row.snapshot.sees(write.xid)
-    ]
+    sees = undated_row.live_row.snapshot.sees
+    writes = table_history.writes(undated_row.record_id, undated_row.first_commit_lsn)
+    return [write for write in writes if write.xid is None or sees(write.xid)]
 
 
 def columns_written(

@@ -107,10 +107,8 @@ class ShapeChecker:
             return False
         types = {column.name: column.type.oid for column in table.columns}
         names = {name for name, _ in shape.columns}
-        is_any_missing = any(
-            column.name not in names for column in table.columns if not column.is_generated
-        )
-        if is_any_missing and not names <= types.keys():
+        expected = {column.name for column in table.columns if not column.is_generated}
+        if not expected <= names and not names <= types.keys():
             return False
         return all(types.get(name, oid) == oid for name, oid in shape.columns)
 

@@ -68,16 +68,14 @@ class IsolatedConnections:
         A limited one is an attempt to see if its filters are quick now.
         """
         is_limited = is_limited and not self._breakers.is_open(connection)
+        work: FilterWorkBudget[Group]
         if not connection.is_isolated:
-            work_budget: FilterWorkBudget[Group] = FilterWorkBudget(
-                work_per_filter=WORK_PER_FILTER, is_shared=True
-            )
-            return FilterBudget(is_limited=is_limited, work_budget=work_budget)
+            work = FilterWorkBudget(work_per_filter=WORK_PER_FILTER, is_shared=True)
+            return FilterBudget(is_limited=is_limited, work_budget=work)
+        work, lock = FilterWorkBudget(work_per_filter=_WORK_ISOLATED), self._work_lock
+        network = connection.network
         return FilterBudget(
-            is_limited=is_limited,
-            work_budget=FilterWorkBudget(work_per_filter=_WORK_ISOLATED),
-            work_lock=self._work_lock,
-            network=connection.network,
+            is_limited=is_limited, work_budget=work, work_lock=lock, network=network
         )
 
     def record_usage(
@@ -105,9 +103,7 @@ class IsolatedConnections:
         groups = (subscription.group for subscription in connection.subscriptions.values())
         filters = {group.specialization for group in groups if group}
         self._progress.generation.matcher.trials.record_quick(
-            filter_
-            for filter_ in filters
-            if filter_.has_remote_filter and filter_.collection.name in collections
+            one for one in filters if one.has_remote_filter and one.collection.name in collections
         )
 
     def _record_timeout(self, connection: Connection, *, is_tolerated: bool) -> None:

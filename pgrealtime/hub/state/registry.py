@@ -358,11 +358,8 @@ class ConnectionTimeouts:
         # Their clients reconnect at once: not all of them in the same moment.
         registry, began = self.registry, self.clock()
         while registry.connections and (now := self.clock()) - began < grace_seconds:
-            ready = [
-                connection
-                for connection in registry.connections
-                if connection.may_close(now) or now - began >= _SHUTDOWN_CLOSE_DELAY_SECONDS
-            ]
+            is_late = now - began >= _SHUTDOWN_CLOSE_DELAY_SECONDS
+            ready = [one for one in registry.connections if is_late or one.may_close(now)]
             twice_in_time = len(registry.connections) / max(grace_seconds, 0.1) * 2
             per_second = max(_SHUTDOWN_CLOSES_PER_SECOND, twice_in_time)
             for connection in ready[: int(per_second * _SHUTDOWN_PAUSE_SECONDS) + 1]:
