@@ -4,8 +4,6 @@ Raised by all rooms. The edges print it: commands as text, the API as a JSON err
 (``api.error_responses``), the service in its log.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar

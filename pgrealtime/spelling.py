@@ -1,7 +1,5 @@
 """Suggests the nearest known name for an unknown one. Used by errors of configuration and rules."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ wal2json names the partition of a row but not its root, from which it may have b
 decoder describes composite types. ``hub.entry_checks`` has the query run before rows are delivered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from msgspec import Struct

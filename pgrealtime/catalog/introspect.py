@@ -3,8 +3,6 @@
 Called at the start, by each schema refresh, and by commands.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Converts ids, which are texts for clients, to values of a key's type. Used by queries by id."""
 
-from __future__ import annotations
-
 import re
 from typing import Final
 

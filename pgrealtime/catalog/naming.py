@@ -1,7 +1,5 @@
 """Quotes the names of schemas, tables, columns and roles for SQL."""
 
-from __future__ import annotations
-
 from pgrealtime.changes import TableName
 
 

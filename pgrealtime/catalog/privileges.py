@@ -5,8 +5,6 @@ allow, or allow what it should deny. The service and the commands ``check``, ``i
 ``explain`` therefore refuse such tables.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """``pgrealtime demo``: a throwaway PostgreSQL, an application that writes, and a page to watch."""
 
-from __future__ import annotations
-
 import click
 
 from pgrealtime.cli.options import run_coroutine
@@ -20,9 +18,6 @@ def demo(*, port: int, embedded: bool, no_browser: bool) -> None:
     with report_errors():
         run_coroutine(
             run_demo(
-                port=port,
-                embedded=embedded,
-                open_browser=not no_browser,
-                print_line=click.echo,
+                port=port, embedded=embedded, open_browser=not no_browser, print_line=click.echo
             )
         )

@@ -1,7 +1,5 @@
 """``pgrealtime explain``: whether a caller receives events of a record, and why."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

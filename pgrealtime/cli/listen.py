@@ -1,7 +1,5 @@
 """``pgrealtime listen``: subscribes in the terminal, and resumes after a lost connection."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

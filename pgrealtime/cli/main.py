@@ -1,7 +1,5 @@
 """The command line: the group ``pgrealtime``, whose commands have a module each."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 import click

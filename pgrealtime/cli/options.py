@@ -1,7 +1,5 @@
 """Options and arguments that several commands have, and how they run a coroutine."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from collections.abc import Coroutine

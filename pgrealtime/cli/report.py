@@ -3,8 +3,6 @@
 Every command runs in ``report_errors``. The exit code tells the kind of the first error.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """``pgrealtime run``: serves the configured collections."""
 
-from __future__ import annotations
-
 import os
 import sys
 from functools import partial

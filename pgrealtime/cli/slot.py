@@ -1,7 +1,5 @@
 """``pgrealtime slot``: lists and drops the slots that a configuration has left on its server."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 

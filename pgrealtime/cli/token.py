@@ -1,7 +1,5 @@
 """``pgrealtime token make``: signs a token for development with the secret of an issuer."""
 
-from __future__ import annotations
-
 import os
 import time
 

@@ -4,8 +4,6 @@ Called at the start, by a reload, and by the commands ``check``, ``explain`` and
 are copied as texts; ``rules.rule_set`` checks them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """The kind of field of each column type, and the field names with a fixed meaning."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Final
 

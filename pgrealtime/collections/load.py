@@ -1,16 +1,12 @@
 """Reads the catalogue of the configured tables."""
 
-from __future__ import annotations
-
 import psycopg
 
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog
 from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.model import Config
-from pgrealtime.errors import (
-    PgRealtimeError,
-)
+from pgrealtime.errors import PgRealtimeError
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
 

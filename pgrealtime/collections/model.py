@@ -1,17 +1,11 @@
 """Collections, fields and relations as rules and records see them."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pgrealtime.catalog.model import (
-    Column,
-    Table,
-    Type,
-)
+from pgrealtime.catalog.model import Column, Table, Type
 from pgrealtime.changes import TableName
 
 

@@ -3,8 +3,6 @@
 Needs no catalogue; ``check --no-database`` runs this part alone.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -3,8 +3,6 @@
 The service, a reload, ``check`` and the demo must agree on both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from pgrealtime.catalog.model import Table

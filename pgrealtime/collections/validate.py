@@ -3,8 +3,6 @@
 Called by ``build`` for each collection, once its fields are known.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Reads, merges and validates the configuration, and reports all problems at once."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -138,10 +136,7 @@ def parse_config(mapping: Mapping[str, object], environ: Mapping[str, str] | Non
 
 
 def _parse_document(
-    document: Document,
-    environ: Mapping[str, str],
-    read_file: Callable[[str], str],
-    source: str,
+    document: Document, environ: Mapping[str, str], read_file: Callable[[str], str], source: str
 ) -> ParsedConfig:
     """Substitute variables, override, read secret files, validate; collect all problems."""
     if not isinstance(document.value, dict):
@@ -178,9 +173,7 @@ def _in_file_order(problem: ConfigProblem) -> tuple[float, str]:
 
 
 def _apply_overrides(
-    tree: dict[str, object],
-    overrides: tuple[Override, ...],
-    problems: list[tuple[KeyPath, str]],
+    tree: dict[str, object], overrides: tuple[Override, ...], problems: list[tuple[KeyPath, str]]
 ) -> dict[KeyPath, str]:
     variables: dict[KeyPath, str] = {}
     for override in overrides:

@@ -1,13 +1,9 @@
 """Replaces each ``KEY_file`` of a configuration by ``KEY`` with the file's content."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
-from pgrealtime.config.sources import (
-    KeyPath,
-)
+from pgrealtime.config.sources import KeyPath
 from pgrealtime.config.validate import keys_at
 
 

@@ -3,8 +3,6 @@
 Pure; called by ``load``, which gives the values their meaning.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Parses durations and sizes of the configuration."""
 
-from __future__ import annotations
-
 import re
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")

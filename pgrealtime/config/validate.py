@@ -3,21 +3,15 @@
 Pure; called by ``load``.
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import get_args, get_origin
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pgrealtime.config.model import Config, SecretMarker, Section
-from pgrealtime.config.sources import (
-    KeyPath,
-)
+from pgrealtime.config.sources import KeyPath
 from pgrealtime.spelling import did_you_mean
 
 

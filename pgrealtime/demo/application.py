@@ -1,7 +1,5 @@
 """The demo's application: reads and writes its tables by plain SQL; doesn't use pgrealtime."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

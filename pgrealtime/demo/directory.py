@@ -3,8 +3,6 @@
 A demo that is killed can't clean up. So each start removes directories without a lock.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

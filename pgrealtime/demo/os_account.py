@@ -3,8 +3,6 @@
 PostgreSQL refuses to run as root, and libpq's variables would lead it to other databases.
 """
 
-from __future__ import annotations
-
 import os
 import pwd
 import subprocess

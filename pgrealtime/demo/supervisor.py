@@ -4,8 +4,6 @@ The input is a pipe of the demo's process. It ends when the demo closes it, or d
 a demo that is killed leaves nothing behind, and there is one way to end instead of two.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

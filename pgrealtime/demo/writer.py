@@ -1,7 +1,5 @@
 """Writes to the demo's tables every second or two, so that the page has events to show."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

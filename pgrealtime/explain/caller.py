@@ -1,7 +1,5 @@
 """Resolves the caller given to ``explain`` as the service would authenticate it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeAlias

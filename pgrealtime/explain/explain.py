@@ -5,8 +5,6 @@ equal that of the reference query. Each part of a rule is also evaluated as a ru
 statements run in one read-only snapshot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +19,7 @@ from pgrealtime.collections.load import read_configured_catalog
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import Config
-from pgrealtime.errors import (
-    ConfigError,
-    RuleError,
-)
+from pgrealtime.errors import ConfigError, RuleError
 from pgrealtime.explain.caller import CallerSpec, resolve_caller
 from pgrealtime.explain.session import ExplainSession, open_explain_session
 from pgrealtime.explain.text import (

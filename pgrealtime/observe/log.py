@@ -9,8 +9,6 @@ An event is a constant ``subject.fact`` in the past tense, everything else a key
 ``error`` takes the exception itself; code, detail and hint of a PgRealtimeError become keys.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

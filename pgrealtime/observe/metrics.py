@@ -1,7 +1,5 @@
 """The metrics in Prometheus' text format. Other packages count; this one names the metrics."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias, TypeVar
@@ -148,10 +146,7 @@ def _query_families(values: MetricValues) -> Iterable[Metric]:
         "auth_checks", "Authentications of callers by token.", values.auth_checks, "result"
     )
     yield _counter(
-        "logins",
-        "Password logins: ok, or the error code.",
-        values.login_results,
-        "result",
+        "logins", "Password logins: ok, or the error code.", values.login_results, "result"
     )
 
 

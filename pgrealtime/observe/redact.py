@@ -1,7 +1,5 @@
 """Removes secrets and row values from log lines, as the last step before they are written."""
 
-from __future__ import annotations
-
 import re
 import traceback
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The configuration in force, and the collections built from it and the database's schema."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

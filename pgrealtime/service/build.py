@@ -4,8 +4,6 @@ Called by ``service.process`` for the command ``run``, by the demo and by tests.
 module that knows all parts; each part receives what it needs as arguments.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager

@@ -1,7 +1,5 @@
 """Serves the public and the admin port."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager

@@ -1,7 +1,5 @@
 """The parts of the running service; ``build`` makes, ``reload`` updates, ``status`` reads them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgrealtime.auth.authenticator import Authenticator

@@ -3,8 +3,6 @@
 Called by the command ``run``; tests and the demo use ``run_service`` alone.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import resource

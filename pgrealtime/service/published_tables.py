@@ -1,7 +1,5 @@
 """Watches whether pgoutput's publication still sends every change of the streamed tables."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import psycopg
@@ -55,8 +53,5 @@ class PublicationWatch:
             check_publication(self._publication, publication, tables, server_version)
         except SetupError as error:
             log.error(  # noqa: TRY400 (the traceback says nothing more)
-                "publication.rejected",
-                reason=error.message,
-                detail=error.detail,
-                hint=error.hint,
+                "publication.rejected", reason=error.message, detail=error.detail, hint=error.hint
             )

@@ -4,8 +4,6 @@ Connections stay open; the events that follow are evaluated with what was applie
 ``service.build``; SIGHUP calls ``reload``, and the hub waits for ``wait_for_schema_refresh``.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Reads metrics and readiness of the running service. Called by the admin port."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -3,8 +3,6 @@
 The replication reader and the reloader receive these methods as functions.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractAsyncContextManager
 
 import psycopg

@@ -1,7 +1,5 @@
 """Warns about rules by which callers without a value match rows without one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

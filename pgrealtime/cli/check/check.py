@@ -3,8 +3,6 @@
 Called by the command ``check``. A problem hides others only where those depend on it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Callable, Iterable

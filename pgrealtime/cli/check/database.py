@@ -3,8 +3,6 @@
 The part of ``check`` that connects: once as the query role, once for a dry run of the stream.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, LiteralString

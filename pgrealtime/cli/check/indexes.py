@@ -3,8 +3,6 @@
 Indexes for relations are looked up in the catalogue; for the rest PostgreSQL's plans decide.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """Parses list and view rules, edits their text and builds queries, for warnings of ``check``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from pgrealtime.auth.principal import AuthRecord, Principal

@@ -3,8 +3,6 @@
 Each has the SQL, the rule or the setting that fixes it as its hint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from decimal import Decimal
@@ -28,12 +26,7 @@ from pgrealtime.rules.language.comparison import is_double
 from pgrealtime.rules.language.parameters import RequestValue
 from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.language.sqlite_values import exact_number
-from pgrealtime.rules.language.syntax import (
-    ComparisonNode,
-    ExpressionNode,
-    LiteralNode,
-    Op,
-)
+from pgrealtime.rules.language.syntax import ComparisonNode, ExpressionNode, LiteralNode, Op
 from pgrealtime.spelling import did_you_mean
 
 

@@ -1,7 +1,5 @@
 """Recognizes accounts, logins and secrets by the names of tables and columns."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 
@@ -9,13 +7,9 @@ from pgrealtime.catalog.model import Column, Table
 from pgrealtime.changes import TableName
 from pgrealtime.cli.init.model import CollectionDraft
 from pgrealtime.cli.init.rule_suggestions import split_words
-from pgrealtime.collections.field_kinds import (
-    field_kind_of,
-)
+from pgrealtime.collections.field_kinds import field_kind_of
 from pgrealtime.collections.model import FieldKind
-from pgrealtime.config.model import (
-    CollectionLoginConfig,
-)
+from pgrealtime.config.model import CollectionLoginConfig
 
 EMAIL_COLUMNS = ("email", "email_address", "emailaddress", "e_mail", "mail")
 

@@ -3,8 +3,6 @@
 Pure; called by ``init``. Drafts are validated by ``collections.build`` and by ``rules``.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,10 +31,7 @@ from pgrealtime.cli.init.names import (
 from pgrealtime.cli.init.relations import junction_table_of, with_junctions
 from pgrealtime.cli.init.rule_suggestions import SIGNED_IN_RULE, RuleSuggestions
 from pgrealtime.collections.build import build_with_problems
-from pgrealtime.collections.field_kinds import (
-    SECRET_FIELDS,
-    field_kind_of,
-)
+from pgrealtime.collections.field_kinds import SECRET_FIELDS, field_kind_of
 from pgrealtime.collections.model import Collections, FieldKind
 from pgrealtime.collections.names import name_problem
 from pgrealtime.config.model import (

@@ -3,8 +3,6 @@
 Called by the command ``init``. ``drafts`` decides what to write, ``render`` makes YAML of it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shlex

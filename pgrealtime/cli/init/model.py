@@ -1,16 +1,11 @@
 """Drafts of collections, which ``init`` derives from tables."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import TableName
-from pgrealtime.config.model import (
-    CollectionConfig,
-    RelationConfig,
-)
+from pgrealtime.config.model import CollectionConfig, RelationConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """Derives names of collections and fields from those of tables and columns, for ``init``. Pure."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Container, Iterable, Iterator
@@ -12,11 +10,7 @@ from pgrealtime.catalog.naming import quote_identifier
 from pgrealtime.changes import TableName
 from pgrealtime.cli.init.accounts import EMAIL_COLUMNS, text_column
 from pgrealtime.cli.init.model import CollectionDraft
-from pgrealtime.collections.field_kinds import (
-    AUTH_FIELD_KINDS,
-    RESERVED_MEMBERS,
-    field_kind_of,
-)
+from pgrealtime.collections.field_kinds import AUTH_FIELD_KINDS, RESERVED_MEMBERS, field_kind_of
 from pgrealtime.collections.names import name_problem
 
 _INVALID_CHARACTERS = re.compile(r"[^A-Za-z0-9]+")

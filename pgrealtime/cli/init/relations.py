@@ -1,28 +1,15 @@
 """Adds the relations to drafts that foreign keys alone don't give."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
 from pgrealtime.catalog.model import ForeignKey, Table
 from pgrealtime.changes import TableName
 from pgrealtime.cli.init.model import CollectionDraft
-from pgrealtime.cli.init.names import (
-    config_table_name,
-    field_name,
-    unused_name,
-    valid_name,
-)
-from pgrealtime.collections.field_kinds import (
-    RESERVED_MEMBERS,
-    field_kind_of,
-)
+from pgrealtime.cli.init.names import config_table_name, field_name, unused_name, valid_name
+from pgrealtime.collections.field_kinds import RESERVED_MEMBERS, field_kind_of
 from pgrealtime.collections.model import FieldKind
-from pgrealtime.config.model import (
-    FieldsConfig,
-    RelationConfig,
-)
+from pgrealtime.config.model import FieldsConfig, RelationConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """Renders drafts as YAML with comments."""
 
-from __future__ import annotations
-
 import math
 import re
 import textwrap
