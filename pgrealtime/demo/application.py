@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
 from psycopg import AsyncClientCursor, AsyncConnection
@@ -33,32 +32,8 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
 """The operations, by name. Each is one statement, and so one transaction."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """A statement to run, with its arguments."""
-
-    statement_name: str
-    """A key of ``STATEMENTS``."""
-    params: Mapping[str, object]
-    """Values of the statement's parameters; others are ignored."""
-
-
-@dataclass(frozen=True, slots=True)
-class OperationResult:
-    """What an operation did."""
-
-    sql: str
-    """The statement with its values filled in."""
-    row_id: str | None
-    """Of the row that changed; None if there was none to change."""
-
-
 class Application:
-    """Runs queries and operations on one connection.
-
-    Args:
-        connection: In autocommit.
-    """
+    """Runs queries and operations on one connection, which is in autocommit."""
 
     def __init__(self, connection: AsyncConnection[Any]) -> None:
         self._connection = connection
@@ -71,16 +46,18 @@ class Application:
         rows: dict[str, Any] = json.loads(row[0])
         return rows
 
-    async def execute(self, operation: Operation) -> OperationResult:
-        """Run an operation in a transaction of its own.
+    async def execute(self, name: str, params: Mapping[str, object]) -> tuple[str, str | None]:
+        """Run one of the ``STATEMENTS`` in a transaction of its own.
+
+        Return its SQL with the values filled in, and the id of the row that changed, if any.
 
         Raises:
             KeyError: There is no such statement, or a value is missing.
             psycopg.DataError, psycopg.IntegrityError: A value doesn't fit.
         """
-        statement = STATEMENTS[operation.statement_name]
+        statement = STATEMENTS[name]
         async with AsyncClientCursor(self._connection) as cursor:
-            text = cursor.mogrify(statement, operation.params)
-            await cursor.execute(statement + " RETURNING id::text", operation.params)
+            text = cursor.mogrify(statement, params)
+            await cursor.execute(statement + " RETURNING id::text", params)
             row = await cursor.fetchone()
-        return OperationResult(sql=f"{text};", row_id=None if row is None else row[0])
+        return f"{text};", None if row is None else row[0]

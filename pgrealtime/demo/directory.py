@@ -32,7 +32,10 @@ def server_directory(account: OsAccount | None) -> Iterator[Path]:
     Raises:
         SetupError: No directory can be written to.
     """
-    parent = _parent()
+    try:
+        parent = Path(tempfile.gettempdir()).resolve()
+    except FileNotFoundError as error:
+        raise _unwritable_error(str(error)) from error
     owners = {os.geteuid()} | ({account.uid} if account else set())
     remove_stale_directories(parent, owners)
     try:
@@ -52,13 +55,6 @@ def server_directory(account: OsAccount | None) -> Iterator[Path]:
         os.close(lock)
 
 
-def _parent() -> Path:
-    try:
-        return Path(tempfile.gettempdir()).resolve()
-    except FileNotFoundError as error:
-        raise _unwritable_error(str(error)) from error
-
-
 def _unwritable_error(detail: str) -> SetupError:
     return SetupError(
         "no directory can be written to",
@@ -71,9 +67,7 @@ def _unwritable_error(detail: str) -> SetupError:
 def remove_stale_directories(parent: Path, owners: Collection[int]) -> None:
     """Remove the directory of every demo that isn't running any more, and end its server.
 
-    Args:
-        parent: Directory of these directories.
-        owners: User ids whose directories may be removed.
+    Only those of ``owners``, user ids, may be removed.
     """
     for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{_UNLOCKED_PREFIX}*")):
         with suppress(OSError):  # of another user, in use, or already removed

@@ -37,13 +37,9 @@ def change_owner(path: Path, account: OsAccount | None) -> None:
 def start_program(
     command: list[str], account: OsAccount | None, *, folder: Path, output: int
 ) -> subprocess.Popen[bytes]:
-    """Start a program as the account.
+    """Start a program as the account, or the current one; ``output`` is a file descriptor.
 
-    Args:
-        command: The program's path and its arguments.
-        account: None is the current one.
-        folder: Its working directory; the current one may be closed to the account.
-        output: File descriptor for all that it prints.
+    The current working directory may be closed to the account, so that it gets its own.
 
     Raises:
         OSError: It can't be started.

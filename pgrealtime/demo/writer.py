@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import psycopg
 
-from pgrealtime.demo.application import Application, Operation
+from pgrealtime.demo.application import Application
 
 _PAUSE_SECONDS = (1.1, 2.4)
 _DEFER_SECONDS = 8.0
@@ -50,20 +50,20 @@ TASK_TITLES: Final[Mapping[str, Sequence[str]]] = {
 """Titles of new tasks, by project."""
 
 
-def next_operation(rows: Mapping[str, Any], random: Random) -> Operation:
-    """Return the next operation; each project stays at about four tasks."""
+def next_operation(rows: Mapping[str, Any], random: Random) -> tuple[str, Mapping[str, object]]:
+    """Return the next statement's name and values; each project stays at about four tasks."""
     project = random.choice(rows["projects"])["id"]
     tasks = [task for task in rows["tasks"] if task["project"] == project]
     done = [task for task in tasks if task["done"]]
     if len(tasks) < _MIN_TASKS or (len(tasks) < _MAX_TASKS and random.random() < _ADD_PROBABILITY):
-        return Operation("add", {"id": project, "title": new_task_title(rows, project, random)})
+        return "add", {"id": project, "title": new_task_title(rows, project, random)}
     if done and len(tasks) >= _MAX_TASKS:
-        return Operation("drop", {"id": random.choice(done)["id"]})
+        return "drop", {"id": random.choice(done)["id"]}
     task = random.choice(tasks)
     user_ids = [member["user"] for member in rows["members"] if member["project"] == project]
     if user_ids and random.random() < _ASSIGN_PROBABILITY:
-        return Operation("assign", {"id": task["id"], "user": random.choice(user_ids)})
-    return Operation("finish", {"id": task["id"], "done": not task["done"]})
+        return "assign", {"id": task["id"], "user": random.choice(user_ids)}
+    return "finish", {"id": task["id"], "done": not task["done"]}
 
 
 def new_task_title(rows: Mapping[str, Any], project: str, random: Random) -> str:
@@ -74,12 +74,7 @@ def new_task_title(rows: Mapping[str, Any], project: str, random: Random) -> str
 
 
 class Writer:
-    """Runs operations until it is paused.
-
-    Args:
-        application: Runs the operations.
-        random: Chooses them.
-    """
+    """Runs operations, chosen by chance, until it is paused."""
 
     def __init__(self, application: Application, random: Random) -> None:
         self._application = application
@@ -116,4 +111,4 @@ class Writer:
             # The page may have removed the row since it was chosen.
             with suppress(psycopg.IntegrityError):
                 rows = await self._application.fetch_tables()
-                await self._application.execute(next_operation(rows, self._random))
+                await self._application.execute(*next_operation(rows, self._random))

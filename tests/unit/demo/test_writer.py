@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import count
 from random import Random
 from typing import Any
 
-from pgrealtime.demo.application import STATEMENTS, Operation
+from pgrealtime.demo.application import STATEMENTS
 from pgrealtime.demo.writer import TASK_TITLES, new_task_title, next_operation
 
 
@@ -18,10 +19,10 @@ def _rows() -> dict[str, Any]:
     }
 
 
-def _do(rows: dict[str, Any], step: Operation, new_id: str) -> None:
+def _do(rows: dict[str, Any], name: str, values: Mapping[str, object], new_id: str) -> None:
     """Apply an operation to the rows as its statement does to the tables."""
-    tasks, values = rows["tasks"], step.params
-    match step.statement_name:
+    tasks = rows["tasks"]
+    match name:
         case "add":
             tasks.append({"id": new_id, "project": values["id"], "title": values["title"]})
             tasks[-1] |= {"done": False, "assignee": None}
@@ -38,10 +39,10 @@ def test_it_can_go_on_for_ever_without_filling_the_page() -> None:
     rows, random = _rows(), Random(7)
     done = set()
     for number in count(1):
-        step = next_operation(rows, random)
-        assert step.statement_name in STATEMENTS
-        done.add(step.statement_name)
-        _do(rows, step, str(number))
+        name, values = next_operation(rows, random)
+        assert name in STATEMENTS
+        done.add(name)
+        _do(rows, name, values, str(number))
         for project in rows["projects"]:
             assert sum(task["project"] == project["id"] for task in rows["tasks"]) <= 5
         if number == 3000:
@@ -53,11 +54,11 @@ def test_it_never_does_what_the_page_s_buttons_do() -> None:
     """The operations of the page's buttons are left to its user."""
     rows, random = _rows(), Random(1)
     for number in range(500):
-        step = next_operation(rows, random)
-        assert step.statement_name not in ("publish", "join", "leave")
-        if step.statement_name == "assign":
-            assert step.params["user"] == "ann"
-        _do(rows, step, str(number))
+        name, values = next_operation(rows, random)
+        assert name not in ("publish", "join", "leave")
+        if name == "assign":
+            assert values["user"] == "ann"
+        _do(rows, name, values, str(number))
 
 
 def test_a_title_is_not_given_twice_while_there_are_others() -> None:
