@@ -29,6 +29,16 @@ class TableName(NamedTuple):
         return f"{self.schema}.{self.name}"
 
 
+def quote_identifier(name: str) -> str:
+    """Return the name as SQL text, always in double quotes."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_table_name(name: TableName) -> str:
+    """Return schema and table as SQL text, each in double quotes."""
+    return f"{quote_identifier(name.schema)}.{quote_identifier(name.name)}"
+
+
 class Key(Struct, frozen=True, gc=False):
     """The replica identity columns of the old row: all that DEFAULT or INDEX log of it."""
 

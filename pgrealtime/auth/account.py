@@ -14,8 +14,7 @@ from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.auth.record import auth_record_of, token_key_of
-from pgrealtime.catalog.keys import canonical_id
-from pgrealtime.catalog.model import Column
+from pgrealtime.catalog.model import Column, canonical_id
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionLoginConfig

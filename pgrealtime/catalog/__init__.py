@@ -1,1 +1,1 @@
-"""Tables, types and privileges from ``pg_catalog``, and SQL for their names."""
+"""Tables, types and privileges from ``pg_catalog``."""

@@ -12,15 +12,11 @@ from psycopg import sql
 from pgrealtime.changes import TableName
 
 _PARTITION_ROOT = sql.SQL("pg_catalog.pg_partition_root(pg_catalog.to_regclass({leaf}))")
-
-
 _COMPOSITE_ATTRIBUTES = sql.SQL(
     "SELECT t.oid || ' ' || a.attname"
     " FROM pg_catalog.pg_type t JOIN pg_catalog.pg_attribute a ON a.attrelid = t.typrelid"
     " WHERE t.oid IN ({types}) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY t.oid, a.attnum"
 )
-
-
 _NO_ATTRIBUTES = sql.SQL("SELECT ''::pg_catalog.text WHERE false")
 
 
@@ -43,11 +39,8 @@ class CatalogAssumptions(Struct, frozen=True):
             for leaf in self.partition_roots
         ]
         types = sql.SQL(", ").join(map(sql.Literal, sorted(self.composite_attributes)))
-        attributes = (
-            _COMPOSITE_ATTRIBUTES.format(types=types)
-            if self.composite_attributes
-            else _NO_ATTRIBUTES
-        )
+        has_types = bool(self.composite_attributes)
+        attributes = _COMPOSITE_ATTRIBUTES.format(types=types) if has_types else _NO_ATTRIBUTES
         return sql.SQL("SELECT ARRAY[{}]::pg_catalog.oid[], ARRAY({})").format(
             sql.SQL(", ").join(roots), attributes
         )

@@ -6,7 +6,8 @@ Called at the start, by each schema refresh, and by commands.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import takewhile
 from typing import Any, TypeAlias, TypeVar
 
 from psycopg import AsyncConnection
@@ -52,8 +53,9 @@ WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
 ORDER BY n.nspname, c.relname
 """
 
+# Names its columns as ``Column`` its fields.
 _COLUMNS = """
-SELECT a.attrelid AS table, a.attname AS name, a.attnum AS number, a.atttypid AS type,
+SELECT a.attrelid AS table, a.attname AS name, a.attnum AS attribute_number, a.atttypid AS type,
        a.atttypmod AS type_modifier, a.attnotnull AS not_null, a.attgenerated <> '' AS is_generated,
        a.attstorage <> 'p' AS is_toastable,
        coalesce(l.collisdeterministic, true) AS is_deterministic
@@ -79,6 +81,7 @@ WHERE k.contype = 'f' AND k.conparentid = 0 AND k.conrelid = ANY (%(oids)s::oid[
 ORDER BY k.conrelid, k.conname
 """
 
+# Names its columns as ``_Index`` its fields.
 # indkey counts from 0; a 0 in it is an expression; beyond indnkeyatts stand INCLUDEd columns.
 _INDEXES = """
 SELECT i.indrelid AS table, i.indisprimary AS is_primary, i.indisunique AS is_unique,
@@ -128,6 +131,7 @@ LEFT JOIN LATERAL (
 """
 
 _CatalogRow: TypeAlias = dict[str, Any]  # a row of pg_catalog, read once and left behind here
+_T = TypeVar("_T")
 
 
 async def read_catalog(
@@ -138,18 +142,14 @@ async def read_catalog(
 ) -> Catalog:
     """Return all tables and views of the schemas, and those named, as of one moment.
 
-    Names that don't exist are left out; partitions are read with their roots.
-
-    Args:
-        connection: Without an open transaction.
-        schemas: Read whole; what names are looked up in where none is given.
-        names: Further tables, in any schema.
+    Names that don't exist are left out; partitions are read with their roots. The connection must
+    have no open transaction.
     """
     named = tuple(names)
     async with connection.transaction():
         await connection.execute(_SNAPSHOT_SQL)
         await connection.execute(_SAFE_SEARCH_PATH_SQL)
-        fetch = _Fetch(connection)
+        fetch = partial(_fetch, connection)
         tables = await fetch(
             _TABLES,
             schemas=list(schemas),
@@ -157,18 +157,16 @@ async def read_catalog(
             names=[name.name for name in named],
             oids=[],
         )
-        oids = sorted(
-            {row["oid"] for row in tables}.union(*(row["leaves"] or () for row in tables))
-        )
+        oids = sorted({oid for row in tables for oid in (row["oid"], *(row["leaves"] or ()))})
         leaves = await fetch(_TABLES, schemas=[], name_schemas=[], names=[], oids=oids)
         columns = await fetch(_COLUMNS, oids=oids)
         foreign_keys = await fetch(_FOREIGN_KEYS, oids=oids)
         indexes = await fetch(_INDEXES, oids=oids)
         types = await fetch(_TYPES, oids=sorted({row["type"] for row in columns}))
     parts = _TableDetails(
-        columns=_group_by_table(columns, _column_maker(_type_lookup(types))),
+        columns=_group_by_table(columns, partial(_column, _type_lookup(types))),
         foreign_keys=_group_by_table(foreign_keys, _foreign_key),
-        indexes=_group_by_table(indexes, _index),
+        indexes=_group_by_table(indexes, lambda row: _Index(**row)),
         class_rows={row["oid"]: row for row in (*leaves, *tables)},
     )
     read = (_table(row, parts) for row in tables)
@@ -180,19 +178,17 @@ async def read_catalog(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Fetch:
-    connection: AsyncConnection[Any]
-
-    async def __call__(self, query: str, **parameters: object) -> list[_CatalogRow]:
-        async with self.connection.cursor(row_factory=dict_row) as cursor:
-            await cursor.execute(query, parameters)
-            return await cursor.fetchall()
+async def _fetch(
+    connection: AsyncConnection[Any], query: str, **parameters: object
+) -> list[_CatalogRow]:
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(query, parameters)
+        return await cursor.fetchall()
 
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    columns: tuple[str | None, ...]
+    columns: list[str | None]
     """None is an expression."""
     is_primary: bool
     is_unique: bool
@@ -202,18 +198,12 @@ class _Index:
     @property
     def plain_columns(self) -> tuple[str, ...]:
         """All columns, if none is an expression; else nothing."""
-        names = tuple(name for name in self.columns if name is not None)
-        return names if len(names) == len(self.columns) else ()
+        return () if None in self.columns else self.leading_columns
 
     @property
     def leading_columns(self) -> tuple[str, ...]:
         """The columns before the first expression."""
-        names: list[str] = []
-        for name in self.columns:
-            if name is None:
-                break
-            names.append(name)
-        return tuple(names)
+        return tuple(name for name in takewhile(bool, self.columns) if name is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,20 +216,16 @@ class _TableDetails:
     class_rows: Mapping[int, _CatalogRow]
 
 
-_T = TypeVar("_T")
-
-
 def _group_by_table(
     rows: list[_CatalogRow], make: Callable[[_CatalogRow], _T]
 ) -> Mapping[int, tuple[_T, ...]]:
     groups: dict[int, list[_T]] = defaultdict(list)
     for row in rows:
-        groups[row["table"]].append(make(row))
+        groups[row.pop("table")].append(make(row))
     return {oid: tuple(members) for oid, members in groups.items()}
 
 
 def _type_lookup(rows: list[_CatalogRow]) -> Callable[[int], Type]:
-    """Return a function from oid to type."""
     by_oid = {row["oid"]: row for row in rows}
 
     @cache
@@ -263,20 +249,8 @@ def _type_lookup(rows: list[_CatalogRow]) -> Callable[[int], Type]:
     return look_up
 
 
-def _column_maker(type_of: Callable[[int], Type]) -> Callable[[_CatalogRow], Column]:
-    def make(row: _CatalogRow) -> Column:
-        return Column(
-            name=row["name"],
-            attribute_number=row["number"],
-            type=type_of(row["type"]),
-            type_modifier=row["type_modifier"],
-            not_null=row["not_null"],
-            is_generated=row["is_generated"],
-            is_toastable=row["is_toastable"],
-            is_deterministic=row["is_deterministic"],
-        )
-
-    return make
+def _column(type_of: Callable[[int], Type], row: _CatalogRow) -> Column:
+    return Column(**{**row, "type": type_of(row["type"])})
 
 
 def _foreign_key(row: _CatalogRow) -> ForeignKey:
@@ -285,16 +259,6 @@ def _foreign_key(row: _CatalogRow) -> ForeignKey:
         column_names=tuple(row["columns"]),
         target=TableName(row["schema"], row["target"]),
         target_column_names=tuple(row["target_columns"]),
-    )
-
-
-def _index(row: _CatalogRow) -> _Index:
-    return _Index(
-        columns=tuple(row["columns"]),
-        is_primary=row["is_primary"],
-        is_unique=row["is_unique"],
-        is_immediate=row["is_immediate"],
-        is_identity=row["is_identity"],
     )
 
 

@@ -11,8 +11,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.catalog.naming import quote_identifier, quote_table_name
-from pgrealtime.changes import TableName
+from pgrealtime.changes import TableName, quote_identifier, quote_table_name
 from pgrealtime.errors import SetupError
 
 _POLICY_APPLIES = """

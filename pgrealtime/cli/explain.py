@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import sys
 from urllib.parse import quote
 
@@ -13,7 +12,7 @@ from pgrealtime.cli.options import config_option, read_token, split_user
 from pgrealtime.cli.report import EXIT_NOT_DELIVERED, report_errors
 from pgrealtime.config.load import read_config
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
-from pgrealtime.explain.explain import explain_delivery as explain_record
+from pgrealtime.explain.explain import explain_delivery
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.protocol.topic import parse_topic
 
@@ -52,12 +51,12 @@ def explain(
         raise click.UsageError("the topic is for all records: name one with --record")
     caller_spec = _caller_spec(token, user, guest=guest, superuser=superuser)
     with report_errors():
-        parsed = read_config(path, os.environ)
+        parsed = read_config(path)
         config = parsed.require_valid()
     configure_logging(config.logging.model_copy(update={"level": "warning"}))
     with report_errors(parsed.locations):
         explanation = asyncio.run(
-            explain_record(config, caller_spec, text, record, with_sql=with_sql)
+            explain_delivery(config, caller_spec, text, record, with_sql=with_sql)
         )
     click.echo("\n".join(explanation.lines))
     if not explanation.is_delivered:
@@ -65,7 +64,6 @@ def explain(
 
 
 def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
-    """Return the topic as a client submits it."""
     if filter_ is None and options is None:
         return topic
     if "?" in topic or None not in {filter_, options}:

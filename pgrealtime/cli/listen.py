@@ -2,11 +2,9 @@
 
 import asyncio
 import json
-import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +15,7 @@ from pgrealtime.api.realtime import OUTCOME_HEADER
 from pgrealtime.cli.options import config_option, read_token
 from pgrealtime.cli.report import report_errors
 from pgrealtime.cli.token import make_configured_token
-from pgrealtime.config.load import read_config
+from pgrealtime.config.load import load_config
 from pgrealtime.errors import SubscriptionError
 
 _CONNECT_SECONDS = 10.0
@@ -67,26 +65,16 @@ def listen(
     if token and user:
         raise click.UsageError("give --token or --user, not both")
     with report_errors():
-        if user is None:
-            token = read_token(token)
-        else:
+        if user is not None:
             token = make_configured_token(path, user, _TOKEN_SECONDS)
         address = (url or _configured_url(path)).rstrip("/")
-        target = ListenTarget(url=address, topics=topics, token=token)
         with suppress(KeyboardInterrupt):
-            asyncio.run(
-                receive_events(
-                    target,
-                    write_event=click.echo,
-                    write_status=partial(click.echo, err=True),
-                    max_events=count,
-                )
-            )
+            asyncio.run(_receive_events(address, topics, read_token(token), max_events=count))
 
 
 def _configured_url(path: str) -> str:
     """Return where the configured service is reached from this machine."""
-    server = read_config(path, os.environ).require_valid().server
+    server = load_config(path).server
     host = _REACHABLE_HOSTS.get(server.host, server.host)
     return f"http://{host}:{server.port}{server.base_path}"
 
@@ -128,35 +116,15 @@ def _parse_event(text: str) -> ServerSentEvent | None:
     return ServerSentEvent(**fields) if fields else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListenTarget:
-    """The service, the topics and the token of a subscription."""
-
-    url: str
-    """Of the service, with its base path."""
-    topics: Sequence[str]
-    token: str = field(default="", repr=False)
-
-
-async def receive_events(
-    target: ListenTarget,
-    *,
-    write_event: Callable[[str], None],
-    write_status: Callable[[str], None],
-    max_events: int | None,
+async def _receive_events(
+    url: str, topics: Sequence[str], token: str, *, max_events: int | None
 ) -> None:
-    """Write the events of the topics until there were ``max_events``; reconnect when needed.
-
-    Args:
-        target: What to subscribe to.
-        write_event: Receives a line per event: topic, action, record.
-        write_status: Receives a line for each change of the connection and for each gap.
-        max_events: None is for ever.
+    """Print the events of the topics until there were ``max_events``; reconnect when needed.
 
     Raises:
         SubscriptionError: There is no service at first, or it refuses the topics.
     """
-    listener = _Listener(target, write_event, write_status)
+    listener = _Listener(url, topics, token)
     timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
     async with ClientSession(timeout=timeout) as http:
         while True:
@@ -172,73 +140,70 @@ async def receive_events(
                     raise
                 lost = error.message
             if not listener.has_subscribed:
-                raise _unreachable_error(target.url, lost)
-            write_status(f"{lost}; reconnecting in {listener.pause_seconds:g} s")
+                raise _unreachable_error(url, lost)
+            _print_status(f"{lost}; reconnecting in {listener.pause_seconds:g} s")
             await asyncio.sleep(listener.pause_seconds)
             listener.pause_seconds = min(listener.pause_seconds * 2, _LONGEST_PAUSE_SECONDS)
 
 
+@dataclass(slots=True)
 class _Listener:
     """Subscribes on one connection after another, and remembers the position."""
 
-    def __init__(
-        self,
-        target: ListenTarget,
-        write_event: Callable[[str], None],
-        write_status: Callable[[str], None],
-    ) -> None:
-        self._target = target
-        self._write_event = write_event
-        self._write_status = write_status
-        self._position = ""
-        self._event_count = 0
-        self.has_subscribed = False
-        self.pause_seconds = _FIRST_PAUSE_SECONDS
+    url: str
+    topics: Sequence[str]
+    token: str = field(repr=False)
+    position: str = ""
+    event_count: int = 0
+    has_subscribed: bool = False
+    pause_seconds: float = _FIRST_PAUSE_SECONDS
 
     async def receive(self, http: ClientSession) -> AsyncIterator[int]:
-        """Write the events of one connection; yield the count of events so far after each."""
-        url = f"{self._target.url}/api/realtime"
-        async with http.get(url, params={"lastEventId": self._position}) as response:
+        """Print the events of one connection; yield the count of events so far after each."""
+        url = f"{self.url}/api/realtime"
+        async with http.get(url, params={"lastEventId": self.position}) as response:
             if response.status != HTTPStatus.OK:
                 raise _refused_error(url, response.status, await response.text())
             async for event in parse_events(response.content.iter_any()):
-                self._position = event.id or self._position
+                self.position = event.id or self.position
                 match event.event:
                     case "PB_CONNECT":
                         await self._subscribe(http, url, json.loads(event.data)["clientId"])
                     case "PB_CURSOR":
                         pass
                     case "PB_RESYNC":
-                        self._write_status(_describe_gap(json.loads(event.data)))
+                        _print_status(_describe_gap(json.loads(event.data)))
                     case _:
-                        self._event_count += 1
-                        self._write_event(_event_line(event))
-                        yield self._event_count
+                        self.event_count += 1
+                        click.echo(_event_line(event))
+                        yield self.event_count
 
     async def _subscribe(self, http: ClientSession, url: str, client_id: str) -> None:
-        token = self._target.token
-        body = {"clientId": client_id, "subscriptions": self._target.topics}
-        headers = {OUTCOME_HEADER: "1"} | ({"Authorization": token} if token else {})
+        body = {"clientId": client_id, "subscriptions": self.topics}
+        headers = {OUTCOME_HEADER: "1"} | ({"Authorization": self.token} if self.token else {})
         async with http.post(url, json=body, headers=headers) as answer:
             if answer.status != HTTPStatus.NO_CONTENT:
                 raise _refused_error(url, answer.status, await answer.text())
             outcome = answer.headers.get(OUTCOME_HEADER, "")
         self.has_subscribed = True
         self.pause_seconds = _FIRST_PAUSE_SECONDS
-        self._write_status(f"listening to {' '.join(self._target.topics)} at {self._target.url}")
-        self._write_outcome(outcome)
+        _print_status(f"listening to {' '.join(self.topics)} at {self.url}")
+        self._print_outcome(outcome)
 
-    def _write_outcome(self, outcome: str) -> None:
+    def _print_outcome(self, outcome: str) -> None:
         """Report a refused token and topics without events. Older services send no outcome."""
         outcomes = dict(part.split("=", 1) for part in outcome.split("; ") if "=" in part)
-        if self._target.token and outcomes.get("caller") == "guest":
-            self._write_status("the token is refused: the caller is a guest")
+        if self.token and outcomes.get("caller") == "guest":
+            _print_status("the token is refused: the caller is a guest")
         for index in filter(None, outcomes.get("mute", "").split(",")):
-            topic = self._target.topics[int(index)]
-            self._write_status(
-                f"{topic} receives nothing: there is no such collection, its rule admits nothing"
-                " for this caller, or its options are invalid"
+            _print_status(
+                f"{self.topics[int(index)]} receives nothing: there is no such collection,"
+                " its rule admits nothing for this caller, or its options are invalid"
             )
+
+
+def _print_status(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _event_line(event: ServerSentEvent) -> str:

@@ -25,11 +25,7 @@ def read_token(token: str) -> str:
 
 
 def split_user(user: str) -> tuple[str, str]:
-    """Return collection and id of COLLECTION/ID.
-
-    Raises:
-        click.UsageError: One of them is missing.
-    """
+    """Return collection and id of COLLECTION/ID; raises ``UsageError`` if one is missing."""
     collection, _, record_id = user.partition("/")
     if not (collection and record_id):
         raise click.UsageError("a user is COLLECTION/ID, such as users/ann")

@@ -9,15 +9,9 @@ from contextlib import contextmanager
 
 import click
 
+from pgrealtime import errors
 from pgrealtime.config.load import ConfigLocations
-from pgrealtime.errors import (
-    AuthError,
-    ConfigError,
-    DatabaseUnreachableError,
-    PgRealtimeError,
-    RuleError,
-    SetupError,
-)
+from pgrealtime.errors import PgRealtimeError
 
 EXIT_FAILED = 1
 EXIT_SETUP = 2
@@ -36,24 +30,22 @@ _NOT_PERMITTED_CODES = ("replication_attribute_missing", "plugin_refused", "sele
 def report_errors(locations: ConfigLocations | None = None) -> Iterator[None]:
     """Print the program's own errors instead of a traceback, and exit with the first one's code.
 
-    Any other error is a bug: it is raised again, as is a group that contains one.
-
-    Args:
-        locations: Adds file and line to problems of the configuration.
+    Any other error is a bug: it is raised again, as is a group that contains one. ``locations``
+    adds file and line to problems of the configuration.
     """
     try:
         yield
     except (PgRealtimeError, ExceptionGroup) as error:
-        errors = list(_flatten_errors(error))
-        ours = [reported for reported in errors if isinstance(reported, PgRealtimeError)]
-        if len(ours) < len(errors):
+        found = list(_flatten_errors(error))
+        ours = [reported for reported in found if isinstance(reported, PgRealtimeError)]
+        if len(ours) < len(found):
             raise
     else:
         return
     for reported in ours:
         located = (
             locations.locate(reported)
-            if locations and isinstance(reported, ConfigError)
+            if locations and isinstance(reported, errors.ConfigError)
             else reported
         )
         click.echo(str(located), err=True)
@@ -71,15 +63,15 @@ def _flatten_errors(error: Exception) -> Iterator[Exception]:
 def exit_code(error: PgRealtimeError) -> int:
     """Return the exit code of an error."""
     match error:
-        case ConfigError() | RuleError():
+        case errors.ConfigError() | errors.RuleError():
             return EXIT_CONFIGURATION
-        case DatabaseUnreachableError():
+        case errors.DatabaseUnreachableError():
             return EXIT_UNREACHABLE
-        case SetupError() if error.error_code == "database_url_invalid":
+        case errors.SetupError() if error.error_code == "database_url_invalid":
             return EXIT_CONFIGURATION
-        case SetupError() if error.error_code in _NOT_PERMITTED_CODES:
+        case errors.SetupError() if error.error_code in _NOT_PERMITTED_CODES:
             return EXIT_NOT_PERMITTED
-        case SetupError() | AuthError():
+        case errors.SetupError() | errors.AuthError():
             return EXIT_SETUP
         case _:
             return EXIT_FAILED

@@ -1,6 +1,5 @@
 """``pgrealtime run``: serves the configured collections."""
 
-import os
 import sys
 from functools import partial
 
@@ -22,8 +21,8 @@ request bodies: with Python's default of 5 ms, events arrived later by several t
 def run(path: str) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     with report_errors():
-        parsed = read_config(path, os.environ)
+        parsed = read_config(path)
         config = parsed.require_valid()
     sys.setswitchinterval(_SWITCH_SECONDS)
     with report_errors(parsed.locations):
-        run_coroutine(serve(config, partial(read_config, path, os.environ)))
+        run_coroutine(serve(config, partial(read_config, path)))

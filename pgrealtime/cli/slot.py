@@ -1,13 +1,12 @@
 """``pgrealtime slot``: lists and drops the slots that a configuration has left on its server."""
 
 import asyncio
-import os
 
 import click
 
 from pgrealtime.cli.options import config_option
 from pgrealtime.cli.report import report_errors
-from pgrealtime.config.load import read_config
+from pgrealtime.config.load import load_config
 from pgrealtime.config.model import Config
 from pgrealtime.errors import SetupError
 from pgrealtime.postgres.connect import connect_once
@@ -25,7 +24,7 @@ def slot() -> None:
 def list_(path: str) -> None:
     """Print a line per slot: its state, and how much WAL it retains."""
     with report_errors():
-        lines = asyncio.run(list_slots(read_config(path, os.environ).require_valid()))
+        lines = asyncio.run(_list_slots(load_config(path)))
     click.echo("\n".join(lines) or "there are no slots")
 
 
@@ -35,16 +34,11 @@ def list_(path: str) -> None:
 def drop(path: str, *, name: str) -> None:
     """Drop a slot. Changes that it has not sent yet are lost to subscribers."""
     with report_errors():
-        asyncio.run(drop_named_slot(read_config(path, os.environ).require_valid(), name))
+        asyncio.run(_drop_slot(load_config(path), name))
     click.echo(f"dropped {name}")
 
 
-async def list_slots(config: Config) -> list[str]:
-    """Return a line of text per slot.
-
-    Raises:
-        PgRealtimeError: The server doesn't answer, or refuses the query.
-    """
+async def _list_slots(config: Config) -> list[str]:
     async with connect_once(config.database.url) as connection:
         statuses = await slot_status.list_own_slots(connection, config.replication.slot.name)
     return [_slot_line(status) for status in statuses]
@@ -52,9 +46,8 @@ async def list_slots(config: Config) -> list[str]:
 
 def _slot_line(slot: slot_status.SlotStatus) -> str:
     reader = "inactive" if slot.active_pid is None else f"active for PID {slot.active_pid}"
-    state = (
-        f"lost ({slot.invalidation_reason or 'its WAL was removed'})" if slot.is_lost else reader
-    )
+    reason = slot.invalidation_reason or "its WAL was removed"
+    state = f"lost ({reason})" if slot.is_lost else reader
     kind = "temporary" if slot.is_temporary else "durable"
     mebibytes = slot.retained_bytes / (1 << 20)
     return (
@@ -63,14 +56,7 @@ def _slot_line(slot: slot_status.SlotStatus) -> str:
     )
 
 
-async def drop_named_slot(config: Config, name: str) -> None:
-    """Drop one of the slots that ``list_slots`` returns.
-
-    Raises:
-        SetupError: There is none of that name.
-        SlotBusyError: It is being read.
-        PgRealtimeError: The server doesn't answer, or refuses.
-    """
+async def _drop_slot(config: Config, name: str) -> None:
     async with connect_once(config.database.url) as connection:
         statuses = await slot_status.list_own_slots(connection, config.replication.slot.name)
         for status in statuses:

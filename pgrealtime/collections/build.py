@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pgrealtime.catalog.model import Catalog, Column, Table, TypeKind
+from pgrealtime.collections import validate
 from pgrealtime.collections.field_kinds import CONFIGURABLE_KINDS, SECRET_FIELDS, field_kind_of
 from pgrealtime.collections.model import (
     Collection,
@@ -23,12 +24,6 @@ from pgrealtime.collections.tables import (
     find_table,
     resolve_tables,
     unknown_column_problem,
-)
-from pgrealtime.collections.validate import (
-    configured_name_problems,
-    field_problems,
-    login_problems,
-    unknown_field_problem,
 )
 from pgrealtime.config.model import CollectionConfig, RelationConfig
 from pgrealtime.errors import ConfigError, ConfigProblem
@@ -76,10 +71,10 @@ class _CollectionBuilder:
         columns = [c for c in resolved.table.columns if resolved.is_included(c)]
         fields = [self._column_field(column) for column in columns]
         column_fields = {field.name for field in fields}
-        self.problems.extend(configured_name_problems(resolved, column_fields))
+        self.problems.extend(validate.configured_name_problems(resolved, column_fields))
         fields += self._junction_fields(column_fields)
-        self.problems.extend(login_problems(resolved, {field.name for field in fields}))
-        self.problems.extend(field_problems(resolved, fields))
+        self.problems.extend(validate.login_problems(resolved, {field.name for field in fields}))
+        self.problems.extend(validate.field_problems(resolved, fields))
         return Collection(
             name=resolved.name,
             id=collection_id_of(resolved.name, config),
@@ -102,9 +97,8 @@ class _CollectionBuilder:
         config = self.resolved.config
         name = self.resolved.field_name(column)
         kind, is_multiple = field_kind_of(column.type)
-        is_secret = column.name in config.login.secret_columns or (
-            self.resolved.is_auth and name in SECRET_FIELDS
-        )
+        is_named_secret = self.resolved.is_auth and name in SECRET_FIELDS
+        is_secret = is_named_secret or column.name in config.login.secret_columns
         is_enum = column.type.base.kind is TypeKind.ENUM
         field = Field(
             name=name,
@@ -145,8 +139,7 @@ class _CollectionBuilder:
         if target is None:
             return field
         if field.kind not in (FieldKind.TEXT, FieldKind.NUMBER):
-            message = f"a {field.kind.value} column holds no ids"
-            self._report(f"relations.{field.name}", message)
+            self._report(f"relations.{field.name}", f"a {field.kind.value} column holds no ids")
             return field
         return replace(field, kind=FieldKind.RELATION, relation=Relation(collection_name=target))
 
@@ -175,9 +168,8 @@ class _CollectionBuilder:
                 if (field := self._junction_field(name, relation)) is not None:
                     yield field
             elif name not in column_fields:
-                self.problems.append(
-                    unknown_field_problem(self.resolved, path, name, column_fields)
-                )
+                problem = validate.unknown_field_problem(self.resolved, path, name, column_fields)
+                self.problems.append(problem)
 
     def _junction_field(self, name: str, relation: RelationConfig) -> Field | None:
         path = f"relations.{name}"

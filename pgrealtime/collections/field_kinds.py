@@ -7,18 +7,10 @@ from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.collections.model import FieldKind
 
 _KIND_BY_TYPE: Final = {
-    "int2": FieldKind.NUMBER,
-    "int4": FieldKind.NUMBER,
-    "int8": FieldKind.NUMBER,
-    "numeric": FieldKind.NUMBER,
-    "float4": FieldKind.NUMBER,
-    "float8": FieldKind.NUMBER,
+    **dict.fromkeys(("int2", "int4", "int8", "numeric", "float4", "float8"), FieldKind.NUMBER),
     "bool": FieldKind.BOOL,
-    "date": FieldKind.DATE,
-    "timestamp": FieldKind.DATE,
-    "timestamptz": FieldKind.DATE,
-    "json": FieldKind.JSON,
-    "jsonb": FieldKind.JSON,
+    **dict.fromkeys(("date", "timestamp", "timestamptz"), FieldKind.DATE),
+    **dict.fromkeys(("json", "jsonb"), FieldKind.JSON),
     "point": FieldKind.GEO_POINT,
     "bytea": FieldKind.BYTES,
 }
@@ -42,14 +34,8 @@ RESERVED_MEMBERS: Final = {"collectionId", "collectionName", "expand"}
 """Members of every record that are no fields."""
 
 SECRET_FIELDS: Final = {
-    "password",
-    "passwordHash",
-    "password_hash",
-    "password_digest",
-    "hashed_password",
-    "encrypted_password",
-    "tokenKey",
-    "token_key",
+    *("password", "passwordHash", "password_hash", "password_digest"),
+    *("hashed_password", "encrypted_password", "tokenKey", "token_key"),
 }
 """Fields of auth collections that no record shows: PocketBase's two, and what others call them."""
 

@@ -119,11 +119,7 @@ class Collection:
 
 
 class Collections(Mapping[str, Collection]):
-    """All collections, by name, id and table.
-
-    Attributes:
-        server_encoding: The database's.
-    """
+    """All collections, by name, id and table."""
 
     def __init__(
         self, collections: tuple[Collection, ...], *, server_encoding: str = "UTF8"

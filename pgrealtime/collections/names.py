@@ -22,12 +22,8 @@ def configured_table_names(
 ) -> tuple[TableName, ...]:
     """Return every table that the configuration may mean: those to read from the catalogue."""
     texts = [config.table for config in configured.values()]
-    texts += [
-        relation.through
-        for config in configured.values()
-        for relation in config.relations.values()
-        if relation.through
-    ]
+    relations = (r for config in configured.values() for r in config.relations.values())
+    texts += [relation.through for relation in relations if relation.through]
     schemas = tuple(schemas)
     names = (name for text in texts for name in candidate_tables(text, schemas))
     return tuple(dict.fromkeys(names))
@@ -91,13 +87,10 @@ def check_names(configured: Mapping[str, CollectionConfig]) -> Iterator[ConfigPr
 def _check_relation(
     path: str, relation: RelationConfig, configured: Mapping[str, CollectionConfig]
 ) -> Iterator[ConfigProblem]:
-    if relation.collection not in configured:
-        yield ConfigProblem(
-            f"{path}.collection",
-            f'there is no collection "{relation.collection}"',
-            did_you_mean(relation.collection, configured),
-        )
+    name = relation.collection
+    if name not in configured:
+        hint = did_you_mean(name, configured)
+        yield ConfigProblem(f"{path}.collection", f'there is no collection "{name}"', hint)
     if not relation.through and (relation.source or relation.target):
-        yield ConfigProblem(
-            path, "source and target are columns of a junction table", "set through too"
-        )
+        message = "source and target are columns of a junction table"
+        yield ConfigProblem(path, message, "set through too")

@@ -50,15 +50,10 @@ def readable_collections(
 
     Of the others the stream would lack changes, or changes would not say which record they concern.
     """
-    unreadable = {
-        collection_name_of(problem)
-        for problem in problems
-        if problem.path.endswith((".table", ".id"))
-    }
+    unreadable = {collection_name_of(p) for p in problems if p.path.endswith((".table", ".id"))}
     return Collections(tuple(c for c in collections.values() if c.name not in unreadable))
 
 
 def collection_name_of(problem: ConfigProblem) -> str:
     """Return the name of the collection that a path such as ``collections.posts.id`` is in."""
-    _, _, rest = problem.path.partition(".")
-    return rest.partition(".")[0]
+    return (*problem.path.split("."), "")[1]

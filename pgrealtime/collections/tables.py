@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pgrealtime.catalog.model import Catalog, Column, ReplicaIdentity, Table, TableKind
-from pgrealtime.catalog.naming import quote_identifier, quote_table_name
-from pgrealtime.changes import TableName
+from pgrealtime.changes import TableName, quote_identifier, quote_table_name
 from pgrealtime.collections.names import candidate_tables, is_table_name
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import ConfigProblem
@@ -91,11 +90,9 @@ def find_table(text: str, catalog: Catalog) -> Table | ConfigProblem:
     """Return the table that a text names, or a problem without path."""
     schemas = catalog.schemas or tuple(dict.fromkeys(name.schema for name in catalog.tables))
     candidates = candidate_tables(text, schemas)
-    catalog_table = next(
-        (catalog.tables[name] for name in candidates if name in catalog.tables), None
-    )
-    if catalog_table is not None:
-        return catalog_table
+    for name in candidates:
+        if name in catalog.tables:
+            return catalog.tables[name]
     known = {table.name: str(table) for table in catalog.tables}
     hint = did_you_mean(text, known.values())
     if not hint and candidates:
@@ -105,44 +102,33 @@ def find_table(text: str, catalog: Catalog) -> Table | ConfigProblem:
 
 def unknown_column_problem(path: str, table: Table, name: str) -> ConfigProblem:
     """Return the problem that a table lacks a column, with the nearest name as hint."""
-    return ConfigProblem(
-        path,
-        f'there is no column "{name}" in "{table.name}"',
-        did_you_mean(name, (column.name for column in table.columns)),
-    )
+    hint = did_you_mean(name, (column.name for column in table.columns))
+    return ConfigProblem(path, f'there is no column "{name}" in "{table.name}"', hint)
 
 
 def _table_problems(table: Table, path: str) -> Iterator[ConfigProblem]:
     """Yield why the stream would lack changes of the table, with the SQL that fixes it."""
     name = table.name
     if table.kind in _UNSERVED_TABLE_KINDS:
-        yield ConfigProblem(
-            path, f'"{name}" is {_UNSERVED_TABLE_KINDS[table.kind]}: it sends no changes'
-        )
+        kind = _UNSERVED_TABLE_KINDS[table.kind]
+        yield ConfigProblem(path, f'"{name}" is {kind}: it sends no changes')
         return
     if table.partition_of is not None:
         root = table.partition_of
         yield ConfigProblem(path, f'"{name}" is a partition of "{root}"', f"set table: {root}")
         return
     if table.is_unlogged:
-        yield ConfigProblem(
-            path,
-            f'"{name}" is unlogged: it sends no changes',
-            _alter_leaf_tables(table, "SET LOGGED"),
-        )
+        hint = alter_leaf_tables(table, "SET LOGGED")
+        yield ConfigProblem(path, f'"{name}" is unlogged: it sends no changes', hint)
     if table.replica_identity is ReplicaIdentity.NOTHING:
-        yield ConfigProblem(
-            path,
-            f'"{name}" has REPLICA IDENTITY NOTHING: its updates and deletes name no row',
-            _alter_leaf_tables(table, "REPLICA IDENTITY DEFAULT"),
-        )
+        message = f'"{name}" has REPLICA IDENTITY NOTHING: its updates and deletes name no row'
+        yield ConfigProblem(path, message, alter_leaf_tables(table, "REPLICA IDENTITY DEFAULT"))
 
 
-def _alter_leaf_tables(table: Table, action: str) -> str:
+def alter_leaf_tables(table: Table, action: str) -> str:
     """Return the SQL that alters every table that holds the rows."""
-    return " ".join(
-        f"ALTER TABLE {quote_table_name(name)} {action};" for name in table.leaves or [table.name]
-    )
+    names = table.leaves or [table.name]
+    return " ".join(f"ALTER TABLE {quote_table_name(name)} {action};" for name in names)
 
 
 def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | ConfigProblem:
@@ -172,10 +158,8 @@ def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | Con
 
 def _key_to_add(table: Table) -> str:
     unique = next((names[0] for names in table.unique_keys if len(names) == 1), None)
-    if unique is not None:
-        return f"ADD PRIMARY KEY ({quote_identifier(unique)})"
-    if table.find_column("id") is not None:
-        return 'ADD PRIMARY KEY ("id")'
+    if unique is not None or table.find_column("id") is not None:
+        return f"ADD PRIMARY KEY ({quote_identifier(unique or 'id')})"
     return 'ADD COLUMN "id" bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY'
 
 
@@ -190,11 +174,9 @@ def _key_problems(table: Table, key: Column, path: str) -> list[ConfigProblem]:
         hint = f"{alter} ALTER COLUMN {column} SET NOT NULL;"
         return [ConfigProblem(path, f'column "{key.name}" may be NULL', hint)]
     if key.name not in table.replica_identity_columns:
-        message = (
-            f'the replica identity of "{table.name}" lacks "{key.name}": '
-            "deletes would not identify the record"
-        )
-        return [ConfigProblem(path, message, _alter_leaf_tables(table, "REPLICA IDENTITY FULL"))]
+        message = f'the replica identity of "{table.name}" lacks "{key.name}"'
+        hint = alter_leaf_tables(table, "REPLICA IDENTITY FULL")
+        return [ConfigProblem(path, f"{message}: deletes would not identify the record", hint)]
     return []
 
 

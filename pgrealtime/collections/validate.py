@@ -30,13 +30,9 @@ def configured_name_problems(
             yield resolved.problem(f"fields.rename.{name}", 'the key is always shown as "id"')
     for name in set(fields.types) - field_names:
         yield unknown_field_problem(resolved, f"fields.types.{name}", name, field_names)
-    yield from _hidden_problems(resolved, field_names)
-
-
-def _hidden_problems(resolved: ResolvedTable, field_names: set[str]) -> Iterator[ConfigProblem]:
     relations = resolved.config.relations
     junctions = {name for name, relation in relations.items() if relation.through}
-    for name in resolved.config.fields.hide:
+    for name in fields.hide:
         if name == "id":
             yield resolved.problem("fields.hide", "the id can't be hidden")
         elif name not in field_names | junctions:

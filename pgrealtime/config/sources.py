@@ -105,10 +105,8 @@ class _NodeReader:
         for key_node, _ in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in first:
-                where = dotted_path((*path, key))
-                self.problems.append(
-                    ConfigProblem(where, f"given twice, first in line {first[key]}", line=line)
-                )
+                message = f"given twice, first in line {first[key]}"
+                self.problems.append(ConfigProblem(dotted_path((*path, key)), message, line=line))
             first.setdefault(key, line)
 
 
@@ -123,7 +121,6 @@ class VariableSubstitution:
 
     environ: Mapping[str, str]
     problems: list[tuple[KeyPath, str]] = field(default_factory=list)
-    """Paths and messages."""
 
     def __call__(self, value: object, path: KeyPath = ()) -> object:
         """Return the value with the variables of every text in it substituted."""
@@ -148,8 +145,7 @@ class VariableSubstitution:
         if operator == "-":
             return current or operand
         if current is None or (operator == "?" and not current):
-            reason = operand or f"environment variable {name} is not set"
-            self.problems.append((path, reason))
+            self.problems.append((path, operand or f"environment variable {name} is not set"))
             return match[0]
         return current
 
@@ -177,7 +173,7 @@ def environment_overrides(environ: Mapping[str, str]) -> tuple[Override, ...]:
     named ``PGREALTIME_SERVER__PORT`` for ``server.port``; names without a double underscore, such
     as ``PGREALTIME_CONFIG``, aren't keys of the configuration.
     """
-    conventional = [
+    platform = [
         Override(name, path, environ[name])
         for name, path in _PLATFORM_VARIABLES.items()
         if environ.get(name)
@@ -187,7 +183,7 @@ def environment_overrides(environ: Mapping[str, str]) -> tuple[Override, ...]:
         for name, text in sorted(environ.items())
         if name.startswith(_VARIABLE_PREFIX) and "__" in name
     ]
-    return (*conventional, *own)
+    return (*platform, *own)
 
 
 def _path_of_variable(variable: str) -> KeyPath:
@@ -201,12 +197,8 @@ def apply_override(
     """Set one override in the tree and return the path with the tree's own spelling.
 
     Keys are found whatever their case, because variables are upper case. ``KEY`` and ``KEY_file``
-    set the same thing, so that either replaces the other.
-
-    Args:
-        tree: Changed in place.
-        override: What to set.
-        parse_text: Returns the value of a text at a path.
+    set the same thing, so that either replaces the other. ``parse_text`` returns the value of a
+    text at a path.
 
     Raises:
         LookupError: The path leads through a text, or to a list's item that isn't there.

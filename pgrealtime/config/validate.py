@@ -7,7 +7,6 @@ from copy import deepcopy
 from typing import get_args, get_origin
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pgrealtime.config.model import Config, SecretMarker, Section
@@ -21,11 +20,7 @@ def validate_tree(
     """Return the configuration, its problems, and the paths of the keys that had to be left out.
 
     The configuration is None if it isn't valid without those keys either. Problems are path,
-    message and hint.
-
-    Args:
-        tree: Plain values.
-        reported_paths: Keys whose problems were reported before, and aren't again.
+    message and hint; those of ``reported_paths`` were reported before, and aren't again.
     """
     try:
         return Config.model_validate(tree), [], set()
@@ -82,8 +77,7 @@ def _describe_invalid(path: KeyPath, detail: ErrorDetails) -> tuple[str, str]:
         case "value_error":
             return detail["msg"].removeprefix("Value error, "), ""
         case _:
-            message = detail["msg"]
-            return message[:1].lower() + message[1:], ""
+            return detail["msg"][:1].lower() + detail["msg"][1:], ""
 
 
 def annotation_at(path: KeyPath) -> object:
@@ -107,9 +101,6 @@ def keys_at(path: KeyPath) -> list[str]:
         return []
     keys: list[str] = []
     for name, info in annotation.model_fields.items():
-        keys += [name, f"{name}_file"] if _is_secret(info) else [name]
+        is_secret = any(isinstance(mark, SecretMarker) for mark in info.metadata)
+        keys += [name, f"{name}_file"] if is_secret else [name]
     return keys
-
-
-def _is_secret(info: FieldInfo) -> bool:
-    return any(isinstance(mark, SecretMarker) for mark in info.metadata)

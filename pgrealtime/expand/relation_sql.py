@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from pgrealtime.catalog.keys import canonical_id, native_key_type
-from pgrealtime.catalog.model import Column, Table
+from pgrealtime.catalog.model import Column, Table, canonical_id, native_key_type
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.expand.node import ids_in_array

@@ -29,7 +29,6 @@ class NamedUser:
     """A record of an auth collection, as if it had sent a valid token."""
 
     collection_name_or_id: str
-    """Name or id."""
     record_id: str
 
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import psycopg
 from psycopg_pool import PoolTimeout
 
-from pgrealtime.catalog.keys import canonical_id
+from pgrealtime.catalog.model import canonical_id
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
@@ -21,12 +21,7 @@ from pgrealtime.explain.text import HIDDEN_TEXT, ConditionVerdict, format_value
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.postgres.rows import rows_by_key_statement
-from pgrealtime.rule_queries.rounds import (
-    BudgetedTransaction,
-    PendingEvaluation,
-    QuestionRounds,
-    UnansweredQuestions,
-)
+from pgrealtime.rule_queries import rounds
 from pgrealtime.rules.sql.breakdown import MAX_SHOWN_VALUES, HiddenValue, KnownValue, OperandValue
 from pgrealtime.rules.sql.reference import SqlQuery
 
@@ -40,7 +35,7 @@ async def open_explain_session(pool: QueryPool) -> AsyncIterator[ExplainSession]
     """
     try:
         async with pool.session() as connection:
-            transaction = BudgetedTransaction(pool, connection, (), keeps_snapshot=True)
+            transaction = rounds.BudgetedTransaction(pool, connection, (), keeps_snapshot=True)
             await transaction.begin()
             yield ExplainSession(transaction)
             await transaction.finish()
@@ -53,9 +48,9 @@ async def open_explain_session(pool: QueryPool) -> AsyncIterator[ExplainSession]
 class ExplainSession:
     """Runs statements in one snapshot; a statement that fails does not end it."""
 
-    def __init__(self, transaction: BudgetedTransaction) -> None:
+    def __init__(self, transaction: rounds.BudgetedTransaction) -> None:
         self._transaction = transaction
-        self._rounds = QuestionRounds(UnansweredQuestions(is_logged=False))
+        self._rounds = rounds.QuestionRounds(rounds.UnansweredQuestions(is_logged=False))
 
     async def fetch_rows(self, query: SqlQuery) -> list[tuple[object, ...]] | ConditionVerdict:
         """Return a query's rows, or why there are none."""
@@ -102,7 +97,7 @@ class ExplainSession:
             ) from error
         return dict(zip(names, rows[0], strict=True)) if rows else None
 
-    async def answer_questions(self, evaluation: PendingEvaluation) -> None:
+    async def answer_questions(self, evaluation: rounds.PendingEvaluation) -> None:
         """Answer the engine's questions; what can't be answered is denied."""
         await self._rounds.answer(self._transaction, evaluation)
 

@@ -74,9 +74,8 @@ def describe_fragments(parts: Iterable[EvaluatedFragment]) -> str:
     texts = [part.display_text for part in parts]
     if len(texts) == 1:
         return texts[0]
-    more = (
-        [f"{len(texts) - _MAX_NAMED_FRAGMENTS} more"] if len(texts) > _MAX_NAMED_FRAGMENTS else []
-    )
+    unnamed = len(texts) - _MAX_NAMED_FRAGMENTS
+    more = [f"{unnamed} more"] if unnamed > 0 else []
     return f"none of: {'; '.join([*texts[:_MAX_NAMED_FRAGMENTS], *more])}"
 
 
@@ -88,15 +87,13 @@ def fragment_lines(evaluated: EvaluatedFragment, indent: str = "") -> Iterator[s
     else:
         yield start + evaluated.display_text
         if evaluated.operand_values:
-            yield below + "; ".join(
-                f"{side} is {value}" for side, value in evaluated.operand_values
-            )
+            yield below + "; ".join(f"{s} is {value}" for s, value in evaluated.operand_values)
     if evaluated.verdict.failure:
         yield f"{below}{evaluated.verdict.failure}"
     elif (
-        evaluated.fragments
+        not evaluated.verdict.value
+        and evaluated.fragments
         and deciding_fragments(evaluated) == [evaluated]
-        and not evaluated.verdict.value
     ):
         yield f"{below}each is true of some related row, but no one row makes all of them true"
     for part in evaluated.fragments:
@@ -185,13 +182,9 @@ def _format_cell(collection: Collection, column: str, text: str | None) -> str:
     field_ = collection.fields_by_name[_field_name(collection, column)]
     if text is None or field_.is_multiple:
         return format_value(text)
-    match field_.kind:
-        case FieldKind.BOOL:
-            return format_value(text == "t")
-        case FieldKind.NUMBER:
-            return text
-        case _:
-            return format_value(text)
+    if field_.kind is FieldKind.NUMBER:
+        return text
+    return format_value(text == "t" if field_.kind is FieldKind.BOOL else text)
 
 
 def sql_lines(query: SqlQuery, compiled: ReferenceQuery) -> Iterator[str]:

@@ -10,8 +10,7 @@ from typing import TypeAlias
 
 from psycopg import sql
 
-from pgrealtime.catalog.keys import native_key_type
-from pgrealtime.catalog.model import Column, Table
+from pgrealtime.catalog.model import Column, Table, native_key_type
 from pgrealtime.postgres.pool import DatabaseConnection
 
 TextRow: TypeAlias = tuple[str | None, ...]

@@ -13,7 +13,7 @@ from typing import Protocol
 import psycopg
 from psycopg import sql
 
-from pgrealtime.catalog.keys import canonical_id
+from pgrealtime.catalog.model import canonical_id
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.fairness import YieldTimer

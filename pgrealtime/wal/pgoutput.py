@@ -22,7 +22,6 @@ from collections.abc import Collection
 from msgspec import Struct
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.catalog.naming import quote_identifier
 from pgrealtime.changes import (
     Delete,
     Insert,
@@ -33,6 +32,7 @@ from pgrealtime.changes import (
     TableName,
     Update,
     WholeRow,
+    quote_identifier,
 )
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import LSN, Xid

@@ -10,8 +10,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from pgrealtime.catalog.model import ReplicaIdentity, Table, TableKind
-from pgrealtime.catalog.naming import quote_identifier, quote_table_name
-from pgrealtime.changes import TableName
+from pgrealtime.changes import TableName, quote_identifier, quote_table_name
 from pgrealtime.errors import SetupError
 
 GENERATED_COLUMNS_VERSION = 180_000

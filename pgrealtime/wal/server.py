@@ -14,7 +14,7 @@ from psycopg import AsyncConnection
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL
 
-from pgrealtime.catalog.naming import quote_identifier
+from pgrealtime.changes import quote_identifier
 from pgrealtime.errors import (
     DatabaseUnreachableError,
     PgRealtimeError,

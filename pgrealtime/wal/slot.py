@@ -14,8 +14,7 @@ from psycopg import AsyncConnection
 from psycopg import errors as pg
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.catalog.naming import quote_identifier
-from pgrealtime.changes import TableName
+from pgrealtime.changes import TableName, quote_identifier
 from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.errors import (
     DatabaseUnreachableError,

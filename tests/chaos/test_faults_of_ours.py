@@ -7,10 +7,10 @@ import asyncio
 import psycopg
 import pytest
 
-from pgrealtime.config.load import parse_config
 from pgrealtime.feed.intake import Intake
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.service.build import run_service
+from tests.config_values import parse_config
 from tests.conformance.http_client import Address, End
 from tests.e2e.listener import listener
 

@@ -24,9 +24,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgrealtime.config.load import ConfigLocations, ParsedConfig, parse_config
+from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.service.build import RunningService, run_service
+from tests.config_values import parse_config
 from tests.conformance.http_client import Address
 from tests.conformance.rules_corpus import CORPUS, Case, Report, cases, configured, expected
 from tests.e2e.listener import Listener, listener
@@ -169,7 +170,7 @@ class RunningCorpus:
     async def use(self, rules: Rules) -> bool:
         """Put rules into force; return False if they are refused."""
         self.config = self._with_rules(rules)
-        return await self.service.reload()
+        return await self.service.reloader.reload()
 
 
 def _issuer(name: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from pgrealtime.auth.principal import GUEST
-from pgrealtime.config.load import parse_config
 from pgrealtime.explain.caller import BearerToken, CallerSpec
 from pgrealtime.explain.explain import explain_delivery
+from tests.config_values import parse_config
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import service, token
 

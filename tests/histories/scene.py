@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-from pgrealtime.config.load import parse_config
 from pgrealtime.config.model import Config
+from tests.config_values import parse_config
 
 Values: TypeAlias = Mapping[str, Any]
 Identity: TypeAlias = Literal["default", "index", "full"]

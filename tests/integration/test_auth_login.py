@@ -42,11 +42,11 @@ from pgrealtime.auth.token import make_login_token
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Row
 from pgrealtime.collections.build import build_collections
-from pgrealtime.config.load import parse_config
 from pgrealtime.config.model import Config
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
+from tests.config_values import parse_config
 from tests.conformance.fixtures import SuperuserAccount
 from tests.conformance.http_client import Address, Answer, Request, send
 from tests.conformance.pocketbase_server import PocketBaseServer, _folders, pocketbase_binary

@@ -8,11 +8,11 @@ import pytest
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import NEVER_DESCRIBED, RowShape, TableName, Transaction
 from pgrealtime.collections.build import build_collections
-from pgrealtime.config.load import parse_config
 from pgrealtime.hub.events.row_shapes import TableDefinitions
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
+from tests.config_values import parse_config
 
 SCHEMA = """
 CREATE TYPE "In ner" AS (a text, "b c" int);

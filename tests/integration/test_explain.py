@@ -19,10 +19,10 @@ import pytest
 import yaml
 
 from pgrealtime.auth.principal import GUEST, Superuser
-from pgrealtime.config.load import parse_config
 from pgrealtime.errors import AuthError, ConfigError, SetupError
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
 from pgrealtime.explain.explain import Explanation, explain_delivery
+from tests.config_values import parse_config
 from tests.program import Outcome, run_program
 from tests.topics import topic
 

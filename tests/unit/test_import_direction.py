@@ -56,7 +56,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "auth.principal": ("lsn", "snapshot"),
     "auth.record": (*_FLOOR, "catalog", "collections", "auth.principal"),
     "auth": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact"),
-    "wal": (*_FLOOR, "catalog.model", "catalog.naming", "postgres.url", "observe.redact"),
+    "wal": (*_FLOOR, "catalog.model", "postgres.url", "observe.redact"),
     "feed": (*_FLOOR, "catalog.model", "wal", "changelog", "observe"),
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules.language": ("errors", "spelling", "collections.model", "auth.principal"),
@@ -138,7 +138,6 @@ _PURE = (
         "config.sources",
         "config.validate",
         "catalog.model",
-        "catalog.keys",
     ),
     *(
         "protocol",

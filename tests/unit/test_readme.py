@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from pgrealtime import errors
-from pgrealtime.config.load import parse_config
+from tests.config_values import parse_config
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")

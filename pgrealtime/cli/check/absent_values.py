@@ -8,16 +8,7 @@ from pgrealtime.collections.model import Collection, Collections, Field, FieldKi
 from pgrealtime.errors import ConfigProblem
 from pgrealtime.rules.language import predicate, syntax
 from pgrealtime.rules.language.resolve import resolve_rule
-from pgrealtime.rules.language.syntax import (
-    AndNode,
-    ComparisonNode,
-    ExpressionNode,
-    IdentifierNode,
-    LiteralNode,
-    Op,
-    OperandNode,
-    OrNode,
-)
+from pgrealtime.rules.language.syntax import AndNode, ComparisonNode, ExpressionNode, Op, OrNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +23,7 @@ class _AbsentValue:
     row_field: str = ""
     """A path of the row that is empty, too."""
 
-    def covers(self, operand: OperandNode) -> bool:
+    def covers(self, operand: syntax.OperandNode) -> bool:
         text = identifier_text(operand)
         if text == self.row_field:
             return text != ""
@@ -40,8 +31,6 @@ class _AbsentValue:
 
 
 _GUEST = _AbsentValue("@request.auth.", "@request.auth.id", "guests")
-
-
 _OPTION_PREFIXES = ("@request.query.", "@request.headers.")
 
 
@@ -62,7 +51,10 @@ def absent_value_warnings(
             for cmp in syntax.comparison_nodes(expression)
             if (field := _path_compared_with(cmp, absent)) is not None
             and (cmp.op is Op.NE or _may_be_empty(rule, cmp, collections, collection))
-            and _may_decide(cmp, expression, _with_empty_field(absent, cmp, field))
+            # The field is empty where the comparison is true.
+            and _may_decide(
+                cmp, expression, absent if cmp.op is Op.NE else replace(absent, row_field=field)
+            )
         ]
         if absent_values:
             cmp, field = absent_values[0]
@@ -75,21 +67,13 @@ def absent_value_warnings(
             yield ConfigProblem(path, message, f"write: {replace_spans(rule, guarded)}")
 
 
-def _with_empty_field(absent: _AbsentValue, cmp: ComparisonNode, field: str) -> _AbsentValue:
-    """Return the absent value with the field that is empty where the comparison is true."""
-    return absent if cmp.op is Op.NE else replace(absent, row_field=field)
-
-
 def _absent_values(expression: ExpressionNode) -> Iterator[_AbsentValue]:
     yield _GUEST
-    sides = (side for cmp in syntax.comparison_nodes(expression) for side in (cmp.left, cmp.right))
-    option_paths = (
-        identifier_text(side)
-        for side in sides
-        if identifier_text(side).startswith(_OPTION_PREFIXES)
-    )
-    for text in dict.fromkeys(text for text in option_paths if ":" not in text):
-        yield _AbsentValue(text, text, f"callers that omit {text}")
+    comparisons = syntax.comparison_nodes(expression)
+    texts = (identifier_text(side) for cmp in comparisons for side in (cmp.left, cmp.right))
+    for text in dict.fromkeys(texts):
+        if text.startswith(_OPTION_PREFIXES) and ":" not in text:
+            yield _AbsentValue(text, text, f"callers that omit {text}")
 
 
 def _path_compared_with(cmp: ComparisonNode, absent: _AbsentValue) -> str | None:
@@ -104,8 +88,6 @@ def _path_compared_with(cmp: ComparisonNode, absent: _AbsentValue) -> str | None
 
 
 _KEYWORDS = {"null": "", "true": "True", "false": "False"}
-
-
 _BOOLEAN_TEXTS = {"True", "False"}
 
 
@@ -114,28 +96,22 @@ def _may_be_empty(
 ) -> bool:
     """Whether the row's side can be empty or missing, by the constraints of its table."""
     resolved = resolve_rule(rule[cmp.start : cmp.end], collections, collection, None)
-    terms = [
-        term for term in predicate.terms(resolved.where) if predicate.row_path_of(term) is not None
-    ]
+    terms = [t for t in predicate.terms(resolved.where) if predicate.row_path_of(t) is not None]
     return not terms or any(not _is_never_empty(term, collections) for term in terms)
 
 
 def _is_never_empty(term: predicate.Term, collections: Collections) -> bool:
-    if not isinstance(term, predicate.FieldValue) or isinstance(
-        term.row_path.root, predicate.CollectionRows
-    ):
+    if not isinstance(term, predicate.FieldValue):
         return False
     row_path = term.row_path
-    owners = [collections[prefix.collection_name] for prefix in _path_prefixes(row_path)]
+    if isinstance(row_path.root, predicate.CollectionRows):
+        return False
+    prefixes = [row_path.steps[:length] for length in range(len(row_path.steps))]
+    owners = [collections[predicate.RowPath(row_path.root, p).collection_name] for p in prefixes]
     return all(
         isinstance(step, predicate.ToOne) and _is_column_never_empty(owner, step.field)
         for owner, step in zip(owners, row_path.steps, strict=True)
     ) and _is_column_never_empty(collections[row_path.collection_name], term.field)
-
-
-def _path_prefixes(row_path: predicate.RowPath) -> Iterator[predicate.RowPath]:
-    for length in range(len(row_path.steps)):
-        yield predicate.RowPath(row_path.root, row_path.steps[:length])
 
 
 def _is_column_never_empty(owner: Collection, field: Field) -> bool:
@@ -164,12 +140,10 @@ def _verdict(expression: ExpressionNode, absent: _AbsentValue) -> bool | None:
     match expression:
         case ComparisonNode():
             return _comparison_verdict(expression, absent)
-        case AndNode(parts):
+        case AndNode(parts) | OrNode(parts):
             verdicts = [_verdict(part, absent) for part in parts]
-            return False if False in verdicts else None if None in verdicts else True
-        case OrNode(parts):
-            verdicts = [_verdict(part, absent) for part in parts]
-            return True if True in verdicts else None if None in verdicts else False
+            deciding = isinstance(expression, OrNode)
+            return deciding if deciding in verdicts else None if None in verdicts else not deciding
 
 
 def _comparison_verdict(cmp: ComparisonNode, absent: _AbsentValue) -> bool | None:
@@ -186,16 +160,16 @@ def _comparison_verdict(cmp: ComparisonNode, absent: _AbsentValue) -> bool | Non
             return None
 
 
-def _static_text(operand: OperandNode, absent: _AbsentValue) -> str | None:
+def _static_text(operand: syntax.OperandNode, absent: _AbsentValue) -> str | None:
     """Return the operand's value as text, empty for a missing one; None if it isn't known here."""
     match operand:
-        case LiteralNode(value):
+        case syntax.LiteralNode(value):
             return str(value)
-        case IdentifierNode(text) if text in _KEYWORDS:
+        case syntax.IdentifierNode(text) if text in _KEYWORDS:
             return _KEYWORDS[text]
-        case IdentifierNode(text) if text == f"{absent.prefix}:isset":
+        case syntax.IdentifierNode(text) if text == f"{absent.prefix}:isset":
             return str(False)
-        case IdentifierNode() if absent.covers(operand):
+        case syntax.IdentifierNode() if absent.covers(operand):
             return ""
         case _:
             return None

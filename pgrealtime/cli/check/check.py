@@ -4,8 +4,7 @@ Called by the command ``check``. A problem hides others only where those depend 
 """
 
 import asyncio
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,20 +16,20 @@ from pgrealtime.cli.check.warnings import config_warnings
 from pgrealtime.cli.options import config_option
 from pgrealtime.cli.report import report_errors
 from pgrealtime.collections.names import check_names
-from pgrealtime.config.load import ParsedConfig, read_config
+from pgrealtime.config.load import ParsedConfig, in_file_order, read_config
 from pgrealtime.config.model import Config
-from pgrealtime.errors import ConfigError, ConfigProblem, PgRealtimeError, describe_problem
+from pgrealtime.errors import ConfigError, PgRealtimeError, describe_problem
 from pgrealtime.rules.rule_set import rule_texts, syntax_problems
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What the command prints: errors, or else a summary; and warnings, each a text."""
+    """What the command prints: errors, or else a summary; and warnings."""
 
     errors: tuple[PgRealtimeError, ...]
     summary_lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """Warnings: what runs but probably not as intended, each with a fix."""
+    """What runs but probably not as intended, each with a fix."""
 
 
 async def run_check(
@@ -41,10 +40,7 @@ async def run_check(
 ) -> CheckResult:
     """Check the configuration, its rules and, unless disabled, the database.
 
-    Args:
-        parsed: The configuration file with the problems found so far.
-        with_database: Whether to connect.
-        report_progress: Receives a line about each thing that is waited for.
+    ``report_progress`` receives a line about each thing that is waited for.
     """
     config, locations = parsed.config, parsed.locations
     if config is None:
@@ -61,21 +57,11 @@ async def run_check(
     errors = findings.errors
     if parsed.problems or problems:
         located = locations.locate(ConfigError(problems)).problems
-        in_order = _in_file_order((*parsed.problems, *located))
+        in_order = in_file_order((*parsed.problems, *located))
         errors = (ConfigError(in_order, source_name=locations.source), *errors)
     warnings = locations.locate(ConfigError((*config_warnings(config), *findings.warnings)))
-    return CheckResult(
-        errors=errors,
-        summary_lines=findings.summary_lines,
-        warnings=tuple(
-            describe_problem(locations.source, warning)
-            for warning in _in_file_order(warnings.problems)
-        ),
-    )
-
-
-def _in_file_order(problems: Iterable[ConfigProblem]) -> tuple[ConfigProblem, ...]:
-    return tuple(sorted(problems, key=lambda p: (p.line is None, p.line or 0, p.path)))
+    texts = [describe_problem(locations.source, p) for p in in_file_order(warnings.problems)]
+    return CheckResult(errors, findings.summary_lines, tuple(texts))
 
 
 def _summarize_config(config: Config) -> str:
@@ -89,11 +75,10 @@ def _summarize_config(config: Config) -> str:
 def check(path: str, *, no_database: bool) -> None:
     """Report every problem that would keep the service from running."""
     with report_errors():
-        parsed = read_config(path, os.environ)
-        print_progress = partial(click.echo, err=True)
-        result = asyncio.run(
-            run_check(parsed, with_database=not no_database, report_progress=print_progress)
-        )
+        parsed = read_config(path)
+        report = partial(click.echo, err=True)
+        checking = run_check(parsed, with_database=not no_database, report_progress=report)
+        result = asyncio.run(checking)
         if result.errors:
             raise ExceptionGroup("the check failed", result.errors)
     for warning in result.warnings:

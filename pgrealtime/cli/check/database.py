@@ -5,14 +5,14 @@ The part of ``check`` that connects: once as the query role, once for a dry run 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, LiteralString
+from typing import Any
 
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.catalog.model import Catalog, Table
-from pgrealtime.catalog.naming import quote_identifier
+from pgrealtime.catalog.model import Catalog
 from pgrealtime.catalog.privileges import read_privilege_errors
+from pgrealtime.changes import quote_identifier
 from pgrealtime.cli.check.indexes import index_warnings
 from pgrealtime.cli.check.warnings import collection_warnings
 from pgrealtime.collections.build import build_with_problems
@@ -31,14 +31,10 @@ _SYSTEM_QUERY = """
 SELECT system_identifier::text, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_control_system()
 """
 
-_TIMEOUT_SETTINGS = (
-    "statement_timeout",
-    "transaction_timeout",
-    "idle_in_transaction_session_timeout",
-)
 _TIMEOUTS_QUERY = """
 SELECT current_user, name, setting::pg_catalog.int8 FROM pg_catalog.pg_settings
-WHERE name = ANY (%(names)s::pg_catalog.text[]) ORDER BY name
+WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout')
+ORDER BY name
 """
 
 
@@ -67,7 +63,7 @@ async def check_database(
         system, slot = await dry_run_stream(
             config.database.url,
             config.replication,
-            schema.streamed_tables,
+            list(streamed_tables(schema.collections, findings.problems).values()),
             on_wait=lambda wait: report_progress(_describe_wait(wait)),
         )
     except PgRealtimeError as error:
@@ -78,9 +74,8 @@ async def check_database(
         return replace(findings, errors=(*findings.errors, _standby_error()))
     reason = f" ({slot.plugin_reason})" if slot.plugin_reason else ""
     server_line = f"{schema.server_description}, {slot.plugin}{reason}"
-    return replace(
-        findings, summary_lines=(_summarize_collections(schema.collections), server_line)
-    )
+    lines = (_summarize_collections(schema.collections), server_line)
+    return replace(findings, summary_lines=lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +88,6 @@ class _SchemaCheck:
     system_id: str
     is_standby: bool
 
-    @property
-    def streamed_tables(self) -> list[Table]:
-        """The tables that the stream would carry."""
-        return list(streamed_tables(self.collections, self.findings.problems).values())
-
 
 async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
     database = config.database
@@ -106,14 +96,15 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
         names = configured_table_names(config.collections, database.schemas)
         catalog = await read_catalog(connection, schemas=database.schemas, names=names)
         collections, problems = _build_collections(config, catalog, parsed)
-        system_id, is_standby = await _fetch_row(connection, _SYSTEM_QUERY)
+        row = await (await connection.execute(_SYSTEM_QUERY)).fetchone()
+        assert row is not None
         warnings: list[ConfigProblem] = []
         if not problems:  # otherwise warnings could be about other tables than intended
             warnings += collection_warnings(collections)
             warnings += [warning async for warning in index_warnings(connection, collections)]
         warnings += await _timeout_warnings(connection, database)
-        tables = reachable_tables(collections).values()
-        errors = await read_privilege_errors(connection, tables)
+        errors = await read_privilege_errors(connection, reachable_tables(collections).values())
+        major, minor = divmod(connection.info.server_version, 10_000)
         return _SchemaCheck(
             collections=collections,
             findings=Findings(
@@ -122,9 +113,9 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
                 errors=tuple(errors.values()),
                 warnings=tuple(warnings),
             ),
-            server_description=_describe_server(connection),
-            system_id=system_id,
-            is_standby=is_standby,
+            server_description=f'PostgreSQL {major}.{minor}, database "{connection.info.dbname}"',
+            system_id=row[0],
+            is_standby=row[1],
         )
 
 
@@ -149,7 +140,7 @@ async def _timeout_warnings(
 ) -> list[ConfigProblem]:
     """Return a warning for each timeout of the role or database that is shorter than ours."""
     statement_timeout_ms = database.statement_timeout * 1000
-    cursor = await connection.execute(_TIMEOUTS_QUERY, {"names": list(_TIMEOUT_SETTINGS)})
+    cursor = await connection.execute(_TIMEOUTS_QUERY)
     return [
         ConfigProblem(
             "database.statement_timeout",
@@ -162,20 +153,10 @@ async def _timeout_warnings(
     ]
 
 
-async def _fetch_row(connection: AsyncConnection[Any], query: LiteralString) -> tuple[Any, ...]:
-    row = await (await connection.execute(query)).fetchone()
-    assert row is not None
-    return tuple(row)
-
-
 def _describe_wait(wait: SlotWait) -> str:
     """Return which open transactions the creation of the slot waits for."""
-    open_transactions = [f"process {pid}" for pid in wait.pids] or [
-        f'prepared "{gid}"' for gid in wait.prepared
-    ]
-    return (
-        f"waiting for the open transaction of {', '.join(open_transactions) or 'another session'}"
-    )
+    sessions = [f"process {pid}" for pid in wait.pids] or [f'prepared "{g}"' for g in wait.prepared]
+    return f"waiting for the open transaction of {', '.join(sessions) or 'another session'}"
 
 
 def _different_servers_error() -> SetupError:
@@ -194,12 +175,6 @@ def _standby_error() -> SetupError:
         hint="Connect to the primary, for example with all hosts and target_session_attrs=primary.",
         code="standby",
     )
-
-
-def _describe_server(connection: AsyncConnection[Any]) -> str:
-    info = connection.info
-    major, minor = divmod(info.server_version, 10_000)
-    return f'PostgreSQL {major}.{minor}, database "{info.dbname}"'
 
 
 def _summarize_collections(collections: Collections) -> str:

@@ -12,13 +12,11 @@ import psycopg
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.model import Table
-from pgrealtime.catalog.naming import quote_identifier, quote_table_name
-from pgrealtime.changes import TableName
-from pgrealtime.cli.check.rules import parsed_rules, reference_queries
+from pgrealtime.changes import TableName, quote_identifier, quote_table_name
+from pgrealtime.cli.check.rules import parsed_rules, reference_queries, resolved_conditions
 from pgrealtime.collections.model import Collection, Collections, Field
-from pgrealtime.errors import ConfigProblem, RuleError
+from pgrealtime.errors import ConfigProblem
 from pgrealtime.rules.language import predicate
-from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.sql.reference import ReferenceQuery
 
@@ -31,8 +29,6 @@ SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit
 
 @dataclass(frozen=True, slots=True)
 class _NeededIndex:
-    """An index that would serve a rule."""
-
     table: Table
     column: str
     is_array: bool = False
@@ -62,7 +58,7 @@ async def index_warnings(
                 path = f"{collection.name}.relations.{field.name}"
                 yield _full_scan_warning(path, index.table.name, str(index))
         for key, rule, _ in parsed_rules(collection):
-            conditions = list(_resolved_conditions(rule, collections, collection))
+            conditions = list(resolved_conditions(rule, collections, collection))
             lacking = {
                 (index.table.name, str(index)): None
                 for condition in conditions
@@ -70,9 +66,8 @@ async def index_warnings(
                 if not index.is_present
             }
             hints = _index_hints(conditions, collections)
-            for name in await _fully_scanned_tables(
-                connection, reference_queries(collections, collection, key)
-            ):
+            queries = reference_queries(collections, collection, key)
+            for name in await _fully_scanned_tables(connection, queries):
                 if all(name != known for known, _ in lacking):
                     lacking[name, hints.get(name, _NO_INDEX_HINT)] = None
             for name, hint in lacking:
@@ -86,8 +81,7 @@ def _full_scan_warning(path: str, table: TableName, fix: str) -> ConfigProblem:
 def _junction_indexes(collection: Collection) -> Iterator[tuple[Field, _NeededIndex]]:
     """Yield the index that finds the ids which a record shows, for each junction."""
     for field in collection.fields:
-        junction = None if field.relation is None else field.relation.junction
-        if junction is not None:
+        if field.relation is not None and (junction := field.relation.junction) is not None:
             yield field, _NeededIndex(junction.table, junction.source_column)
 
 
@@ -95,30 +89,12 @@ def _index_hints(
     conditions: Sequence[predicate.Condition], collections: Collections
 ) -> Mapping[TableName, str]:
     """Return the SQL of an index that would find rows of ``@collection``, by table without one."""
-    indexes = [
-        index for condition in conditions for index in _collection_indexes(condition, collections)
-    ]
+    indexes = [i for condition in conditions for i in _collection_indexes(condition, collections)]
     served = {index.table.name for index in indexes if index.is_present}
     return {i.table.name: str(i) for i in reversed(indexes) if i.table.name not in served}
 
 
 _NO_INDEX_HINT = "no index can serve this rule: use a relation instead of @collection"
-
-
-def _resolved_conditions(
-    rule: str, collections: Collections, collection: Collection
-) -> Iterator[predicate.Condition]:
-    """Yield the rule's condition as resolved for each auth collection and for guests."""
-    auths = [
-        auth_collection
-        for auth_collection in collections.values()
-        if auth_collection.type == "auth"
-    ]
-    for auth in (*auths, None):
-        try:
-            yield resolve_rule(rule, collections, collection, auth).where
-        except RuleError:
-            continue  # denies these callers
 
 
 def _relation_indexes(
@@ -131,19 +107,12 @@ def _relation_indexes(
     for term in predicate.terms(condition):
         row_path = predicate.row_path_of(term)
         for step in () if row_path is None else row_path.steps:
-            match step:
-                case predicate.BackRelation(collection_name=name, field=field):
-                    yield _back_relation_index(field, collections[name].table)
-                case predicate.ToOne() | predicate.ToEach() | predicate.EachValue():
-                    continue
-
-
-def _back_relation_index(field: Field, table: Table) -> _NeededIndex:
-    if field.column is not None:
-        return _NeededIndex(table, field.column.name, is_array=field.is_multiple)
-    assert field.relation is not None
-    assert field.relation.junction is not None
-    return _NeededIndex(field.relation.junction.table, field.relation.junction.target_column)
+            if isinstance(step, predicate.BackRelation):
+                field, table = step.field, collections[step.collection_name].table
+                if field.column is not None:
+                    yield _NeededIndex(table, field.column.name, is_array=field.is_multiple)
+                elif field.relation is not None and (junction := field.relation.junction):
+                    yield _NeededIndex(junction.table, junction.target_column)
 
 
 def _collection_indexes(
@@ -155,17 +124,16 @@ def _collection_indexes(
     """
     for cmp in predicate.comparisons(condition):
         for term, other_term in ((cmp.left, cmp.right), (cmp.right, cmp.left)):
-            if cmp.op is not Op.EQ or not isinstance(term, predicate.FieldValue):
-                continue
-            if isinstance(other_term, predicate.FieldValue):
-                continue
-            row_path, column = term.row_path, term.field.column
             if (
-                isinstance(row_path.root, predicate.CollectionRows)
-                and not row_path.steps
-                and column is not None
+                cmp.op is Op.EQ
+                and isinstance(term, predicate.FieldValue)
+                and not isinstance(other_term, predicate.FieldValue)
+                and isinstance(term.row_path.root, predicate.CollectionRows)
+                and not term.row_path.steps
+                and term.field.column is not None
             ):
-                yield _NeededIndex(collections[row_path.collection_name].table, column.name)
+                table = collections[term.row_path.collection_name].table
+                yield _NeededIndex(table, term.field.column.name)
 
 
 async def _fully_scanned_tables(

@@ -7,7 +7,9 @@ from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.language import syntax
+from pgrealtime.rules.language.predicate import Condition
 from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.language.syntax import ExpressionNode, IdentifierNode, OperandNode
 from pgrealtime.rules.sql.reference import ReferenceQuery, reference_query
 
@@ -37,6 +39,21 @@ def identifier_text(operand: OperandNode) -> str:
     return operand.text if isinstance(operand, IdentifierNode) else ""
 
 
+def resolved_conditions(
+    rule: str, collections: Collections, collection: Collection
+) -> Iterator[Condition]:
+    """Yield the rule's condition as resolved for each auth collection and for guests."""
+    for auth in (*_auth_collections(collections), None):
+        try:
+            yield resolve_rule(rule, collections, collection, auth).where
+        except RuleError:
+            continue  # denies these callers
+
+
+def _auth_collections(collections: Collections) -> list[Collection]:
+    return [collection for collection in collections.values() if collection.type == "auth"]
+
+
 def reference_queries(
     collections: Collections, collection: Collection, key: str
 ) -> Iterator[ReferenceQuery]:
@@ -51,7 +68,7 @@ def reference_queries(
 def _sample_principals(collections: Collections) -> Iterator[Principal]:
     """Yield a caller of each auth collection, or of a fictitious one where there is none."""
     ids = {"uuid": "00000000-0000-0000-0000-000000000001"}
-    auths = [collection for collection in collections.values() if collection.type == "auth"]
+    auths = _auth_collections(collections)
     for auth in auths:
         yield AuthRecord(
             collection_id=auth.id,

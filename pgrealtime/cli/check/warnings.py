@@ -7,26 +7,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from decimal import Decimal
 from ipaddress import ip_address
+from itertools import chain
 from urllib.parse import urlsplit
 
 from pgrealtime.catalog.model import Column
-from pgrealtime.catalog.naming import quote_identifier, quote_table_name
+from pgrealtime.changes import quote_identifier, quote_table_name
 from pgrealtime.cli.check.absent_values import absent_value_warnings
 from pgrealtime.cli.check.rules import (
     identifier_text,
     parsed_rules,
     reference_queries,
     replace_spans,
+    resolved_conditions,
 )
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
+from pgrealtime.collections.tables import alter_leaf_tables
 from pgrealtime.config.model import Config
-from pgrealtime.errors import ConfigProblem, RuleError
+from pgrealtime.errors import ConfigProblem
 from pgrealtime.rules.language import predicate, syntax
 from pgrealtime.rules.language.comparison import is_double
 from pgrealtime.rules.language.parameters import RequestValue
-from pgrealtime.rules.language.resolve import resolve_rule
 from pgrealtime.rules.language.sqlite_values import exact_number
-from pgrealtime.rules.language.syntax import ComparisonNode, ExpressionNode, LiteralNode, Op
+from pgrealtime.rules.language.syntax import ExpressionNode, LiteralNode, Op
 from pgrealtime.spelling import did_you_mean
 
 
@@ -59,21 +61,18 @@ def _issuer_warnings(config: Config) -> Iterator[ConfigProblem]:
     auths = [name for name, collection in config.collections.items() if collection.type == "auth"]
     for n, issuer in enumerate(config.auth.issuers):
         path, name = f"auth.issuers.{n}.collection", issuer.collection
-        if name in auths:
-            continue
-        if name in config.collections:
+        if name in config.collections and name not in auths:
             hint = f"set type: auth of collections.{name}"
             yield ConfigProblem(path, f'collection "{name}" is not of type auth', hint)
-            continue
-        hint = did_you_mean(name, auths) or (
-            f"with a table of users: collections: {{{name}: {{table: SCHEMA.TABLE, type: auth}}}}"
-        )
-        yield ConfigProblem(
-            path,
-            f'there is no collection "{name}": callers are identified by their tokens alone,'
-            " also after their records are changed or deleted",
-            hint,
-        )
+        elif name not in auths:
+            users = f"collections: {{{name}: {{table: SCHEMA.TABLE, type: auth}}}}"
+            hint = did_you_mean(name, auths) or f"with a table of users: {users}"
+            yield ConfigProblem(
+                path,
+                f'there is no collection "{name}": callers are identified by their tokens alone,'
+                " also after their records are changed or deleted",
+                hint,
+            )
 
 
 _SECRET_BYTES = 32
@@ -84,32 +83,21 @@ found offline by anyone who has one token."""
 def _issuer_key_warnings(config: Config) -> Iterator[ConfigProblem]:
     """Yield secrets that can be guessed, and key URLs whose response can be replaced in transit."""
     made = "openssl rand -base64 48 generates one"
-    secrets = [
-        ("auth.login.secret", config.auth.login.secret, f"{made}; all tokens become invalid")
-    ]
+    secrets = [("login.secret", config.auth.login.secret, f"{made}; all tokens become invalid")]
     for n, issuer in enumerate(config.auth.issuers):
-        path = f"auth.issuers.{n}"
+        path = f"issuers.{n}"
+        expired = "remove it once the old tokens have expired"
         secrets += [
             (f"{path}.secret", issuer.secret, f"{made}; previous_secret keeps old tokens valid"),
-            (
-                f"{path}.previous_secret",
-                issuer.previous_secret,
-                "remove it once the old tokens have expired",
-            ),
+            (f"{path}.previous_secret", issuer.previous_secret, expired),
         ]
         if issuer.jwks_url.startswith("http:") and not _is_local_url(issuer.jwks_url):
-            yield ConfigProblem(
-                f"{path}.jwks_url",
-                "keys fetched over plain http can be replaced in transit",
-                "https",
-            )
+            message = "keys fetched over plain http can be replaced in transit"
+            yield ConfigProblem(f"auth.{path}.jwks_url", message, "https")
     for path, secret, hint in secrets:
         if 0 < len(secret.encode()) < _SECRET_BYTES:
-            yield ConfigProblem(
-                path,
-                f"it is shorter than {_SECRET_BYTES} bytes: it can be guessed from one token",
-                hint,
-            )
+            message = f"it is shorter than {_SECRET_BYTES} bytes: it can be guessed from one token"
+            yield ConfigProblem(f"auth.{path}", message, hint)
 
 
 def _is_local_url(url: str) -> bool:
@@ -138,22 +126,12 @@ def _match_all_warnings(
         and any(identifier_text(side).startswith("@collection.") for side in (cmp.left, cmp.right))
     ]
     if comparisons:
-        first = comparisons[0]
-        side = first.left if identifier_text(first.left).startswith("@collection.") else first.right
-        insertions = [
-            (_operator_position(rule, cmp), _operator_position(rule, cmp), "?")
-            for cmp in comparisons
-        ]
-        yield ConfigProblem(
-            path,
-            f'every row of "{identifier_text(side).split(".")[1]}" must match;'
-            " usually one matching row is meant",
-            f"write: {replace_spans(rule, insertions)}",
-        )
-
-
-def _operator_position(rule: str, cmp: ComparisonNode) -> int:
-    return rule.index(cmp.op.value, cmp.left.end, cmp.right.start)
+        texts = map(identifier_text, (comparisons[0].left, comparisons[0].right))
+        name = next(text for text in texts if text.startswith("@collection.")).split(".")[1]
+        positions = [rule.index(c.op.value, c.left.end, c.right.start) for c in comparisons]
+        fixed = replace_spans(rule, [(position, position, "?") for position in positions])
+        message = f'every row of "{name}" must match; usually one matching row is meant'
+        yield ConfigProblem(path, message, f"write: {fixed}")
 
 
 # -- numbers beyond double precision
@@ -175,40 +153,22 @@ def _precision_warnings(
                 message = f"{text} has more digits than double precision can hold"
                 yield ConfigProblem(path, message, f'write it as text: "{text}"')
     problems: dict[tuple[str, str], ConfigProblem] = {}
-    for comparison in _comparisons(rule, collections, collection):
+    conditions = resolved_conditions(rule, collections, collection)
+    for comparison in chain.from_iterable(map(predicate.comparisons, conditions)):
         sides = comparison.left, comparison.right
         for term, other_term in (sides, sides[::-1]):
-            column = _double_column(term)
-            if (
-                column is None
-                or comparison.op in {Op.LIKE, Op.NOT_LIKE}
-                or not _may_exceed_double(other_term)
-            ):
+            column, row_path = _double_column(term), predicate.row_path_of(term)
+            is_text_match = comparison.op in {Op.LIKE, Op.NOT_LIKE}
+            if column is None or is_text_match or not _may_exceed_double(other_term):
                 continue
-            row_path = predicate.row_path_of(term)
             assert row_path is not None
             table = collections[row_path.collection_name].table.name
             message = f'"{column}" is a float: different numbers beyond 2^53 may equal it'
             type_ = "numeric[]" if isinstance(term, predicate.EachTerm) else "numeric"
-            hint = (
-                f"ALTER TABLE {quote_table_name(table)}"
-                f" ALTER COLUMN {quote_identifier(column)} TYPE {type_};"
-            )
+            change = f"ALTER COLUMN {quote_identifier(column)} TYPE {type_};"
+            hint = f"ALTER TABLE {quote_table_name(table)} {change}"
             problems[str(table), column] = ConfigProblem(path, message, hint)
     yield from problems.values()
-
-
-def _comparisons(
-    rule: str, collections: Collections, collection: Collection
-) -> Iterator[predicate.Comparison]:
-    """Yield the rule's comparisons as resolved for guests and for each auth collection."""
-    for auth in (None, *(each for each in collections.values() if each.type == "auth")):
-        try:
-            yield from predicate.comparisons(
-                resolve_rule(rule, collections, collection, auth).where
-            )
-        except RuleError:
-            continue  # it denies these callers
 
 
 def _double_column(term: predicate.Term) -> str | None:
@@ -251,16 +211,10 @@ def _delete_warnings(collections: Collections, collection: Collection) -> Iterat
     """Yield rules that read columns which the WAL of a DELETE lacks under the replica identity."""
     table = collection.table
     for key, _, _ in parsed_rules(collection):
-        read = {
-            name
-            for predicate in reference_queries(collections, collection, key)
-            for name in predicate.column_names
-        }
-        lacking = [
-            column
-            for column in table.columns
-            if column.name in read - {*table.replica_identity_columns} and not column.is_generated
-        ]
+        queries = reference_queries(collections, collection, key)
+        read = {name for query in queries for name in query.column_names}
+        unlogged = read - {*table.replica_identity_columns}
+        lacking = [c for c in table.columns if c.name in unlogged and not c.is_generated]
         if lacking:
             missing = _quoted_list(lacking)
             message = (
@@ -271,14 +225,8 @@ def _delete_warnings(collections: Collections, collection: Collection) -> Iterat
                     f"; an update that leaves a long {_quoted_list(long)} unchanged may be reported"
                     " as a gap if other changes follow at once"
                 )
-            yield ConfigProblem(
-                f"collections.{collection.name}.{key}",
-                message,
-                " ".join(
-                    f"ALTER TABLE {quote_table_name(name)} REPLICA IDENTITY FULL;"
-                    for name in table.leaves or [table.name]
-                ),
-            )
+            hint = alter_leaf_tables(table, "REPLICA IDENTITY FULL")
+            yield ConfigProblem(f"collections.{collection.name}.{key}", message, hint)
             return  # one statement fixes it for both rules
 
 

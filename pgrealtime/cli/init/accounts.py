@@ -12,17 +12,11 @@ from pgrealtime.collections.model import FieldKind
 from pgrealtime.config.model import CollectionLoginConfig
 
 EMAIL_COLUMNS = ("email", "email_address", "emailaddress", "e_mail", "mail")
-
-
 PASSWORD_COLUMNS = (
     *("password_hash", "passwordhash", "hashed_password", "encrypted_password"),
     *("password_digest", "crypted_password", "pass_hash", "pwd_hash", "password", "passwd", "pass"),
 )
-
-
 _USERNAME_COLUMNS = ("username", "user_name", "login", "name")
-
-
 USER_TABLES = (
     *("users", "user", "accounts", "account", "people", "persons", "person", "members", "member"),
     *("customers", "customer", "employees", "employee", "profiles", "profile"),
@@ -43,9 +37,8 @@ def auth_tables(tables: Iterable[Table]) -> frozenset[TableName]:
     Those with an e-mail address and a password; if there is none, the one that is named so.
     """
     tables = list(tables)
-    chosen = {
-        t.name for t in tables if text_column(t, EMAIL_COLUMNS) and text_column(t, PASSWORD_COLUMNS)
-    }
+    needed = (EMAIL_COLUMNS, PASSWORD_COLUMNS)
+    chosen = {t.name for t in tables if all(text_column(t, names) for names in needed)}
     if not chosen:
         named = {t.name.name.lower(): t.name for t in reversed(tables)}
         chosen = {named[name] for name in USER_TABLES if name in named}
@@ -85,9 +78,8 @@ def looks_secret(column: Column) -> bool:
     kind, _ = field_kind_of(column.type)
     words = split_words(column.name)
     # Not password_changed_at, has_password or token_count.
-    is_metadata = kind in (FieldKind.DATE, FieldKind.BOOL) or (
-        kind is FieldKind.NUMBER and len(words) > 1
-    )
+    is_count = kind is FieldKind.NUMBER and len(words) > 1
+    is_metadata = is_count or kind in (FieldKind.DATE, FieldKind.BOOL)
     return _SECRET_PATTERN.search("_".join(words)) is not None and not is_metadata
 
 
@@ -100,11 +92,8 @@ def may_have_credential_ids(draft: CollectionDraft) -> bool:
     An id can't be hidden: it is part of every event of its row.
     """
     key = draft.table.find_column(draft.key_name)
-    if (
-        key is None
-        or field_kind_of(key.type) != (FieldKind.TEXT, False)
-        or key.type.base.name == "uuid"
-    ):
+    is_text = key is not None and field_kind_of(key.type) == (FieldKind.TEXT, False)
+    if key is None or not is_text or key.type.base.name == "uuid":
         return False
     named = {*split_words(draft.table.name.name), *split_words(key.name)}
     return looks_secret(key) or not _CREDENTIAL_WORDS.isdisjoint(named)

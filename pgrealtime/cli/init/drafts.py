@@ -8,19 +8,9 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pgrealtime.catalog.model import Catalog, Column, Table, TableKind
-from pgrealtime.catalog.naming import quote_identifier, quote_table_name
-from pgrealtime.changes import TableName
-from pgrealtime.cli.init.accounts import (
-    PASSWORD_COLUMNS,
-    USER_TABLES,
-    auth_tables,
-    login_config,
-    login_identity,
-    looks_secret,
-    may_have_credential_ids,
-    text_column,
-)
-from pgrealtime.cli.init.model import CollectionDraft, ConfigDraft, TableFault
+from pgrealtime.changes import TableName, quote_identifier, quote_table_name
+from pgrealtime.cli.init import accounts
+from pgrealtime.cli.init.model import CollectionDraft, ConfigDraft, SchemaSurvey, TableFault
 from pgrealtime.cli.init.names import (
     config_table_name,
     field_name,
@@ -43,25 +33,16 @@ from pgrealtime.config.model import (
 from pgrealtime.errors import ConfigProblem
 
 
-def draft_config(
-    catalog: Catalog,
-    *,
-    extensions: Mapping[TableName, str],
-    unreadable: Mapping[TableName, TableFault],
-) -> ConfigDraft:
-    """Return a draft for each table of the catalogue that becomes a collection.
-
-    Args:
-        catalog: Of the schemas to serve.
-        extensions: Tables of extensions, with the extension's name.
-        unreadable: Tables that the role may not read.
-    """
+def draft_config(survey: SchemaSurvey) -> ConfigDraft:
+    """Return a draft for each table of the catalogue that becomes a collection."""
+    catalog, extensions, unreadable = survey.catalog, survey.extensions, survey.unreadable
     left_out = dict(_omitted_tables(catalog, extensions))
-    tables = _sort_tables(
-        [table for name, table in catalog.tables.items() if _is_standalone(table, extensions)],
-        catalog,
-    )
-    drafts = _with_table_faults(_draft_collections(tables), catalog, unreadable)
+    standalone = [t for t in catalog.tables.values() if _is_standalone(t, extensions)]
+    tables = _sort_tables(standalone, catalog)
+    auths = accounts.auth_tables(tables)
+    named = name_collections(tables)
+    drafts = [_draft_collection(name, t, is_auth=t.name in auths) for name, t in named]
+    drafts = _with_table_faults(drafts, catalog, unreadable)
     served = {draft.table.name: draft for draft in drafts if not draft.faults}
     pairs = {
         draft.table.name: pair
@@ -74,9 +55,8 @@ def draft_config(
     related = with_junctions(served, pairs, left_out)
     settled, unfit = _drop_inconsistent(related, catalog)
     finished = {**_with_suggested_rules(settled, catalog), **unfit}
-    return ConfigDraft(
-        drafts=tuple(finished.get(draft.name, draft) for draft in drafts), omitted=left_out
-    )
+    all_drafts = tuple(finished.get(draft.name, draft) for draft in drafts)
+    return ConfigDraft(drafts=all_drafts, omitted=left_out)
 
 
 # -- which tables
@@ -107,7 +87,7 @@ def _omitted_tables(
 
 
 def _sort_tables(tables: Sequence[Table], catalog: Catalog) -> list[Table]:
-    auths = auth_tables(tables)
+    auths = accounts.auth_tables(tables)
     order = {schema: n for n, schema in enumerate(catalog.schemas)}
     return sorted(tables, key=lambda t: (_sort_rank(t, auths), order[t.name.schema], t.name.name))
 
@@ -115,9 +95,9 @@ def _sort_tables(tables: Sequence[Table], catalog: Catalog) -> list[Table]:
 def _sort_rank(table: Table, auths: Container[TableName]) -> int:
     """Return the sort key: auth tables first, of these the one that a ``user_id`` refers to."""
     if table.name not in auths:
-        return len(USER_TABLES) + 1
-    name = table.name.name.lower()
-    return USER_TABLES.index(name) if name in USER_TABLES else len(USER_TABLES)
+        return len(accounts.USER_TABLES) + 1
+    names, name = accounts.USER_TABLES, table.name.name.lower()
+    return names.index(name) if name in names else len(names)
 
 
 # -- drafts of single tables
@@ -142,18 +122,10 @@ def _auth_rule(draft: CollectionDraft) -> str:
     return " && ".join(active + blocked)
 
 
-def _draft_collections(tables: Sequence[Table]) -> list[CollectionDraft]:
-    auths = auth_tables(tables)
-    return [
-        _draft_collection(name, table, is_auth=table.name in auths)
-        for name, table in name_collections(tables)
-    ]
-
-
 def _draft_collection(name: str, table: Table, *, is_auth: bool) -> CollectionDraft:
     key, configured_key = _choose_key(table)
     renames = field_renames(table, key, is_auth=is_auth)
-    login = login_config(table, renames, key) if is_auth else CollectionLoginConfig()
+    login = accounts.login_config(table, renames, key) if is_auth else CollectionLoginConfig()
     config = CollectionConfig(
         table=config_table_name(table.name),
         type="auth" if is_auth else "base",
@@ -165,11 +137,11 @@ def _draft_collection(name: str, table: Table, *, is_auth: bool) -> CollectionDr
     hide = tuple(field_name(draft, column) for column in _columns_to_hide(draft))
     fields = FieldsConfig(rename=renames, hide=hide)
     auth_rule = _auth_rule(draft) if login.password_hash else ""
-    has_passwords = is_auth and text_column(table, PASSWORD_COLUMNS) is not None
+    has_passwords = is_auth and accounts.text_column(table, accounts.PASSWORD_COLUMNS) is not None
     return replace(
         draft,
         config=config.model_copy(update={"fields": fields, "auth_rule": auth_rule}),
-        lacks_identity=has_passwords and not login_identity(table),
+        lacks_identity=has_passwords and not accounts.login_identity(table),
     )
 
 
@@ -181,7 +153,7 @@ def _columns_to_hide(draft: CollectionDraft) -> Iterator[Column]:
             config.type == "auth" and field_name(draft, column) in SECRET_FIELDS
         )
         is_key = column.name in pointing or column.name == draft.key_name
-        if looks_secret(column) and not is_key and not is_in_no_record:
+        if accounts.looks_secret(column) and not is_key and not is_in_no_record:
             yield column
 
 
@@ -202,9 +174,8 @@ def _choose_key(table: Table) -> tuple[str, str]:
         return "id" if "id" in table.primary_key else table.primary_key[0], ""
     if unique:
         return unique[0], unique[0]
-    new = unused_name(
-        "id" if table.find_column("id") is None else "record_id", {c.name for c in table.columns}
-    )
+    names = {c.name for c in table.columns}
+    new = unused_name("record_id" if "id" in names else "id", names)
     return new, new
 
 
@@ -214,7 +185,6 @@ def _choose_key(table: Table) -> tuple[str, str]:
 def _with_table_faults(
     drafts: Sequence[CollectionDraft], catalog: Catalog, unreadable: Mapping[TableName, TableFault]
 ) -> list[CollectionDraft]:
-    """Return the drafts with the faults of their tables and keys."""
     tried = {
         draft.name: draft.config
         if draft.table.find_column(draft.config.id)
@@ -236,11 +206,8 @@ def _with_table_faults(
 def _fix_for(draft: CollectionDraft, problem: ConfigProblem) -> str:
     table = draft.table
     is_keyless = problem.message.startswith("the primary key of ")
-    if (
-        is_keyless
-        and table.kind is not TableKind.PARTITIONED
-        and table.find_column(draft.key_name) is None
-    ):
+    has_key = table.kind is TableKind.PARTITIONED or table.find_column(draft.key_name) is not None
+    if is_keyless and not has_key:
         alter = f"ALTER TABLE {quote_table_name(table.name)}"
         key = quote_identifier(draft.key_name)
         made = f"ADD COLUMN {key} bigint GENERATED ALWAYS AS IDENTITY UNIQUE"
@@ -267,9 +234,7 @@ def _drop_inconsistent(
 
 def _without_relations_to(draft: CollectionDraft, removed: Container[str]) -> CollectionDraft:
     relations = draft.config.relations
-    left = {
-        name: relation for name, relation in relations.items() if relation.collection not in removed
-    }
+    left = {name: r for name, r in relations.items() if r.collection not in removed}
     return replace(draft, config=draft.config.model_copy(update={"relations": left}))
 
 
@@ -293,7 +258,7 @@ def _with_suggested_rules(
         name: replace(
             draft,
             suggested_rule=""
-            if rule == SIGNED_IN_RULE and may_have_credential_ids(draft)
+            if rule == SIGNED_IN_RULE and accounts.may_have_credential_ids(draft)
             else rule,
         )
         for name, draft in drafts.items()

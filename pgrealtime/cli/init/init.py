@@ -53,10 +53,8 @@ WHERE c.oid = ANY (%(oids)s::pg_catalog.oid[])
 async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
     """Write a configuration for the tables of the schemas.
 
-    Args:
-        path: The file, which must not exist; ``-`` is the standard output.
-        url: Of the database; empty uses libpq's PG* variables.
-        schemas: Of two tables with one name, that of the earlier schema keeps it.
+    The file must not exist; ``-`` is the standard output. An empty URL uses libpq's PG* variables.
+    Of two tables with one name, that of the earlier schema keeps it.
 
     Raises:
         DatabaseUnreachableError: The server doesn't answer, or refuses the login.
@@ -73,23 +71,14 @@ async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
         _create_file(path, text)
 
 
-def next_steps_text(path: str, *, lacks_url: bool) -> str:
-    """Return the next steps for the operator, as lines of text.
-
-    Args:
-        path: As for ``write_config``.
-        lacks_url: Whether the URL that the file refers to isn't in the environment.
-    """
+def _next_steps_text(path: str, *, lacks_url: bool) -> str:
+    """Return the next steps; ``lacks_url``: what the file refers to isn't in the environment."""
     file = "the file" if path == STDOUT else path
     option = {STDOUT: " -c FILE", _DEFAULT_FILE: ""}.get(path, f" -c {shlex.quote(path)}")
-    return "\n".join(
-        (
-            f"1. Unlock rules in {file}: read a suggestion, change it, remove its #.",
-            *(["   Set DATABASE_URL to the URL; the file only refers to it."] if lacks_url else []),
-            f"2. pgrealtime check{option}",
-            f"3. pgrealtime run{option}",
-        )
-    )
+    lines = [f"1. Unlock rules in {file}: read a suggestion, change it, remove its #."]
+    if lacks_url:
+        lines.append("   Set DATABASE_URL to the URL; the file only refers to it.")
+    return "\n".join([*lines, f"2. pgrealtime check{option}", f"3. pgrealtime run{option}"])
 
 
 def _exists_error(path: str) -> SetupError:
@@ -132,9 +121,7 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
     return SchemaSurvey(
         catalog=catalog,
         extensions={TableName(s, name): extension for s, name, extension, _ in facts if extension},
-        row_estimates={
-            TableName(s, name): int(rows) for s, name, _, rows in facts if rows is not None
-        },
+        row_estimates={TableName(s, t): int(rows) for s, t, _, rows in facts if rows is not None},
         unreadable={name: TableFault(error.message, error.hint) for name, error in refused.items()},
     )
 
@@ -161,4 +148,4 @@ def init(path: str, url: str, schemas: tuple[str, ...]) -> None:
     with report_errors():
         asyncio.run(write_config(path, url, tuple(dict.fromkeys(schemas))))
     lacks_url = bool(url) and not os.environ.get("DATABASE_URL")
-    click.echo(next_steps_text(path, lacks_url=lacks_url), err=path == STDOUT)
+    click.echo(_next_steps_text(path, lacks_url=lacks_url), err=path == STDOUT)

@@ -6,8 +6,7 @@ from collections.abc import Container, Iterable, Iterator
 from itertools import count
 
 from pgrealtime.catalog.model import Column, Table
-from pgrealtime.catalog.naming import quote_identifier
-from pgrealtime.changes import TableName
+from pgrealtime.changes import TableName, quote_identifier
 from pgrealtime.cli.init.accounts import EMAIL_COLUMNS, text_column
 from pgrealtime.cli.init.model import CollectionDraft
 from pgrealtime.collections.field_kinds import AUTH_FIELD_KINDS, RESERVED_MEMBERS, field_kind_of
@@ -22,10 +21,8 @@ def valid_name(name: str, fallback: str) -> str:
     """Return the name if it is valid in a rule; else without accents and invalid characters."""
     if name_problem(name) is None:
         return name
-    letters = unicodedata.normalize("NFKD", name)
-    valid = _INVALID_CHARACTERS.sub(
-        "_", "".join(c for c in letters if not unicodedata.combining(c))
-    ).strip("_")
+    letters = (c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    valid = _INVALID_CHARACTERS.sub("_", "".join(letters)).strip("_")
     while _VIA_PATTERN.search(valid):
         valid = _VIA_PATTERN.sub("_by_", valid)
     return valid or fallback
@@ -78,26 +75,19 @@ def field_renames(table: Table, key_name: str, *, is_auth: bool) -> dict[str, st
         needing_names = [column for column in needing_names if column != email]
         renames[email.name] = "email"
         taken.add("email")
+    # Not a name that has a meaning in an auth collection, such as "verified".
+    taken |= AUTH_FIELD_KINDS.keys() if is_auth else set()
     for column in needing_names:
-        # Not a name that has a meaning in an auth collection, such as "verified".
-        name = unused_name(
-            valid_name(column.name, "column"),
-            taken | (AUTH_FIELD_KINDS.keys() if is_auth else set()),
-        )
-        renames[column.name] = name
-        taken.add(name)
+        renames[column.name] = unused_name(valid_name(column.name, "column"), taken)
+        taken.add(renames[column.name])
     return renames
 
 
 def _default_field_name(column: Column, table: Table, *, is_auth: bool) -> str:
     """Return the field name of a column that the configuration doesn't rename."""
-    if (
-        is_auth
-        and column.name == "email_visibility"
-        and table.find_column("emailVisibility") is None
-    ):
-        return "emailVisibility"
-    return column.name
+    has_own_column = table.find_column("emailVisibility") is not None
+    is_visibility = is_auth and column.name == "email_visibility" and not has_own_column
+    return "emailVisibility" if is_visibility else column.name
 
 
 def _fits_auth_kind(name: str, column: Column, *, is_auth: bool) -> bool:
@@ -108,12 +98,10 @@ def _fits_auth_kind(name: str, column: Column, *, is_auth: bool) -> bool:
 
 def field_name(draft: CollectionDraft, column: Column) -> str:
     """Return the name of a column's field in a draft."""
+    if column.name == draft.key_name:
+        return "id"
     default_name = _default_field_name(column, draft.table, is_auth=draft.config.type == "auth")
-    return (
-        "id"
-        if column.name == draft.key_name
-        else draft.config.fields.rename.get(column.name, default_name)
-    )
+    return draft.config.fields.rename.get(column.name, default_name)
 
 
 def config_table_name(name: TableName) -> str:

@@ -87,9 +87,8 @@ def with_junctions(
         draft = drafts[pair.source_collection]
         taken = {field_name(draft, column) for column in draft.table.columns}
         taken |= {"id", *RESERVED_MEMBERS, *draft.config.relations}
-        junction_field = unused_name(
-            valid_name(_suffix_after(pair.table, draft.name) or name.name, "pairs"), taken
-        )
+        wanted = valid_name(_suffix_after(pair.table, draft.name) or name.name, "pairs")
+        junction_field = unused_name(wanted, taken)
         relation = RelationConfig(
             collection=pair.target_collection,
             through=config_table_name(name),
@@ -110,9 +109,8 @@ def _with_chosen_foreign_keys(
     relations: dict[str, RelationConfig] = {}
     unfit: set[str] = set()
     for column in draft.table.columns:
-        targets = sorted(
-            {other.name for _, other in _referenced_drafts(draft.table, column.name, served)}
-        )
+        referenced = _referenced_drafts(draft.table, column.name, served)
+        targets = sorted({other.name for _, other in referenced})
         if column.name == draft.key_name or not targets:
             continue
         if field_kind_of(column.type)[0] not in (FieldKind.TEXT, FieldKind.NUMBER):

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator
 import yaml
 
 from pgrealtime.catalog.model import ReplicaIdentity, Table
-from pgrealtime.catalog.naming import quote_table_name
+from pgrealtime.changes import quote_table_name
 from pgrealtime.cli.init.accounts import may_have_credential_ids
 from pgrealtime.cli.init.drafts import draft_config
 from pgrealtime.cli.init.model import CollectionDraft, ConfigDraft, SchemaSurvey
 from pgrealtime.cli.init.rule_suggestions import SIGNED_IN_RULE
 from pgrealtime.config.model import RelationConfig
+from pgrealtime.explain.text import escape_unprintable
 
 _LINE_WIDTH = 100
 
@@ -21,13 +22,9 @@ _LINE_WIDTH = 100
 def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
     """Return the configuration as YAML with comments.
 
-    Args:
-        survey: The tables.
-        is_url_known: Whether the database was given by a URL, not by libpq's variables.
+    ``is_url_known``: the database was given by a URL, not by libpq's variables.
     """
-    config_draft = draft_config(
-        survey.catalog, extensions=survey.extensions, unreadable=survey.unreadable
-    )
+    config_draft = draft_config(survey)
     lines = [
         *_HEADER,
         "version: 1",
@@ -123,14 +120,13 @@ def _replica_identity_lines(table: Table) -> Iterator[str]:
         " values that it leaves unchanged. For rules that need more:"
     )
     for name in table.leaves or (table.name,):
-        table_name = _escape_unprintable(quote_table_name(name))
-        yield f"#   ALTER TABLE {table_name} REPLICA IDENTITY FULL;"
+        yield f"#   ALTER TABLE {escape_unprintable(quote_table_name(name))} REPLICA IDENTITY FULL;"
 
 
 def _fix_lines(fix: str) -> Iterator[str]:
     if fix.endswith(";"):
         for statement in re.split("(?<=;) (?=ALTER|GRANT)", fix):
-            yield f"#   {_escape_unprintable(statement)}"
+            yield f"#   {escape_unprintable(statement)}"
     elif fix:
         yield from _comment_lines(f"{fix.removesuffix('.')}.", indent="  ")
 
@@ -167,11 +163,8 @@ def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
         yield "    # Secrets, as their names suggest: for superusers only."
         yield f"    hide: {_yaml_list(fields.hide)}"
     if fields.rename:
-        renames = ", ".join(
-            f"{_yaml_key(name)}: {_yaml_value(new_name)}"
-            for name, new_name in fields.rename.items()
-        )
-        yield f"    rename: {{{renames}}}"
+        renames = [f"{_yaml_key(name)}: {_yaml_value(new)}" for name, new in fields.rename.items()]
+        yield f"    rename: {{{', '.join(renames)}}}"
 
 
 def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
@@ -184,24 +177,17 @@ def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
         yield f"    {_yaml_key(name)}: {_relation_mapping(relation)}"
     if draft.guessed_relations:
         yield "  # Guessed from the names; there is no foreign key:"
-    guessed = [
-        f"{_yaml_key(name)}: {_relation_mapping(guess)}"
-        for name, guess in draft.guessed_relations.items()
-    ]
-    if guessed and not relations:
-        yield _commented_out(
-            f"  relations: {{{', '.join(guessed)}}}"
-        )  # one line, so that one # enables all
+    guesses = draft.guessed_relations.items()
+    guessed = [f"{_yaml_key(name)}: {_relation_mapping(guess)}" for name, guess in guesses]
+    if guessed and not relations:  # one line, so that one # enables all
+        yield _commented_out(f"  relations: {{{', '.join(guessed)}}}")
     elif guessed:
         yield from (_commented_out(f"    {line}") for line in guessed)
 
 
 def _relation_mapping(relation: RelationConfig) -> str:
-    keys = ("collection", "through", "source", "target")
-    pairs = [
-        f"{key}: {_yaml_value(getattr(relation, key))}" for key in keys if getattr(relation, key)
-    ]
-    return f"{{{', '.join(pairs)}}}"
+    settings = relation.model_dump().items()
+    return f"{{{', '.join(f'{key}: {_yaml_value(text)}' for key, text in settings if text)}}}"
 
 
 def _login_lines(draft: CollectionDraft) -> Iterator[str]:
@@ -239,24 +225,19 @@ _BLANK_OR_BREAK = re.compile(r"\s+")
 def _comment_lines(text: str, indent: str = "") -> Iterator[str]:
     """Yield the lines of a comment; characters that can't be printed are escaped as in Python."""
     width = _LINE_WIDTH - 4 - len(indent)
-    printable = _escape_unprintable(_BLANK_OR_BREAK.sub(" ", text))
-    yield from (
-        f"# {indent}{line}" for line in textwrap.wrap(printable, width, break_on_hyphens=False)
-    )
-
-
-def _escape_unprintable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    printable = escape_unprintable(_BLANK_OR_BREAK.sub(" ", text))
+    for line in textwrap.wrap(printable, width, break_on_hyphens=False):
+        yield f"# {indent}{line}"
 
 
 def _yaml_key(text: str) -> str:
     """Return the text as a YAML key. Variables aren't substituted in keys."""
-    style = None if text.isprintable() else '"'
+    is_plain = text.isprintable()
     dumped = yaml.safe_dump(
         [text],
         default_flow_style=True,
-        default_style=style,
-        allow_unicode=text.isprintable(),
+        default_style=None if is_plain else '"',
+        allow_unicode=is_plain,
         width=math.inf,
     )
     return dumped.strip()[1:-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.errors import RuleError
@@ -64,12 +64,9 @@ class _OwnerPath:
 
     def via_relation(self, relation: Field) -> _OwnerPath:
         """Return the path from a row whose relation leads to the row where this path begins."""
-        is_certain = (
-            self.is_never_empty and relation.column is not None and relation.column.not_null
-        )
-        return _OwnerPath(
-            f"{relation.name}.{self.path}", self.auth_collection, is_certain, self.is_multiple
-        )
+        is_filled = relation.column is not None and relation.column.not_null
+        path = f"{relation.name}.{self.path}"
+        return replace(self, path=path, is_never_empty=self.is_never_empty and is_filled)
 
     def __str__(self) -> str:
         return f"{self.path} {'?=' if self.is_multiple else '='} @request.auth.id"
@@ -87,9 +84,8 @@ class RuleSuggestions:
         sharing = defaultdict(list)
         for other in self.collections.values():
             if other.type != "auth" and not _SHARING_WORDS.isdisjoint(split_words(other.name)):
-                for field_ in other.fields:
-                    if field_.relation is not None and _is_single_relation(field_):
-                        sharing[field_.relation.collection_name].append((other, field_))
+                for field_, target in _single_relations(other):
+                    sharing[target].append((other, field_))
         object.__setattr__(self, "_sharing_collections", sharing)
 
     def suggest_rule(self, name: str) -> str:
@@ -110,9 +106,9 @@ class RuleSuggestions:
         owned = " || ".join(map(str, paths))
         guard = self._guard(paths)
         if guard:
-            owned = f"{guard} && {_parenthesized(owned) if len(paths) > 1 else owned}"
+            owned = f"{guard} && ({owned})" if len(paths) > 1 else f"{guard} && {owned}"
         if public:
-            return f"{public} = true || {_parenthesized(owned) if guard else owned}"
+            return f"{public} = true || ({owned})" if guard else f"{public} = true || {owned}"
         return owned
 
     def _guard(self, owner_paths: Sequence[_OwnerPath]) -> str:
@@ -147,14 +143,9 @@ class RuleSuggestions:
 
     def _parents(self, collection: Collection) -> list[tuple[Field, Collection]]:
         """Return the collections that rows refer to, those of NOT NULL columns first."""
-        parents = [
-            (field_, self.collections[field_.relation.collection_name])
-            for field_ in collection.fields
-            if field_.relation is not None and _is_single_relation(field_)
-        ]
-        return sorted(
-            parents, key=lambda parent: not (parent[0].column and parent[0].column.not_null)
-        )
+        relations = _single_relations(collection)
+        parents = [(field_, self.collections[target]) for field_, target in relations]
+        return sorted(parents, key=lambda p: not (p[0].column and p[0].column.not_null))
 
     def _direct_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the paths to the account itself, to owners, and to those the row is shared with."""
@@ -176,36 +167,23 @@ class RuleSuggestions:
                 yield _OwnerPath("id", other.name, is_never_empty=True)
 
     def _field_owner_paths(self, collection: Collection) -> list[_OwnerPath]:
-        relations = [
-            field_
-            for field_ in collection.fields
-            if field_.relation is not None
-            and _is_single_relation(field_)
-            and self.collections[field_.relation.collection_name].type == "auth"
+        paths = [
+            _OwnerPath(f.name, target, is_never_empty=f.column is not None and f.column.not_null)
+            for f, target in _single_relations(collection)
+            if self.collections[target].type == "auth"
         ]
-        owners = [
-            field_ for field_ in relations if _ACTOR_WORDS.isdisjoint(split_words(field_.name))
-        ]
-        return [
-            _OwnerPath(
-                field_.name,
-                field_.relation.collection_name,
-                is_never_empty=field_.column is not None and field_.column.not_null,
-            )
-            for field_ in owners or relations
-            if field_.relation is not None
-        ]
+        return [p for p in paths if _ACTOR_WORDS.isdisjoint(split_words(p.path))] or paths
 
     def _junction_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the accounts that a junction table gives access."""
         for field_ in collection.fields:
             if field_.relation is None or field_.relation.junction is None:
                 continue
-            is_shared = not _SHARING_WORDS.isdisjoint(
-                split_words(field_.name)
-            ) and _RULE_FIELD_PATTERN.fullmatch(field_.name)
-            if is_shared and self.collections[field_.relation.collection_name].type == "auth":
-                yield _OwnerPath(field_.name, field_.relation.collection_name, is_multiple=True)
+            name, target = field_.name, field_.relation.collection_name
+            is_shared = not _SHARING_WORDS.isdisjoint(split_words(name))
+            is_usable = _RULE_FIELD_PATTERN.fullmatch(name) is not None
+            if is_shared and is_usable and self.collections[target].type == "auth":
+                yield _OwnerPath(name, target, is_multiple=True)
 
     def _membership_owner_paths(self, collection: Collection) -> Iterator[_OwnerPath]:
         """Yield the accounts in rows of other collections that give access, such as memberships."""
@@ -219,15 +197,11 @@ class RuleSuggestions:
 
         Only for collections without any path to their owners.
         """
-        auths = [
-            collection for collection in self.collections.values() if collection.type == "auth"
-        ]
+        auths = [c for c in self.collections.values() if c.type == "auth"]
         for collection in self.collections.values() if auths else ():
             if self._owner_paths(collection):
                 continue
-            by_column = {
-                field_.column.name: field_ for field_ in collection.fields if field_.column
-            }
+            by_column = {f.column.name: f for f in collection.fields if f.column}
             for name in _OWNER_COLUMNS:
                 field_ = by_column.get(name)
                 if field_ and _may_hold_id(field_) and field_.type.base == auths[0].key.type.base:
@@ -235,10 +209,11 @@ class RuleSuggestions:
                     break
 
 
-def _is_single_relation(field_: Field) -> bool:
-    """Whether the field is a relation to one record, under a name that rules can use."""
-    is_valid_name = _RULE_FIELD_PATTERN.fullmatch(field_.name) is not None
-    return field_.relation is not None and field_.column is not None and is_valid_name
+def _single_relations(collection: Collection) -> Iterator[tuple[Field, str]]:
+    """Yield the relations to one record, under names that rules can use, with their targets."""
+    for field_ in collection.fields:
+        if field_.relation and field_.column and _RULE_FIELD_PATTERN.fullmatch(field_.name):
+            yield field_, field_.relation.collection_name
 
 
 def _may_hold_id(field_: Field) -> bool:
@@ -254,7 +229,3 @@ def _public_field(collection: Collection) -> str:
         if field_.kind is FieldKind.BOOL and not field_.is_multiple and collection.type != "auth"
     }
     return next((name for name in _PUBLIC_FIELDS if name in flags), "")
-
-
-def _parenthesized(text: str) -> str:
-    return f"({text})"

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.config.load import parse_config
 from pgrealtime.errors import underline_span
 from pgrealtime.rules.rule_set import syntax_problems
+from tests.config_values import parse_config
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from pgrealtime.collections.model import (
     derive_collection_id,
 )
 from pgrealtime.collections.names import configured_table_names
-from pgrealtime.config.load import parse_config
 from pgrealtime.errors import ConfigError, ConfigProblem
 from tests.column_types import array_of, base_type
+from tests.config_values import parse_config
 
 # -- short constructors for catalogues
 

@@ -9,11 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgrealtime.config.load import _parse_document, load_config, parse_config, read_config
+from pgrealtime.config.load import _parse_document, load_config, read_config
 from pgrealtime.config.model import Config, Section
-from pgrealtime.config.secret_files import refuse_secret_file
 from pgrealtime.config.sources import parse_yaml
 from pgrealtime.errors import ConfigError, ConfigProblem
+from tests.config_values import parse_config, refuse_secret_file
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "config").glob("*.yaml"))
 

@@ -21,7 +21,7 @@ from pgrealtime.auth.record import digest_token_key
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import Row, Update, WholeRow
 from pgrealtime.collections.build import build_collections
-from pgrealtime.config.load import ConfigLocations, ParsedConfig, parse_config
+from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import AuthError, DatabaseUnreachableError
 from pgrealtime.feed.intake import Intake
@@ -32,6 +32,7 @@ from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
 from pgrealtime.service.parts import ServiceParts
 from pgrealtime.service.reload import Reloader
+from tests.config_values import parse_config
 from tests.unit.hub.harness import (
     COLLECTIONS,
     NOTES,
