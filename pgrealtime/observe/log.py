@@ -86,32 +86,20 @@ def _flatten_error(_logger: WrappedLogger, _method: str, event: EventDict) -> Ev
     """Replace an error of this program by keys for its message, code, detail and hint."""
     error = event.get("error")
     if isinstance(error, PgRealtimeError):
-        event["error"] = error.message
-        event["code"] = error.error_code
-        if error.detail:
-            event["detail"] = error.detail
-        if error.hint:
-            event["hint"] = error.hint
+        event.update(error=error.message, code=error.error_code)
+        event.update({k: v for k in ("detail", "hint") if (v := getattr(error, k))})
     return event
 
 
 def _describe_exc_info(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    error = _exception_of(event.pop("exc_info", None))
-    if error is not None:
+    error = event.pop("exc_info", None)
+    if isinstance(error, tuple):  # as sys.exc_info returns it
+        error = error[1]
+    elif error is True:
+        error = sys.exception()
+    if isinstance(error, BaseException):
         event["exception"] = describe_traceback(error)
     return event
-
-
-def _exception_of(exc_info: object) -> BaseException | None:
-    match exc_info:
-        case BaseException() as error:
-            return error
-        case (_, BaseException() as error, _):
-            return error
-        case True:
-            return sys.exception()
-        case _:
-            return None
 
 
 def _redact_all(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

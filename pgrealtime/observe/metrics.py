@@ -88,102 +88,69 @@ class _CombinedCollector(Collector):
         self._values = values
 
     def collect(self) -> Iterable[Metric]:
-        yield from _hub_families(self._values)
-        yield from _query_families(self._values)
-        yield from _stream_families(self._values)
+        yield from _families(self._values)
         yield from self._registry.collect()
 
 
-def _hub_families(values: MetricValues) -> Iterable[Metric]:
+_HELP = {
+    "build_info": "Versions of pgrealtime and Python.",
+    "connections": "Open connections.",
+    "subscriptions": "Subscriptions of open connections that an event can match.",
+    "events_sent": "Events written to connections.",
+    "connections_closed": "Connections that ended.",
+    "gaps": "Connections that were notified of a gap, or closed for one.",
+    "resumes": "Connections that submitted a position to resume from.",
+    "expensive_filters_refused": "Subscribe calls that were refused because of too many options"
+    " of one kind.",
+    "incomplete_records": "Records that were sent without a column that a later change had"
+    " written.",
+    "rule_query_errors": "Rule statements that failed or were not sent.",
+    "auth_checks": "Authentications of callers by token.",
+    "logins": "Password logins: ok, or the error code.",
+    "replication_changes": "Changes received from the stream.",
+    "replication_breaks": "Times that the stream was interrupted or could not be opened.",
+    "changelog_bytes": "Size of the changes in the changelog.",
+    "replication_connected": "Whether changes are being received.",
+    "replication_lag_bytes": "WAL that was written and is not confirmed yet.",
+    "slot_retained_bytes": "WAL that the server keeps for the slot.",
+}
+"""Metric -> what it counts or measures."""
+
+
+def _families(values: MetricValues) -> Iterable[Metric]:
     versions = (__version__, platform.python_version())
-    yield _gauge(
-        "build_info", "Versions of pgrealtime and Python.", {versions: 1}, "version", "python"
-    )
-    yield _gauge("connections", "Open connections.", values.open_connections)
-    yield _gauge(
-        "subscriptions",
-        "Subscriptions of open connections that an event can match.",
-        values.subscription_counts,
-        "collection",
-    )
-    yield _counter("events_sent", "Events written to connections.", values.events_sent)
-    yield _counter(
-        "connections_closed", "Connections that ended.", values.closed_connections, "reason"
-    )
-    yield _counter(
-        "gaps",
-        "Connections that were notified of a gap, or closed for one.",
-        values.gaps_notified,
-        "reason",
-    )
-    yield _counter(
-        "resumes",
-        "Connections that submitted a position to resume from.",
-        values.resume_outcomes,
-        "result",
-    )
-    yield _counter(
-        "expensive_filters_refused",
-        "Subscribe calls that were refused because of too many options of one kind.",
-        values.refused_subscribe_calls,
-    )
-    yield _counter(
-        "incomplete_records",
-        "Records that were sent without a column that a later change had written.",
-        values.incomplete_records,
-        "collection",
-    )
-
-
-def _query_families(values: MetricValues) -> Iterable[Metric]:
-    yield _counter(
-        "rule_query_errors",
-        "Rule statements that failed or were not sent.",
-        values.rule_query_errors,
-        *("collection", "reason"),
-    )
-    yield _counter(
-        "auth_checks", "Authentications of callers by token.", values.auth_checks, "result"
-    )
-    yield _counter(
-        "logins", "Password logins: ok, or the error code.", values.login_results, "result"
-    )
-
-
-def _stream_families(values: MetricValues) -> Iterable[Metric]:
-    yield _counter(
-        "replication_changes", "Changes received from the stream.", values.changes_received
-    )
-    yield _counter(
-        "replication_breaks",
-        "Times that the stream was interrupted or could not be opened.",
-        values.stream_breaks,
-        "code",
-    )
-    yield _gauge("changelog_bytes", "Size of the changes in the changelog.", values.changelog_bytes)
-    yield _gauge(
-        "replication_connected",
-        "Whether changes are being received.",
-        int(values.is_replication_connected),
-    )
+    yield _gauge("build_info", {versions: 1}, "version", "python")
+    yield _gauge("connections", values.open_connections)
+    yield _gauge("subscriptions", values.subscription_counts, "collection")
+    yield _counter("events_sent", values.events_sent)
+    yield _counter("connections_closed", values.closed_connections, "reason")
+    yield _counter("gaps", values.gaps_notified, "reason")
+    yield _counter("resumes", values.resume_outcomes, "result")
+    yield _counter("expensive_filters_refused", values.refused_subscribe_calls)
+    yield _counter("incomplete_records", values.incomplete_records, "collection")
+    yield _counter("rule_query_errors", values.rule_query_errors, "collection", "reason")
+    yield _counter("auth_checks", values.auth_checks, "result")
+    yield _counter("logins", values.login_results, "result")
+    yield _counter("replication_changes", values.changes_received)
+    yield _counter("replication_breaks", values.stream_breaks, "code")
+    yield _gauge("changelog_bytes", values.changelog_bytes)
+    yield _gauge("replication_connected", int(values.is_replication_connected))
     if values.lag_bytes is not None:
-        help_text = "WAL that was written and is not confirmed yet."
-        yield _gauge("replication_lag_bytes", help_text, values.lag_bytes)
+        yield _gauge("replication_lag_bytes", values.lag_bytes)
     if values.retained_bytes is not None:
-        help_text = "WAL that the server keeps for the slot."
-        yield _gauge("slot_retained_bytes", help_text, values.retained_bytes)
+        yield _gauge("slot_retained_bytes", values.retained_bytes)
 
 
 _Samples: TypeAlias = int | Mapping[str, int] | Mapping[tuple[str, str], int]
 """The value of a metric without labels, or a value for each label or labels."""
 
 
-def _gauge(name: str, help_text: str, samples: _Samples, *labels: str) -> Metric:
-    return _with_samples(GaugeMetricFamily(_PREFIX + name, help_text, labels=labels), samples)
+def _gauge(name: str, samples: _Samples, *labels: str) -> Metric:
+    return _with_samples(GaugeMetricFamily(_PREFIX + name, _HELP[name], labels=labels), samples)
 
 
-def _counter(name: str, help_text: str, samples: _Samples, *labels: str) -> Metric:
-    return _with_samples(CounterMetricFamily(_PREFIX + name, help_text, labels=labels), samples)
+def _counter(name: str, samples: _Samples, *labels: str) -> Metric:
+    return _with_samples(CounterMetricFamily(_PREFIX + name, _HELP[name], labels=labels), samples)
 
 
 def _with_samples(family: _Family, samples: _Samples) -> _Family:
