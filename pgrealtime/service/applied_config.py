@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import TableName
 from pgrealtime.collections.build import build_with_problems
-from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import (
     collection_name_of,
     readable_collections,
@@ -36,11 +36,7 @@ class AppliedConfig:
     def locked_tables(self) -> set[TableName]:
         """The tables of locked collections: no subscriber receives their events."""
         locked = {collection_name_of(problem) for problem in self.problems}
-        return {
-            collection.table.name
-            for collection in self.collections.values()
-            if collection.name in locked
-        }
+        return {c.table.name for c in self.collections.values() if c.name in locked}
 
     @property
     def streamed_tables(self) -> Mapping[TableName, Table]:
@@ -63,15 +59,13 @@ def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
     problems = (*problems, *rule_problems(collections))
     with_problem = {collection_name_of(problem) for problem in problems}
     locked = tuple(
-        _locked(collection) if collection.name in with_problem else collection
-        for collection in collections.values()
+        replace(c, list_rule=None, view_rule=None, manage_rule=None)
+        if c.name in with_problem
+        else c
+        for c in collections.values()
     )
     return AppliedConfig(
         config=config,
         collections=Collections(locked, server_encoding=collections.server_encoding),
         problems=problems,
     )
-
-
-def _locked(collection: Collection) -> Collection:
-    return replace(collection, list_rule=None, view_rule=None, manage_rule=None)

@@ -53,10 +53,6 @@ class RunningService:
     hub: Hub
     reloader: Reloader
 
-    async def reload(self) -> bool:
-        """Apply the configuration as it is now, without a restart; return whether it was."""
-        return await self.reloader.reload()
-
 
 @asynccontextmanager
 async def run_service(
@@ -71,10 +67,8 @@ async def run_service(
     the connections are ended, then the admin port, then the stream and all other tasks, last the
     query pool. A background task that fails ends the block with its error.
 
-    Args:
-        config: To start with.
-        read_config: Reads the configuration again for a reload; by default ``config`` stays.
-        extend_app: Adds routes and middlewares to the public port.
+    ``read_config`` reads the configuration again for a reload; by default ``config`` stays.
+    ``extend_app`` adds routes and middlewares to the public port.
 
     Raises:
         PgRealtimeError: The service can't start.
@@ -84,6 +78,7 @@ async def run_service(
         applied = await _apply_at_start(config, pool)
         await report_unreadable_tables(pool, applied.collections)
         streams, metrics, schema_mismatch = StreamOpener(config), Metrics(), asyncio.Event()
+        unchanged = ParsedConfig(config=config, locations=ConfigLocations(source="configuration"))
         parts = _build_parts(
             config,
             applied,
@@ -96,17 +91,28 @@ async def run_service(
         reloader = Reloader(
             applied,
             parts,
-            read_config=read_config or partial(_unchanged, config),
+            read_config=read_config or (lambda: unchanged),
             read_catalog=partial(read_configured_catalog, pool=pool),
             open_stream=streams.open,
             check_stream=streams.check_reopenable,
             schema_mismatch=schema_mismatch,
         )
         stack.callback(parts.login_service.close)
-        await stack.enter_async_context(background_tasks(_coroutines(parts, reloader)))
-        status = StatusReader(parts)
-        await stack.enter_async_context(serve_admin(config.admin, status, metrics))
-        app = _build_app(config, parts)
+        coroutines = (
+            parts.replication_reader.run(),
+            parts.replication_reader.expire_periodically(),
+            parts.hub.run(),
+            parts.hub.run_timers(),
+            parts.authenticator.run(),
+            reloader.watch_schema(),
+            _watch_standbys(parts.executor, parts.hub),
+        )
+        await stack.enter_async_context(background_tasks(coroutines))
+        await stack.enter_async_context(serve_admin(config.admin, StatusReader(parts), metrics))
+        app = build_app(parts.hub, parts.authenticator, config)
+        LoginRoutes(
+            parts.login_service, parts.authenticator, config.server, parts.own_records
+        ).add_routes(app.router)
         if extend_app is not None:
             extend_app(app)
         port = await stack.enter_async_context(serve_public(app, parts.hub, config.server))
@@ -126,10 +132,6 @@ async def _apply_at_start(config: Config, pool: QueryPool) -> AppliedConfig:
     return AppliedConfig(config=config, collections=collections)
 
 
-def _unchanged(config: Config) -> ParsedConfig:
-    return ParsedConfig(config=config, locations=ConfigLocations(source="configuration"))
-
-
 def _build_parts(
     config: Config,
     applied: AppliedConfig,
@@ -147,11 +149,21 @@ def _build_parts(
     changelog = Changelog(
         LSN(0), max_bytes=config.changelog.max_size, max_age_seconds=config.changelog.max_age
     )
+    settings = HubSettings(
+        limits=config.realtime,
+        logins=applied.logins,
+        allows_guests=config.auth.allow_guests,
+        nulls=config.records.nulls,
+        hidden_fields=config.records.hidden,
+        can_resume=config.changelog.max_age > 0,
+        # What catch-ups ask of PostgreSQL must leave connections to the dispatcher.
+        max_concurrent_catch_ups=max(1, config.database.pool_size // 2),
+    )
     hub = Hub(
         changelog,
         executor,
         collections,
-        _hub_settings(config, applied),
+        settings,
         on_schema_mismatch=on_schema_mismatch,
         wait_for_changelog=lambda lsn: reader.wait_for_changelog(lsn),  # noqa: PLW0108 (made below)
         refresh_schema=refresh_schema,
@@ -183,38 +195,6 @@ def _build_parts(
         own_records=OwnRecordRenderer(
             executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
         ),
-    )
-
-
-def _hub_settings(config: Config, applied: AppliedConfig) -> HubSettings:
-    return HubSettings(
-        limits=config.realtime,
-        logins=applied.logins,
-        allows_guests=config.auth.allow_guests,
-        nulls=config.records.nulls,
-        hidden_fields=config.records.hidden,
-        can_resume=config.changelog.max_age > 0,
-        # What catch-ups ask of PostgreSQL must leave connections to the dispatcher.
-        max_concurrent_catch_ups=max(1, config.database.pool_size // 2),
-    )
-
-
-def _build_app(config: Config, parts: ServiceParts) -> web.Application:
-    app = build_app(parts.hub, parts.authenticator, config)
-    routes = LoginRoutes(parts.login_service, parts.authenticator, config.server, parts.own_records)
-    routes.add_routes(app.router)
-    return app
-
-
-def _coroutines(parts: ServiceParts, reloader: Reloader) -> tuple[Coroutine[Any, Any, None], ...]:
-    return (
-        parts.replication_reader.run(),
-        parts.replication_reader.expire_periodically(),
-        parts.hub.run(),
-        parts.hub.run_timers(),
-        parts.authenticator.run(),
-        reloader.watch_schema(),
-        _watch_standbys(parts.executor, parts.hub),
     )
 
 

@@ -28,11 +28,7 @@ delivered; with Python's default of 700, looking for garbage among them took a f
 
 
 async def serve(config: Config, read_config: Callable[[], ParsedConfig]) -> None:
-    """Run the service until SIGTERM or SIGINT; reload its configuration on SIGHUP.
-
-    Args:
-        config: To start with.
-        read_config: Reads the configuration again, for a reload.
+    """Run the service until SIGTERM or SIGINT; at SIGHUP apply what ``read_config`` returns.
 
     Raises:
         PgRealtimeError: The service can't start, or can't continue.
@@ -97,4 +93,4 @@ async def _reload_on_signal(hangup: asyncio.Event, service: RunningService) -> N
     while True:
         await hangup.wait()
         hangup.clear()
-        await service.reload()
+        await service.reloader.reload()

@@ -16,12 +16,7 @@ log = structlog.get_logger(__name__)
 
 
 class PublicationWatch:
-    """Compares a publication with the streamed tables, and logs what is wrong with it.
-
-    Args:
-        pool: To read the publication.
-        publication: Its name.
-    """
+    """Compares a publication with the streamed tables, and logs what is wrong with it."""
 
     def __init__(self, pool: QueryPool, publication: str) -> None:
         self._pool = pool

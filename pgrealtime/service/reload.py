@@ -6,7 +6,7 @@ Connections stay open; the events that follow are evaluated with what was applie
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import TypeAlias
 
@@ -40,9 +40,6 @@ _MIN_REFRESH_SECONDS = 1.0
 _RELOADABLE_SECTIONS = ("collections", "auth")
 """Sections that a reload applies; the others need a restart."""
 
-ReadCatalog: TypeAlias = Callable[[Config], Awaitable[Catalog]]
-OpenStreamFor: TypeAlias = Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]]
-
 
 class _SchemaRead:
     """One read of the catalogue, which callers may wait for."""
@@ -50,11 +47,6 @@ class _SchemaRead:
     def __init__(self) -> None:
         self.is_applied = False
         self.completed = asyncio.Event()
-
-    def mark_applied(self) -> None:
-        """Report that the schema is in force."""
-        self.is_applied = True
-        self.completed.set()
 
 
 class Reloader:
@@ -77,8 +69,8 @@ class Reloader:
         parts: ServiceParts,
         *,
         read_config: Callable[[], ParsedConfig],
-        read_catalog: ReadCatalog,
-        open_stream: OpenStreamFor,
+        read_catalog: Callable[[Config], Awaitable[Catalog]],
+        open_stream: Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]],
         check_stream: Callable[[AppliedConfig], Awaitable[None]],
         schema_mismatch: asyncio.Event,
     ) -> None:
@@ -91,8 +83,7 @@ class Reloader:
         self._schema_mismatch = schema_mismatch
         self._streamed_tables = applied.streamed_tables
         """Of the current stream; differs from ``applied`` while the stream can't be switched."""
-        publication = applied.config.replication.publication
-        self._publication = PublicationWatch(parts.pool, publication)
+        self._publication = PublicationWatch(parts.pool, applied.config.replication.publication)
         self._lock = asyncio.Lock()
         self._current_read, self._next_read = _SchemaRead(), _SchemaRead()
         self._refresh_requested = asyncio.Event()
@@ -110,11 +101,20 @@ class Reloader:
                 parsed = self._read_config()
                 await self._apply(await self._fit_config(parsed))
             except PgRealtimeError as error:
-                _log_rejected(error)
+                is_list = isinstance(error, ConfigError)
+                problems = error.detail.splitlines() if is_list else [str(error)]
+                log.error(  # noqa: TRY400 (the traceback says nothing more)
+                    "config.rejected",
+                    code=error.error_code,
+                    reason=error.message,
+                    problems=problems,
+                )
                 return False
             await self._check_publication()
             await report_unreadable_tables(self._parts.pool, self._applied.collections)
-            if waiting := _sections_needing_restart(parsed.require_valid(), self._applied.config):
+            read, running = parsed.require_valid(), self._applied.config
+            names = Config.model_fields
+            if waiting := [n for n in names if getattr(read, n) != getattr(running, n)]:
                 log.warning("config.restart_needed", sections=waiting)
             log.info(
                 "config.reloaded",
@@ -199,9 +199,8 @@ class Reloader:
         stream = self._parts.replication_reader.stream
         if stream is None or stream.slot.plugin != "pgoutput":
             return
-        if changed := await self._publication.find_tables_with_gap(
-            list(self._streamed_tables.values())
-        ):
+        tables = list(self._streamed_tables.values())
+        if changed := await self._publication.find_tables_with_gap(tables):
             self._parts.intake.append_gap("schema", changed)
 
     # -- applying
@@ -232,7 +231,8 @@ class Reloader:
         if replaced := _tables_with_gap(before, applied, known, wanted):
             parts.intake.append_gap("schema", replaced)
         # Events wait for this; switching the stream takes longer, and they don't need it.
-        self._current_read.mark_applied()
+        self._current_read.is_applied = True
+        self._current_read.completed.set()
         if applied.streamed_tables != self._streamed_tables:
             await self._try_switch_stream(applied)
 
@@ -295,13 +295,6 @@ def _tables_with_gap(
     return frozenset(replaced | (before.locked_tables - after.locked_tables))
 
 
-def _sections_needing_restart(configured: Config, running: Config) -> list[str]:
-    """Return the sections in which the file differs from what is in force."""
-    return [
-        name for name in Config.model_fields if getattr(configured, name) != getattr(running, name)
-    ]
-
-
 async def report_unreadable_tables(pool: QueryPool, collections: Collections) -> None:
     """Log each table that the role may not read in full: rules that read it deny everyone."""
     tables = reachable_tables(collections).values()
@@ -321,28 +314,15 @@ async def report_unreadable_tables(pool: QueryPool, collections: Collections) ->
         )
 
 
-def _log_rejected(error: PgRealtimeError) -> None:
-    problems = error.detail.splitlines() if isinstance(error, ConfigError) else [str(error)]
-    log.error("config.rejected", code=error.error_code, reason=error.message, problems=problems)
-
-
 def _log_schema_change(before: AppliedConfig, after: AppliedConfig) -> None:
-    log.warning("schema.changed", collections=sorted(_changed_collections(before, after)))
+    names = before.collections.keys() | after.collections.keys()
+    changed = [n for n in names if before.collections.get(n) != after.collections.get(n)]
+    log.warning("schema.changed", collections=sorted(changed))
     for problem in after.problems:
         if problem not in before.problems:
-            keys = {
-                "collection": collection_name_of(problem),
-                "path": problem.path,
-                "reason": problem.message,
-                "hint": problem.hint or None,
-            }
+            keys: dict[str, str | None] = {"collection": collection_name_of(problem)}
+            keys |= {"path": problem.path, "reason": problem.message, "hint": problem.hint or None}
             if problem.path.endswith("_rule"):
                 log.error("rule.rejected", **keys)
             else:
                 log.error("collection.locked", **keys)
-
-
-def _changed_collections(before: AppliedConfig, after: AppliedConfig) -> Iterator[str]:
-    for name in before.collections.keys() | after.collections.keys():
-        if before.collections.get(name) != after.collections.get(name):
-            yield name

@@ -20,11 +20,7 @@ log = structlog.get_logger(__name__)
 
 
 class StreamOpener:
-    """Opens streams with the database, slot and size limits of a configuration.
-
-    Args:
-        config: The one that the process was started with; these sections need a restart.
-    """
+    """Opens streams with the database, slot and size limits that the process was started with."""
 
     def __init__(self, config: Config) -> None:
         self._url = config.database.url
@@ -33,13 +29,12 @@ class StreamOpener:
 
     def open(self, applied: AppliedConfig) -> AbstractAsyncContextManager[WalStream]:
         """Open a stream of the tables in force."""
-        collections = applied.readable_collections.values()
         return open_stream(
             self._url,
             self._replication,
             list(applied.streamed_tables.values()),
             record_keys={
-                collection.table.name: (collection.key.name,) for collection in collections
+                c.table.name: (c.key.name,) for c in applied.readable_collections.values()
             },
             max_transaction_bytes=self._max_transaction_bytes,
             on_wait=_log_slot_wait,
