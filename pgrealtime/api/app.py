@@ -67,13 +67,12 @@ def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.App
     app[BODY_READER_KEY] = BodyReader()
     app.on_response_prepare.append(middleware.add_headers)
     realtime = RealtimeRoutes(hub, authenticator, config.server, config.realtime)
-    path = f"{config.server.base_path}/api"
     app.on_shutdown.append(realtime.close_streams)
-    app.router.add_get(f"{path}/realtime", realtime.handle_connect)
-    app.router.add_post(
-        f"{path}/realtime", realtime.handle_subscribe, expect_handler=_handle_expect
-    )
-    app.router.add_get(f"{path}/health", _health_handler(authenticator, config.server))
+    path = f"{config.server.base_path}/api/realtime"
+    app.router.add_get(path, realtime.handle_connect)
+    app.router.add_post(path, realtime.handle_subscribe, expect_handler=_handle_expect)
+    health_path = f"{config.server.base_path}/api/health"
+    app.router.add_get(health_path, _health_handler(authenticator, config.server))
     return app
 
 

@@ -15,13 +15,8 @@ from typing import Final, TypeVar
 
 from aiohttp import web
 
-from pgrealtime.api.error_responses import (
-    BAD_REQUEST,
-    BODY_TOO_LARGE,
-    REQUEST_TIMEOUT,
-    TOO_MANY_REQUESTS,
-    RequestRefusedError,
-)
+from pgrealtime.api import error_responses
+from pgrealtime.api.error_responses import RequestRefusedError
 from pgrealtime.fairness import FairLock, client_network
 
 _Content = TypeVar("_Content")
@@ -97,9 +92,9 @@ class BodyReader:
             body = _BodyBuffer(body.network)
             return await asyncio.shield(parsing)
         except TimeoutError as error:
-            raise RequestRefusedError(REQUEST_TIMEOUT) from error
+            raise RequestRefusedError(error_responses.REQUEST_TIMEOUT) from error
         except web.RequestPayloadError as error:
-            raise RequestRefusedError(BAD_REQUEST) from error
+            raise RequestRefusedError(error_responses.BAD_REQUEST) from error
         finally:
             self._free(body)
 
@@ -107,7 +102,7 @@ class BodyReader:
         async for chunk in request.content.iter_any():
             body.append(chunk)
             if body.size_bytes > max_bytes:
-                raise RequestRefusedError(BODY_TOO_LARGE)
+                raise RequestRefusedError(error_responses.BODY_TOO_LARGE)
             # Counted as bytes arrive: a client may declare no length, or much and send nothing,
             # which would lock out its network. What was counted as small stays so until the end.
             if body.size_bytes > LARGE_BODY_BYTES:
@@ -154,7 +149,7 @@ class _ByteQuota:
         if self._by_network[network] + size_bytes > self._max_per_network or (
             self._max_total is not None and total > self._max_total
         ):
-            raise RequestRefusedError(TOO_MANY_REQUESTS)
+            raise RequestRefusedError(error_responses.TOO_MANY_REQUESTS)
         self._by_network[network] += size_bytes
         self.total_bytes = total
 

@@ -3,14 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
-from pgrealtime.api.error_responses import (
-    BLANK_MEMBER,
-    LENGTH_OUT_OF_RANGE,
-    MAX_TEXT_BYTES,
-    MemberFault,
-    MemberFaults,
-    length_too_long,
-)
+from pgrealtime.api import error_responses
+from pgrealtime.api.error_responses import MemberFault, MemberFaults
 from pgrealtime.errors import SubscriptionError
 from pgrealtime.protocol.forms import FormError, bind_body
 from pgrealtime.protocol.json_reader import JsonError
@@ -48,13 +42,13 @@ def find_call_faults(call: SubscribeBody) -> MemberFaults:
     """Return the invalid members of a call, empty if there are none. Lengths are in bytes."""
     faults: dict[str, MemberFault | MemberFaults] = {}
     if not call.client_id:
-        faults["clientId"] = BLANK_MEMBER
-    elif len(call.client_id.encode()) > MAX_TEXT_BYTES:
-        faults["clientId"] = LENGTH_OUT_OF_RANGE
+        faults["clientId"] = error_responses.BLANK_MEMBER
+    elif len(call.client_id.encode()) > error_responses.MAX_TEXT_BYTES:
+        faults["clientId"] = error_responses.LENGTH_OUT_OF_RANGE
     if len(call.topic_texts) > _MAX_SUBSCRIPTIONS:
-        faults["subscriptions"] = length_too_long(_MAX_SUBSCRIPTIONS)
+        faults["subscriptions"] = error_responses.length_too_long(_MAX_SUBSCRIPTIONS)
     elif too_long := {
-        str(index): length_too_long(_MAX_SUBSCRIPTION_BYTES)
+        str(index): error_responses.length_too_long(_MAX_SUBSCRIPTION_BYTES)
         for index, text in enumerate(call.topic_texts)
         if len(text.encode()) > _MAX_SUBSCRIPTION_BYTES
     }:

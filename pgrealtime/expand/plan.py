@@ -237,8 +237,7 @@ class ExpandCompiler:
     def _resolve_hop(self, source: Collection, name: str) -> RelationHop | None:
         if back := _BACK_RELATION.fullmatch(name):
             # Unlike in topics and rules, the collection's name is matched without case.
-            folded = self._by_folded_name.get(back[1].casefold())
-            owner = self._collections.find(back[1]) or folded
+            owner = self._collections.find(back[1]) or self._by_folded_name.get(back[1].casefold())
             field = None if owner is None else owner.fields_by_name.get(back[2])
             if owner is None or field is None or field.relation is None:
                 return None
