@@ -14,19 +14,9 @@ from operator import attrgetter
 from typing import TypeAlias
 
 from pgrealtime.auth.principal import AuthRecord, Guest, Principal, Superuser
+from pgrealtime.rules.language import sqlite_values
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.language.sqlite_values import (
-    LoweredNumber,
-    Scalar,
-    ascii_lower,
-    double_or_exact_integer,
-    exact_number,
-    json_in_jsonb_order,
-    like_pattern,
-    looks_numeric,
-    sqlite_text,
-    storable,
-)
+from pgrealtime.rules.language.sqlite_values import Scalar
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +140,10 @@ def parameter_class(value: Scalar) -> ParameterClass:
             return ParameterClass.ABSENT
         case "":
             return ParameterClass.EMPTY
-        case str() if looks_numeric(value):
+        case str() if sqlite_values.looks_numeric(value):
             return ParameterClass.NUMERIC_TEXT
         case str():
-            pattern = like_pattern(value)
+            pattern = sqlite_values.like_pattern(value)
             is_dangling = (len(pattern) - len(pattern.rstrip("\\"))) % 2
             return ParameterClass.DANGLING_ESCAPE if is_dangling else ParameterClass.TEXT
         case int():
@@ -166,7 +156,7 @@ def fixed_parameter_class(parameter: Parameter) -> ParameterClass | None:
     """Return the class that the parameter has for every request, or None if that differs."""
     match parameter:
         case LiteralParameter(value):
-            return parameter_class(storable(value))
+            return parameter_class(sqlite_values.storable(value))
         case Macro():
             any_time = datetime(2000, 1, 1, tzinfo=UTC)
             return parameter_class(_macro_value(parameter, any_time))
@@ -183,9 +173,9 @@ def parameter_value(
     """
     match parameter:
         case LiteralParameter(value):
-            return storable(value)
+            return sqlite_values.storable(value)
         case LiftedLiteral(index):
-            return storable(literals[index])
+            return sqlite_values.storable(literals[index])
         case RequestValue():
             return _request_value(parameter, request)
         case Macro():
@@ -210,17 +200,18 @@ def _request_value(parameter: RequestValue, request: RuleRequest) -> Scalar:
     value = _request_member(parameter.path, request)
     if parameter.is_isset:
         return int(value is not None)
-    value = None if value is None else storable(value)
+    value = None if value is None else sqlite_values.storable(value)
     if isinstance(value, str) and parameter.is_read_as_number:
         value = _go_number_or_text(value)
     if not parameter.is_lower or value is None:
         return value
-    text = sqlite_text(value)
+    text = sqlite_values.sqlite_text(value)
     if text is None:
         return None
-    lowered = ascii_lower(text)
-    is_float = isinstance(value, float)
-    return LoweredNumber(lowered, like_pattern(value).lower()) if is_float else lowered
+    lowered = sqlite_values.ascii_lower(text)
+    if not isinstance(value, float):
+        return lowered
+    return sqlite_values.LoweredNumber(lowered, sqlite_values.like_pattern(value).lower())
 
 
 def _go_number_or_text(text: str) -> str | float:
@@ -229,7 +220,9 @@ def _go_number_or_text(text: str) -> str | float:
         return text
     number = float(text)
     is_too_large = math.isinf(number) and "n" not in text.lower()
-    return text if is_too_large else double_or_exact_integer(text.replace("_", ""), number)
+    if is_too_large:
+        return text
+    return sqlite_values.double_or_exact_integer(text.replace("_", ""), number)
 
 
 def _request_member(path: tuple[str, ...], request: RuleRequest) -> Scalar:
@@ -325,25 +318,25 @@ _BIGINT_RANGE = range(-(1 << 63), 1 << 63)
 
 def to_sql_value(value: Scalar, form: SqlForm) -> Scalar:
     """Return the value as a placeholder of that form takes it."""
-    text = None if value is None else sqlite_text(value)
+    text = None if value is None else sqlite_values.sqlite_text(value)
     if value is None or text is None:
         return None
     match form:
         case SqlForm.TEXT:
             return text
         case SqlForm.NUMBER:
-            number = exact_number(value)
+            number = sqlite_values.exact_number(value)
             # PostgreSQL's spelling of an infinite numeric.
             return None if number is None else str(number).replace("inf", "Infinity")
         case SqlForm.PATTERN:
-            return like_pattern(value)
+            return sqlite_values.like_pattern(value)
         case SqlForm.UUID:
             return text if _UUID.fullmatch(text) else None
         case SqlForm.INTEGER:
             is_bigint = _CANONICAL_INTEGER.fullmatch(text) and int(text) in _BIGINT_RANGE
             return text if is_bigint else None
         case SqlForm.JSON:
-            return json_in_jsonb_order(text)
+            return sqlite_values.json_in_jsonb_order(text)
 
 
 CALLER_ID_PARAMETER = RequestValue(("auth", "id"))

@@ -16,17 +16,13 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from pgrealtime.rules.language.sqlite_values import (
-    MAX_NUMERIC_TEXT_LENGTH,
-    NUMERIC_TEXT_REGEX,
-    Number,
-    ascii_lower,
-)
+from pgrealtime.rules.language import sqlite_values
+from pgrealtime.rules.language.sqlite_values import Number
 from pgrealtime.rules.language.syntax import Op
 
 SqliteValue: TypeAlias = str | Number | None
 
-_LOOKS_NUMERIC = re.compile(NUMERIC_TEXT_REGEX[1:-1], re.ASCII)
+_LOOKS_NUMERIC = re.compile(sqlite_values.NUMERIC_TEXT_REGEX[1:-1], re.ASCII)
 
 
 class UndecidedError(Exception):
@@ -86,7 +82,7 @@ def _is_nan(number: Number) -> bool:
 
 def number_if_numeric(value: SqliteValue) -> SqliteValue:
     """Return the number of a text that looks like one; anything else as it is."""
-    if not isinstance(value, str) or len(value) >= MAX_NUMERIC_TEXT_LENGTH:
+    if not isinstance(value, str) or len(value) >= sqlite_values.MAX_NUMERIC_TEXT_LENGTH:
         return value
     return Decimal(value) if _LOOKS_NUMERIC.fullmatch(value) else value
 
@@ -149,7 +145,7 @@ def like_matcher(pattern: str) -> Callable[[str], bool]:
         WORK_BUDGET.spend(len(pattern) / 32)
         return _cached_long_matcher(pattern)
     if plain := _SUBSTRING_PATTERN.fullmatch(pattern):
-        part = ascii_lower(plain[1])
+        part = sqlite_values.ascii_lower(plain[1])
         return lambda text: part in _shared_lower(text)
     return _cached_matcher(pattern)
 
@@ -159,7 +155,7 @@ _SUBSTRING_PATTERN = re.compile(r"%([^%_\\]*)%")
 
 
 def _compile_pattern(pattern: str) -> Callable[[str], bool]:
-    first, *middle = _split_pattern(ascii_lower(pattern))
+    first, *middle = _split_pattern(sqlite_values.ascii_lower(pattern))
     if not middle:
         return lambda text: len(text) == first.length and first.matches_at(_shared_lower(text), 0)
     last = middle.pop()
@@ -187,12 +183,12 @@ _cached_long_matcher = lru_cache(maxsize=4)(_compile_pattern)
 def _shared_lower(text: str) -> str:
     """Return the text in lower case; cached if it is long, for the many patterns of one row."""
     if len(text) < CHARACTERS_PER_UNIT:
-        return ascii_lower(text)
+        return sqlite_values.ascii_lower(text)
     WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
     return _cached_lower(text)
 
 
-_cached_lower = lru_cache(maxsize=4)(ascii_lower)
+_cached_lower = lru_cache(maxsize=4)(sqlite_values.ascii_lower)
 
 
 class _Segment:
@@ -207,7 +203,6 @@ class _Segment:
         self._other_runs = [run for run in runs if run is not self._longest_run]
 
     def matches_at(self, text: str, start: int) -> bool:
-        """Return whether the text has it at ``start``."""
         offset, run = self._longest_run
         return text.startswith(run, start + offset) and self._other_runs_match(text, start)
 

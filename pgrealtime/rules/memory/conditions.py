@@ -24,15 +24,7 @@ from pgrealtime.rules.language.comparison import (
 )
 from pgrealtime.rules.language.parameters import SqlForm
 from pgrealtime.rules.language.syntax import Op
-from pgrealtime.rules.memory.compare import (
-    WORK_BUDGET,
-    UndecidedError,
-    compare_order,
-    equals,
-    is_blank,
-    is_not_distinct,
-    like_matcher,
-)
+from pgrealtime.rules.memory import compare
 from pgrealtime.rules.memory.operands import (
     MAX_SHARED_LISTS,
     Arguments,
@@ -85,7 +77,7 @@ def compile_condition(
         for check in checks:
             check.verdict = None
         for items in _combinations(readers, row, args):
-            WORK_BUDGET.spend(units)
+            compare.WORK_BUDGET.spend(units)
             if verdict(row, args, items) is True:
                 return True
         return False
@@ -98,7 +90,7 @@ def _combinations(
 ) -> Iterator[ItemCombination]:
     lists = [read(row, args) for read in readers]
     if prod(map(len, lists)) > _MAX_COMBINATIONS:
-        raise UndecidedError
+        raise compare.UndecidedError
     return product(*lists)
 
 
@@ -150,7 +142,7 @@ class _ForAll:
     ``verdict`` is None until then.
     """
 
-    compare: _VerdictFunction
+    evaluate: _VerdictFunction
     list_readers: Sequence[ItemsReader]
     verdict: bool | None = None
 
@@ -162,8 +154,8 @@ class _ForAll:
         return self.verdict
 
     def _is_counter(self, row: Row, args: Arguments, items: ItemCombination) -> bool:
-        WORK_BUDGET.spend(_UNITS_PER_COMPARISON)
-        return self.compare(row, args, _NO_SHARED_ITEMS + items) is False
+        compare.WORK_BUDGET.spend(_UNITS_PER_COMPARISON)
+        return self.evaluate(row, args, _NO_SHARED_ITEMS + items) is False
 
 
 def _compile_values(plan: ValueComparison, left: ListScope, right: ListScope) -> _VerdictFunction:
@@ -176,7 +168,7 @@ def _compile_values(plan: ValueComparison, left: ListScope, right: ListScope) ->
         case ComparisonKind.BLANK:
             read = compile_planned(plan.left, left).read_value
             is_wanted = not plan.is_negated
-            return lambda row, args, items: is_blank(read(row, args, items)) is is_wanted
+            return lambda row, args, items: compare.is_blank(read(row, args, items)) is is_wanted
         case ComparisonKind.LIKE | ComparisonKind.LIKE_NOTHING:
             return _compile_like(plan, left, right)
         case _:
@@ -190,14 +182,14 @@ def _compile_sides(plan: ValueComparison, left: ListScope, right: ListScope) -> 
         is_number = any(operand.only_type is float for operand in operands)
         if not is_number and not left.compile_context.is_utf8:
             raise NotInProcessError
-        op = plan.op
-        return lambda row, args, items: compare_order(op, a(row, args, items), b(row, args, items))
+        op, order = plan.op, compare.compare_order
+        return lambda row, args, items: order(op, a(row, args, items), b(row, args, items))
     if plan.kind is ComparisonKind.COALESCED:
         a, b = empty_text_for_null(a), empty_text_for_null(b)
-    compare = equals if plan.kind is ComparisonKind.EQUAL else is_not_distinct
+    are_equal = compare.equals if plan.kind is ComparisonKind.EQUAL else compare.is_not_distinct
     if plan.is_negated:
-        return lambda row, args, items: not compare(a(row, args, items), b(row, args, items))
-    return lambda row, args, items: compare(a(row, args, items), b(row, args, items))
+        return lambda row, args, items: not are_equal(a(row, args, items), b(row, args, items))
+    return lambda row, args, items: are_equal(a(row, args, items), b(row, args, items))
 
 
 def _compile_like(plan: ValueComparison, left: ListScope, right: ListScope) -> _VerdictFunction:
@@ -215,7 +207,7 @@ def _compile_like(plan: ValueComparison, left: ListScope, right: ListScope) -> _
             return None
         assert isinstance(text, str)
         assert isinstance(pattern, str)
-        return like_matcher(pattern)(text) is is_wanted
+        return compare.like_matcher(pattern)(text) is is_wanted
 
     return matches
 

@@ -13,7 +13,7 @@ from typing import Self, TypeAlias, TypeVar
 from pgrealtime.catalog.model import Type, TypeKind
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Field, FieldKind
-from pgrealtime.rules.language import predicate
+from pgrealtime.rules.language import predicate, sqlite_values
 from pgrealtime.rules.language.comparison import Conversion, PlannedOperand
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
@@ -23,23 +23,9 @@ from pgrealtime.rules.language.parameters import (
     SqlForm,
     to_sql_value,
 )
-from pgrealtime.rules.language.sqlite_values import (
-    PASSWORD_HASH_PREFIX,
-    Scalar,
-    ascii_lower,
-    compact_json,
-    exact_number,
-    json_in_jsonb_order,
-)
-from pgrealtime.rules.memory import text_values
-from pgrealtime.rules.memory.compare import (
-    WORK_BUDGET,
-    SqliteValue,
-    UndecidedError,
-    is_blank,
-    nearest_double,
-    number_if_numeric,
-)
+from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.memory import compare, text_values
+from pgrealtime.rules.memory.compare import SqliteValue
 from pgrealtime.rules.memory.text_values import array_items, json_at_path
 
 Arguments: TypeAlias = Sequence[Scalar]
@@ -79,7 +65,7 @@ def _convert_text_form(convert: Callable[[str], _T], text: str) -> _T:
     try:
         return convert(text)
     except (ValueError, IndexError, AssertionError):  # it is of another type
-        raise UndecidedError from None
+        raise compare.UndecidedError from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +137,7 @@ def compile_planned(planned: PlannedOperand, scope: ListScope) -> MemoryOperand:
         case Conversion.NONE:
             pass
     if planned.is_made_double and operand.only_type is not str:
-        return replace(operand, read_value=_converted(operand.read_value, nearest_double))
+        return replace(operand, read_value=_converted(operand.read_value, compare.nearest_double))
     return operand
 
 
@@ -168,7 +154,7 @@ def compile_operand(term: predicate.Term, scope: ListScope) -> MemoryOperand:
         case predicate.FieldValue(path, field_, modifier):
             return _field_operand(_FieldColumn(path, field_, scope.compile_context), modifier)
         case predicate.SecretTerm(path, _) if path.is_scope_row:  # lower case already
-            return MemoryOperand.of_text(constant_reader(PASSWORD_HASH_PREFIX))
+            return MemoryOperand.of_text(constant_reader(sqlite_values.PASSWORD_HASH_PREFIX))
         case predicate.JsonValue(path, field_, keys, is_lower):
             column = _FieldColumn(path, field_, scope.compile_context)
             return _json_operand(column, keys, is_lower=is_lower)
@@ -194,7 +180,7 @@ def _convert_to_number(operand: MemoryOperand) -> MemoryOperand:
         return replace(operand, read_value=operand.read_number, only_type=float)
     if operand.only_type is float or operand.parameter is not None:
         return operand
-    read_value = _converted(operand.read_value, number_if_numeric)
+    read_value = _converted(operand.read_value, compare.number_if_numeric)
     return replace(operand, read_value=read_value, only_type=None)
 
 
@@ -221,11 +207,11 @@ def argument_reader(parameter: Parameter, form: SqlForm, context: CompileContext
             return constant_reader(to_sql_value(parameter.value, form))
         parameter_class = context.parameter_classes[parameter]
         is_number = parameter_class.is_number or parameter_class is ParameterClass.NUMERIC_TEXT
-        return constant_reader(exact_number(parameter.value) if is_number else None)
+        return constant_reader(sqlite_values.exact_number(parameter.value) if is_number else None)
     index = context.argument_index[parameter]
     if form is SqlForm.NUMBER:
         return lambda _row, args, _items: (
-            None if (content := args[index]) is None else exact_number(content)
+            None if (content := args[index]) is None else sqlite_values.exact_number(content)
         )
     if form is SqlForm.TEXT:
         return lambda _row, args, _items: (
@@ -253,8 +239,8 @@ _JSON_CHARACTERS_PER_UNIT = 8
 
 
 def _ordered_json(text: str) -> str:
-    WORK_BUDGET.spend(len(text) / _JSON_CHARACTERS_PER_UNIT)
-    return json_in_jsonb_order(text)
+    compare.WORK_BUDGET.spend(len(text) / _JSON_CHARACTERS_PER_UNIT)
+    return sqlite_values.json_in_jsonb_order(text)
 
 
 _cached_ordered_json = lru_cache(maxsize=1024)(_ordered_json)
@@ -329,11 +315,9 @@ class _FieldColumn:
         return read
 
     def number(self, to_number: _Converter, to_text: _Converter) -> MemoryOperand:
-        """Return an operand that is a number, made of the text form."""
         return MemoryOperand.of_number(self.converted(to_number), self.converted(to_text))
 
     def text(self, convert: _Converter, *, reads_null_as_empty: bool = False) -> MemoryOperand:
-        """Return an operand that is a text, made of the text form."""
         read = self.converted(convert, reads_null_as_empty=reads_null_as_empty)
         return MemoryOperand.of_text(read)
 
@@ -341,7 +325,7 @@ class _FieldColumn:
 def _lower_operand(read_text: ValueReader) -> MemoryOperand:
     def lowered(row: Row, args: Arguments, items: ItemCombination) -> SqliteValue:
         text = read_text(row, args, items)
-        return ascii_lower(text) if isinstance(text, str) else None
+        return sqlite_values.ascii_lower(text) if isinstance(text, str) else None
 
     return MemoryOperand.of_text(lowered)
 
@@ -388,7 +372,7 @@ def _whole_field(column: _FieldColumn) -> MemoryOperand:
 def _length_reader(column: _FieldColumn) -> ValueReader:
     if not column.field.is_multiple:
         read_text = _whole_field(column).read_text
-        return lambda row, args, items: int(not is_blank(read_text(row, args, items)))
+        return lambda row, args, items: int(not compare.is_blank(read_text(row, args, items)))
     delimiter, read_column = _element_type(column.field).delimiter, column.reader()
 
     def count(row: Row, args: Arguments, _items: ItemCombination) -> int:
@@ -426,7 +410,7 @@ def _list_text_converter(field_: Field) -> _Converter:
         case FieldKind.NUMBER if base.name in _INTEGERS:
             return text_values.array_json_converter(str)
         case FieldKind.TEXT | FieldKind.RELATION | FieldKind.FILE if _has_cast_like_output(base):
-            return text_values.array_json_converter(compact_json)
+            return text_values.array_json_converter(sqlite_values.compact_json)
         case _:
             raise NotInProcessError
 

@@ -18,12 +18,8 @@ from pgrealtime.rules.language.sqlite_values import (
     compact_json,
     sqlite_float_text,
 )
-from pgrealtime.rules.memory.compare import (
-    CHARACTERS_PER_UNIT,
-    WORK_BUDGET,
-    SqliteValue,
-    UndecidedError,
-)
+from pgrealtime.rules.memory import compare
+from pgrealtime.rules.memory.compare import SqliteValue
 from pgrealtime.text_forms import Element, flatten_array, parse_array
 
 
@@ -59,7 +55,7 @@ def parse_double(text: str) -> float:
         is_overflow = number != 0 and digits[-1].isdigit()
         is_underflow = number == 0 and digits.strip("-0.") != ""
         if is_overflow or is_underflow:
-            raise UndecidedError
+            raise compare.UndecidedError
     return number
 
 
@@ -75,7 +71,7 @@ def float_text(number: float) -> str:
     if number == 0:
         return "0.0"
     if not _MIN_PLAIN_FLOAT <= abs(number) < _MAX_PLAIN_FLOAT:
-        raise UndecidedError
+        raise compare.UndecidedError
     return sqlite_float_text(number)
 
 
@@ -87,20 +83,20 @@ _MIN_PLAIN_FLOAT, _MAX_PLAIN_FLOAT, _MAX_WHOLE_FLOAT = 1e-4, 1e15, 1e18
 
 def _convert_date(text: str) -> str:
     if _DATE_TEXT.fullmatch(text) is None:
-        raise UndecidedError
+        raise compare.UndecidedError
     return f"{text} 00:00:00.000Z"
 
 
 def _convert_timestamp(text: str) -> str:
     match = _TIMESTAMP_TEXT.fullmatch(text)
     if match is None:
-        raise UndecidedError
+        raise compare.UndecidedError
     return f"{match[1]}.{match[2] or '':0<3.3}Z"
 
 
 def _convert_timestamptz(text: str) -> str:
     if not text.endswith("+00"):
-        raise UndecidedError
+        raise compare.UndecidedError
     return _convert_timestamp(text[:-3])
 
 
@@ -128,7 +124,7 @@ def array_items(text: str, delimiter: str = ",") -> tuple[str | None, ...]:
     """Return the items of an array in text form, those of all dimensions in order."""
     if len(text) < _MIN_CACHED_LENGTH:
         return tuple(flatten_array(parse_array(text, delimiter)))
-    WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
+    compare.WORK_BUDGET.spend(len(text) / compare.CHARACTERS_PER_UNIT)
     return _cached_array_items(text, delimiter)
 
 
@@ -153,7 +149,7 @@ def array_json_converter(item_json: Callable[[str], str]) -> Callable[[str], str
     cached_dump = lru_cache(maxsize=4)(lambda text: dump(parse_array(text)))
 
     def convert(text: str) -> str:
-        WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
+        compare.WORK_BUDGET.spend(len(text) / compare.CHARACTERS_PER_UNIT)
         return cached_dump(text)
 
     return convert
@@ -174,7 +170,7 @@ def json_at_path(text: str | None, path: tuple[str, ...], *, is_as_text: bool) -
         return None
     if len(text) < _MIN_CACHED_LENGTH:
         return _follow_json_path(text, path, is_as_text)
-    WORK_BUDGET.spend(len(text) / CHARACTERS_PER_UNIT)
+    compare.WORK_BUDGET.spend(len(text) / compare.CHARACTERS_PER_UNIT)
     return _cached_follow_json_path(text, path, is_as_text)
 
 
@@ -194,7 +190,7 @@ def _parsed_json(text: str) -> object:
     try:
         return json.loads(text, parse_int=JsonNumber, parse_float=JsonNumber)
     except (ValueError, RecursionError):
-        raise UndecidedError from None
+        raise compare.UndecidedError from None
 
 
 _MAX_INDEX_DIGITS = 9

@@ -19,6 +19,7 @@ from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
+from pgrealtime.rules.language import sqlite_values
 from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.sqlite_values import Scalar, json_in_jsonb_order
@@ -88,7 +89,7 @@ def test_a_json_literal_is_parsed_within_the_budget(
         parses.append(text)
         return json_in_jsonb_order(text)
 
-    monkeypatch.setattr(operands, "json_in_jsonb_order", parse)
+    monkeypatch.setattr(sqlite_values, "json_in_jsonb_order", parse)
     operands._cached_ordered_json.cache_clear()
     rule = "tags:each ?~ 'a' && (tags:each ?~ 'zz' || data = @request.query.q)"
     document = json.dumps({f"k{n:03}": n for n in range(200)}, separators=(",", ":")) + blanks
