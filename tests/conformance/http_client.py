@@ -96,13 +96,6 @@ class Answer:
     """What came after the end of the answer; a correct server sends nothing there."""
 
 
-class Hold(Enum):
-    """What is expected of the connection after the answer's head."""
-
-    NO = "the answer ends"
-    HELD = "no body follows and the connection stays open"
-
-
 async def send(request: Request, to: Address, *, complete: bool = True) -> Answer:
     """Send one request on its own connection and return the answer.
 
