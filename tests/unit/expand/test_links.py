@@ -13,10 +13,7 @@ from pgrealtime.expand.undo import ids_before_changes, ids_before_overlay, rows_
 from pgrealtime.rules.sql.row_images import Overlay
 from tests.column_types import TEXTS, text_columns
 
-COLUMNS = (
-    *text_columns("id", "post"),
-    Column(name="posts", attribute_number=3, type=TEXTS),
-)
+COLUMNS = (*text_columns("id", "post"), Column(name="posts", attribute_number=3, type=TEXTS))
 TABLE = Table(
     oid=1,
     name=TableName("public", "notes"),
