@@ -6,8 +6,7 @@ one reads on from the changelog by itself.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.changelog.memory import Changelog
@@ -16,6 +15,8 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
+from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.connections.output import ResponseWriter
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.hub.entry_checks import EntryChecks
 from pgrealtime.hub.events.event import GapNotice
@@ -71,22 +72,12 @@ class Hub:
         )
         self._entry_checks = EntryChecks(executor, progress, visibility, refresh_schema)
         checks, catch_up = self._entry_checks, self._catch_up
-        self._dispatcher = dispatcher = Dispatcher(
+        self._dispatcher = Dispatcher(
             changelog, progress, registry, visibility, checks, gap_notifier, catch_up, clock
         )
-        self._subscribe_calls = calls = SubscribeCalls(
+        self._subscribe_calls = SubscribeCalls(
             changelog, progress, registry, visibility, catch_up, settings.limits, clock
         )
-        # What feed, API and service use of the parts directly; the rest is below.
-        self.run, self.wake, self.progressed = (
-            dispatcher.run,
-            dispatcher.wake,
-            dispatcher.progressed,
-        )
-        self.subscribe, self.unmatchable_topics = calls.subscribe, calls.unmatchable_topics
-        self.open_connection, self.connections = registry.open, registry.connections
-        self.remove_connection = partial(registry.remove, reason="client")
-        self.gaps_notified = gap_notifier.notified
 
     def _make_generation(self, collections: Collections) -> Generation:
         self._row_history.set_streamed_tables(reachable_tables(collections))
@@ -106,6 +97,15 @@ class Hub:
     def head(self) -> Cursor:
         """Everything up to here was delivered to the LIVE connections."""
         return self._progress.head
+
+    @property
+    def progressed(self) -> asyncio.Event:
+        """Set whenever the head has moved."""
+        return self._dispatcher.progressed
+
+    def wake(self) -> None:
+        """Deliver what was appended to the changelog."""
+        self._dispatcher.wake()
 
     def stream_started(self, epoch: str) -> None:
         """Connect the connections that waited: the replication stream is being read.
@@ -144,7 +144,46 @@ class Hub:
                 self._gap_notifier.notify(connection, GapNotice(None, "unknown", head))
         self._dispatcher.settle()
 
+    # --- called by the API --------------------------------------------------------------------
+
+    def open_connection(
+        self,
+        writer: ResponseWriter,
+        *,
+        address: str,
+        last_event_id: str | None,
+        position: str | None,
+    ) -> Connection:
+        """Add a connection whose response head was sent; see ``ConnectionRegistry.open``."""
+        return self._registry.open(
+            writer, address=address, last_event_id=last_event_id, position=position
+        )
+
+    def remove_connection(self, connection: Connection) -> None:
+        """Remove a connection whose client has gone. Idempotent."""
+        self._registry.remove(connection, "client")
+
+    async def subscribe(
+        self, client_id: str, topics: Sequence[str], caller: Caller, address: str
+    ) -> None:
+        """Replace a connection's topics and caller; see ``SubscribeCalls.subscribe``."""
+        await self._subscribe_calls.subscribe(client_id, topics, caller, address)
+
+    def unmatchable_topics(self, client_id: str) -> frozenset[str]:
+        """Return the topics of a connection that no event can match for its caller now."""
+        return self._subscribe_calls.unmatchable_topics(client_id)
+
     # --- called by the service ----------------------------------------------------------------
+
+    @property
+    def connections(self) -> Collection[Connection]:
+        """The open connections."""
+        return self._registry.connections
+
+    @property
+    def gaps_notified(self) -> Mapping[str, int]:
+        """Gaps of which connections were notified, by reason."""
+        return self._gap_notifier.notified
 
     @property
     def subscription_counts(self) -> Mapping[str, int]:
@@ -173,15 +212,17 @@ class Hub:
         logins: Mapping[str, CollectionLoginConfig] | None = None,
         allows_guests: bool = True,
     ) -> None:
-        """Evaluate and render by other collections from the next slice on; on return that is so.
+        """Evaluate and render by other collections; return once they are in force.
 
-        Connections and their topics stay. Each topic is bound by the new collections, by which no
-        event may match it. ``revalidate_caller`` and ``logins`` are as ``CallerTracker`` has them.
+        Connections and their topics stay. Each topic is bound to the new collections, which may
+        have none of its name. ``revalidate_caller`` and ``logins`` are as ``CallerTracker`` has
+        them.
         """
         replaced = asyncio.get_running_loop().create_future()
 
         def replace() -> None:
-            # Before rebinding: both of these decide into which group a subscription goes.
+            # Settings of callers and generation before rebinding: both decide into which group a
+            # subscription goes.
             try:
                 generation = self._make_generation(collections)
                 self._registry.callers.replace_settings(
@@ -198,8 +239,12 @@ class Hub:
         self._progress.when_idle(replace)
         await replaced
 
+    async def run(self) -> None:
+        """Deliver changes until cancelled."""
+        await self._dispatcher.run()
+
     async def run_timers(self) -> None:
-        """Apply timeouts, send heartbeats and trim what has become visible, for ever."""
+        """Apply timeouts, send heartbeats and forget visible transactions, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._timeouts.watch(), name="limits")
             group.create_task(self._visibility.watch(), name="visibility")

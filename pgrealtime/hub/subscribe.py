@@ -6,7 +6,7 @@ topics and the loop is shared with all other connections.
 """
 
 import asyncio
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,7 @@ from pgrealtime.snapshot import ReadPoint
 log = structlog.get_logger(__name__)
 
 _START = Cursor(LSN(0), 0)
-_STEPS_PER_CHUNK = 50
+_STEPS_WITHOUT_LOCK = 50
 """Topics of a call that are bound or unbound at once; each takes 5 to 30 us."""
 _LOGGED_TOPIC_CHARACTERS = 200
 """Characters of a topic that are logged."""
@@ -186,15 +186,16 @@ class SubscribeCalls:
                         for subscription in before.values():
                             subscription.set_read_point(None)
             except Exception:
-                while not await self._run_in_chunks(
-                    connection, self._restore_steps(connection, before)
-                ):
-                    pass
+                is_restored = False
+                while not is_restored:
+                    steps = self._restore_steps(connection, before)
+                    is_restored = await self._run_in_chunks(connection, steps)
                 raise
         except asyncio.CancelledError:
             # The server stops, or the client has gone, perhaps while the above restores: a
             # cancelled task must not wait, so all at once.
-            deque(self._restore_steps(connection, before), maxlen=0)
+            for _ in self._restore_steps(connection, before):
+                pass
             raise
         # From here to the end of the call nothing is awaited: subscriptions, topics and caller
         # change together.
@@ -226,7 +227,7 @@ class SubscribeCalls:
         revision = self.progress.revision
         with closing(steps):
             # The calls of most clients have few topics: these need neither the lock nor a pause.
-            if not any(True for _ in islice(steps, _STEPS_PER_CHUNK - 1, _STEPS_PER_CHUNK)):
+            if sum(1 for _ in islice(steps, _STEPS_WITHOUT_LOCK)) < _STEPS_WITHOUT_LOCK:
                 return True
             is_done = False
             while not is_done:
@@ -234,7 +235,11 @@ class SubscribeCalls:
                     # Both may have changed while it waited for its turn. A closed connection's
                     # subscriptions were unbound already.
                     if not connection.is_closed() and self.progress.revision == revision:
-                        is_done = not any(yield_timer.is_due() for _ in steps)
+                        is_done = True
+                        for _ in steps:
+                            if yield_timer.is_due():
+                                is_done = False
+                                break
                 _require_open(connection)
                 if self.progress.revision != revision:
                     return False

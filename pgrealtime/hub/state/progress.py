@@ -52,8 +52,8 @@ class DispatchProgress:
         """Everything up to here was evaluated for them, or is being evaluated."""
         self.generation = generation
         self.revision = 0
-        """Counts generations and histories. Code that awaits compares it with the one read
-        before, and discards results of an older one."""
+        """Increases with each new generation or history. Code that awaits compares it with the one
+        read before, and discards results of an older one."""
         self.is_evaluating = False
         """Whether a slice is being evaluated. The groups of a connection that becomes LIVE
         during that time are not among those evaluated."""
@@ -64,7 +64,7 @@ class DispatchProgress:
         self.evaluation_target, self.is_evaluating = end_cursor, True
 
     def restart(self, head: Cursor) -> None:
-        """Continue from a head that the slice being evaluated, if any, does not lead to."""
+        """Move the head elsewhere; a slice being evaluated does not lead to it and is dropped."""
         self.head = self.evaluation_target = head
 
     def replace_generation(self, generation: Generation) -> None:
@@ -88,7 +88,8 @@ class DispatchProgress:
         """Run the callbacks deferred until no slice is being evaluated."""
         self.is_evaluating = False
         while self._deferred:
-            self._deferred.popleft()()
+            callback = self._deferred.popleft()
+            callback()
 
 
 class ResumableEpochs:
@@ -99,8 +100,8 @@ class ResumableEpochs:
         self._changelog = changelog
         self._can_resume = can_resume
         self._resumable_from = {epoch: _START}
-        """A table that returns to the stream was not streamed in between, so an epoch that returns
-        is resumable from where it returned."""
+        """An epoch names a set of streamed tables. If the set changes and changes back, what was
+        committed in between is missing, so the epoch is resumable from its return only."""
         self._past_epochs = {epoch}
 
     def start_epoch(self, epoch: str) -> None:
@@ -121,8 +122,9 @@ class ResumableEpochs:
     def resolve(self, submitted: tuple[str | None, str | None], head: Cursor) -> Resumption | None:
         """Return where a connection begins by the positions that it submitted; None without any.
 
-        Of ``Last-Event-ID`` and ``lastEventId`` the first is another server's if it holds no
-        position; an empty second one asks for positions from now on.
+        ``submitted`` are ``Last-Event-ID`` and ``lastEventId``. The header counts if it has a
+        position: an EventSource may send one of another server. An empty ``lastEventId`` asks for
+        positions from now on.
         """
         last_event_id, position = submitted
         parsed = _parse_submitted_position(last_event_id)

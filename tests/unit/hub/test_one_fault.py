@@ -24,6 +24,7 @@ from pgrealtime.hub.delivery import compose
 from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.hub import Hub
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
@@ -56,7 +57,7 @@ Seen = dict[tuple[str, str], CodeType]
 
 def _is_dispatch_task(task: asyncio.Task[object] | None) -> bool:
     code = getattr(task.get_coro() if task else None, "cr_code", None)
-    return code is Dispatcher.run.__code__
+    return code is Hub.run.__code__
 
 
 @contextmanager
@@ -174,7 +175,7 @@ def functions() -> list[CodeType]:
     """
     seen: dict[CodeType, None] = {}
     run(seen.setdefault)
-    loop = (Dispatcher.run, Dispatcher._dispatch, Dispatcher._has_undispatched)
+    loop = (Hub.run, Dispatcher.run, Dispatcher._dispatch, Dispatcher._has_undispatched)
     excluded = {function.__code__ for function in loop}
     return [code for code in seen if code not in excluded]
 
