@@ -26,6 +26,7 @@ from pgrealtime.auth.token import (
     check_issuer_and_audience,
     check_signature,
     check_times,
+    claim_values,
     id_from_claim,
     is_superuser,
     login_claims,
@@ -238,12 +239,15 @@ class Authenticator:
         if record_id is None:
             raise AuthError(f'the token has no "{issuer.id_claim}"', code="token_id")
         users = self._users_by_name.get(issuer.collection)
+        values = claim_values(claims, issuer)
         if users is None:
-            return Caller(_record_of_claims(claims, issuer.collection, record_id), expires_at)
+            record = _record_of_claims(claims, issuer.collection, record_id)
+            return Caller(replace(record, claims=values), expires_at)
         # Open connections of a deleted user become guests (protocol, 8). The same token on a new
         # connection must not undo that.
         account = require_account(await self._accounts.load(users, record_id))
-        return caller_of_account(account, expires_at)
+        caller = caller_of_account(account, expires_at)
+        return replace(caller, principal=replace(account.record, claims=values))
 
     async def _authenticate_login_token(self, token: Token) -> AuthenticatedCaller:
         """Verify a token of our login: its key is partly in the user's row, which is read first."""

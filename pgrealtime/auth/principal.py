@@ -15,6 +15,10 @@ class Guest:
     """A caller without a token, or with one that isn't valid."""
 
 
+ClaimValue: TypeAlias = str | int | float | None
+"""A claim as rules compare it: booleans as 1 and 0, objects and lists as JSON text."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthRecord:
     """A record of an auth collection: the six fields that ``@request.auth`` always has."""
@@ -25,6 +29,8 @@ class AuthRecord:
     email: str = ""
     email_visibility: bool = False
     verified: bool = False
+    claims: tuple[tuple[str, ClaimValue], ...] = ()
+    """Name in rules and value of configured claims of the token, which no row has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ def update_caller(
         for name, known in caller.row_values
         if name in row or name not in collection.generated_columns
     )
-    return replace(caller, principal=auth_record_of(collection, whole), row_values=own)
+    record = replace(auth_record_of(collection, whole), claims=caller.principal.claims)
+    return replace(caller, principal=record, row_values=own)
 
 
 def _row_of_record(collection: Collection, record: AuthRecord) -> Row:

@@ -4,6 +4,7 @@ No claim is trusted before ``check_signature``. PyJWT verifies signatures; the c
 here, because PyJWT reads the system's clock and accepts ``"17"`` as a time.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, get_args
@@ -12,6 +13,7 @@ import jwt
 import msgspec
 from jwt.algorithms import AllowedPublicKeys, HMACAlgorithm
 
+from pgrealtime.auth.principal import ClaimValue
 from pgrealtime.config.model import Algorithm, IssuerConfig
 from pgrealtime.errors import AuthError
 
@@ -166,6 +168,27 @@ def id_from_claim(claims: Claims, claim: str) -> str | None:
             return text
         case _:
             return None
+
+
+def claim_values(claims: Claims, issuer: IssuerConfig) -> tuple[tuple[str, ClaimValue], ...]:
+    """Return the configured claims by their names in rules; one that is missing is None."""
+    return tuple((name, _claim_value(claims, claim)) for name, claim in issuer.claims.items())
+
+
+def _claim_value(claims: Claims, claim: str) -> ClaimValue:
+    # A claim's own name may have dots: OpenID Connect suggests URLs.
+    value: object = claims.get(claim)
+    if value is None and "." in claim:
+        value = claims
+        for name in claim.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+    match value:
+        case None | str() | float():
+            return value
+        case int():
+            return int(value)
+        case _:
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def login_claims(token: Token) -> tuple[str, str]:

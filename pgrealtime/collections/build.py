@@ -19,6 +19,7 @@ from pgrealtime.collections.model import (
     Relation,
 )
 from pgrealtime.collections.names import check_names, collection_id_of
+from pgrealtime.collections.order import default_order, order_problems
 from pgrealtime.collections.tables import (
     ResolvedTable,
     find_table,
@@ -29,20 +30,26 @@ from pgrealtime.config.model import CollectionConfig, RelationConfig
 from pgrealtime.errors import ConfigError, ConfigProblem
 
 
-def build_collections(configured: Mapping[str, CollectionConfig], catalog: Catalog) -> Collections:
-    """Return the configured collections.
+def build_collections(
+    configured: Mapping[str, CollectionConfig],
+    catalog: Catalog,
+    claim_names: frozenset[str] = frozenset(),
+) -> Collections:
+    """Return the configured collections; ``claim_names`` as for ``Collections``.
 
     Raises:
         ConfigError: With every problem found, under paths such as ``collections.posts.table``.
     """
-    collections, problems = build_with_problems(configured, catalog)
+    collections, problems = build_with_problems(configured, catalog, claim_names)
     if problems:
         raise ConfigError(problems)
     return collections
 
 
 def build_with_problems(
-    configured: Mapping[str, CollectionConfig], catalog: Catalog
+    configured: Mapping[str, CollectionConfig],
+    catalog: Catalog,
+    claim_names: frozenset[str] = frozenset(),
 ) -> tuple[Collections, tuple[ConfigProblem, ...]]:
     """Return the collections whose table and key are found, and every problem.
 
@@ -54,7 +61,11 @@ def build_with_problems(
         _CollectionBuilder(table, resolved, catalog, problems).build()
         for table in resolved.values()
     )
-    return Collections(built, server_encoding=catalog.server_encoding), tuple(problems)
+    problems += validate.claim_problems(claim_names, built)
+    collections = Collections(
+        built, server_encoding=catalog.server_encoding, claim_names=claim_names
+    )
+    return collections, tuple(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,7 @@ class _CollectionBuilder:
         fields += self._junction_fields(column_fields)
         self.problems.extend(validate.login_problems(resolved, {field.name for field in fields}))
         self.problems.extend(validate.field_problems(resolved, fields))
+        self.problems.extend(order_problems(resolved, fields))
         return Collection(
             name=resolved.name,
             id=collection_id_of(resolved.name, config),
@@ -86,6 +98,8 @@ class _CollectionBuilder:
             view_rule=config.view_rule,
             manage_rule=config.manage_rule,
             auth_rule=config.auth_rule,
+            order=default_order(resolved, fields),
+            is_streamed=config.stream,
         )
 
     def _report(self, key: str, message: str, hint: str = "") -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pgrealtime.catalog.model import Column, Table, Type
+from pgrealtime.catalog.model import Column, Table, TableKind, Type
 from pgrealtime.changes import TableName
 
 
@@ -79,6 +79,14 @@ class Field:
         return self.type.base.name in {"json", "jsonb"}
 
 
+@dataclass(frozen=True, slots=True)
+class OrderColumn:
+    """One column of a collection's default order."""
+
+    column: Column
+    is_descending: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collection:
     """A table with the name, fields and rules under which clients see it."""
@@ -96,10 +104,24 @@ class Collection:
     view_rule: str | None = None
     manage_rule: str | None = None
     auth_rule: str | None = ""
+    order: tuple[OrderColumn, ...] = ()
+    """The default order of lists, which is total: it ends with the key or is unique before."""
+    is_streamed: bool = True
+    """Whether its changes are delivered; otherwise it can be read only."""
     fields_by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)
     column_names: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     """Names of all columns of the table."""
     generated_columns: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it shows a view, as PocketBase's view collections do."""
+        return self.table.kind in {TableKind.VIEW, TableKind.MATERIALIZED_VIEW}
+
+    @property
+    def has_unique_key(self) -> bool:
+        """Whether the table guarantees that no two rows have the same id; a view does not."""
+        return (self.key.name,) in self.table.unique_keys
 
     @property
     def id_lookup_column(self) -> tuple[TableName, str]:
@@ -119,12 +141,20 @@ class Collection:
 
 
 class Collections(Mapping[str, Collection]):
-    """All collections, by name, id and table."""
+    """All collections, by name, id and table.
+
+    ``claim_names`` are those under which rules read claims of tokens: ``@request.auth.NAME``.
+    """
 
     def __init__(
-        self, collections: tuple[Collection, ...], *, server_encoding: str = "UTF8"
+        self,
+        collections: tuple[Collection, ...],
+        *,
+        server_encoding: str = "UTF8",
+        claim_names: frozenset[str] = frozenset(),
     ) -> None:
         self.server_encoding = server_encoding
+        self.claim_names = claim_names
         self._by_name = {c.name: c for c in collections}
         self._by_id = {c.id: c for c in collections}
         self._by_table = {c.table.name: c for c in collections}
@@ -145,6 +175,11 @@ class Collections(Mapping[str, Collection]):
     def find(self, name_or_id: str) -> Collection | None:
         """Return the collection of that name or id, case sensitive as in topics."""
         return self._by_name.get(name_or_id) or self._by_id.get(name_or_id)
+
+    def find_streamed(self, name_or_id: str) -> Collection | None:
+        """Return the collection of a topic: like ``find``, but none that can be read only."""
+        collection = self.find(name_or_id)
+        return collection if collection is not None and collection.is_streamed else None
 
     def find_by_table(self, table: TableName) -> Collection | None:
         """Return the collection of the table."""

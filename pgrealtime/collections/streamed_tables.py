@@ -34,7 +34,7 @@ def streamed_tables(
     A junction without replica identity is left out, because decoders drop or refuse its deletes.
     The rule for a deleted record is then evaluated with the links that are left.
     """
-    readable = readable_collections(collections, problems)
+    readable = streamed_collections(collections, problems)
     own = {collection.table.name for collection in readable.values()}
     return {
         name: table
@@ -43,15 +43,16 @@ def streamed_tables(
     }
 
 
-def readable_collections(
+def streamed_collections(
     collections: Collections, problems: Iterable[ConfigProblem]
 ) -> Collections:
-    """Return the collections without a problem of their table or key.
+    """Return the collections that are to be streamed, without a problem of their table or key.
 
     Of the others the stream would lack changes, or changes would not say which record they concern.
     """
     unreadable = {collection_name_of(p) for p in problems if p.path.endswith((".table", ".id"))}
-    return Collections(tuple(c for c in collections.values() if c.name not in unreadable))
+    streamed = (c for c in collections.values() if c.is_streamed)
+    return Collections(tuple(c for c in streamed if c.name not in unreadable))
 
 
 def collection_name_of(problem: ConfigProblem) -> str:

@@ -13,7 +13,7 @@ from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import ConfigProblem
 from pgrealtime.spelling import did_you_mean
 
-_UNSERVED_TABLE_KINDS = {
+_UNSTREAMED_TABLE_KINDS = {
     TableKind.VIEW: "a view",
     TableKind.MATERIALIZED_VIEW: "a materialized view",
     TableKind.FOREIGN: "a foreign table",
@@ -77,10 +77,11 @@ def _resolve_table(
         if is_table_name(config.table):  # otherwise check_names reports it
             problems.append(replace(table, path=f"{path}.table"))
         return None
-    table_problems = list(_table_problems(table, f"{path}.table"))
+    table_problems = list(_table_problems(table, f"{path}.table")) if config.stream else []
     key = _find_key(table, config, path)
     if isinstance(key, Column):
-        problems += table_problems or _key_problems(table, key, path)
+        find_key_problems = _key_problems if config.stream else _read_key_problems
+        problems += table_problems or find_key_problems(table, key, path)
         return ResolvedTable(name=name, config=config, table=table, key=key)
     problems += table_problems or [key]
     return None
@@ -109,9 +110,10 @@ def unknown_column_problem(path: str, table: Table, name: str) -> ConfigProblem:
 def _table_problems(table: Table, path: str) -> Iterator[ConfigProblem]:
     """Yield why the stream would lack changes of the table, with the SQL that fixes it."""
     name = table.name
-    if table.kind in _UNSERVED_TABLE_KINDS:
-        kind = _UNSERVED_TABLE_KINDS[table.kind]
-        yield ConfigProblem(path, f'"{name}" is {kind}: it sends no changes')
+    if table.kind in _UNSTREAMED_TABLE_KINDS:
+        kind = _UNSTREAMED_TABLE_KINDS[table.kind]
+        hint = "set stream: false to read it only"
+        yield ConfigProblem(path, f'"{name}" is {kind}: it sends no changes', hint)
         return
     if table.partition_of is not None:
         root = table.partition_of
@@ -147,6 +149,9 @@ def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | Con
     # "Table Partitioning"), so that no other column can be made unique.
     by_id = "a partitioned table can be served if it is partitioned by its id alone"
     is_partitioned = table.kind is TableKind.PARTITIONED
+    if table.kind in _UNSTREAMED_TABLE_KINDS:
+        message = f'"{table.name}" is {_UNSTREAMED_TABLE_KINDS[table.kind]}, which has no key'
+        return ConfigProblem(f"{path}.id", message, "set id to a column that is unique")
     if names:
         message = f'the primary key of "{table.name}" has {len(names)} columns: {", ".join(names)}'
         hint = by_id if is_partitioned else "set id to one column that is unique and NOT NULL"
@@ -178,6 +183,21 @@ def _key_problems(table: Table, key: Column, path: str) -> list[ConfigProblem]:
         hint = alter_leaf_tables(table, "REPLICA IDENTITY FULL")
         return [ConfigProblem(path, f"{message}: deletes would not identify the record", hint)]
     return []
+
+
+def _read_key_problems(table: Table, key: Column, path: str) -> list[ConfigProblem]:
+    """Return why the key doesn't identify one row of a collection that is read only.
+
+    A view has no constraints, so its key is taken on trust.
+    """
+    if table.kind in _UNSTREAMED_TABLE_KINDS or (key.name,) in table.unique_keys:
+        return []
+    is_partitioned = table.kind is TableKind.PARTITIONED
+    if is_partitioned and any(key.name in names for names in table.unique_keys):
+        return []  # unique in fact: PostgreSQL forces the partition key into the constraint
+    message = f'column "{key.name}" is not unique by itself'
+    hint = f"ALTER TABLE {quote_table_name(table.name)} ADD UNIQUE ({quote_identifier(key.name)});"
+    return [ConfigProblem(f"{path}.id", message, hint)]
 
 
 def _duplicate_table_problems(resolved_tables: Iterable[ResolvedTable]) -> Iterator[ConfigProblem]:

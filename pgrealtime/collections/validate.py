@@ -6,8 +6,11 @@ Called by ``build`` for each collection, once its fields are known.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from pgrealtime.collections.field_kinds import AUTH_FIELD_KINDS, RESERVED_MEMBERS
-from pgrealtime.collections.model import Field
+from pgrealtime.collections.field_kinds import (
+    AUTH_FIELD_KINDS,
+    RESERVED_MEMBERS,
+)
+from pgrealtime.collections.model import Collection, Field
 from pgrealtime.collections.names import name_problem
 from pgrealtime.collections.tables import ResolvedTable, unknown_column_problem
 from pgrealtime.errors import ConfigProblem
@@ -73,6 +76,26 @@ def login_problems(resolved: ResolvedTable, field_names: set[str]) -> Iterator[C
     if login.password_hash:
         for name in set(login.identity) - field_names:
             yield unknown_field_problem(resolved, "login.identity", name, field_names)
+
+
+def claim_problems(
+    claim_names: Iterable[str], collections: Iterable[Collection]
+) -> Iterator[ConfigProblem]:
+    """Yield each name of a claim that a rule would already read as a field of the caller."""
+    auth_fields = {
+        name: collection.name
+        for collection in collections
+        if collection.type == "auth"
+        for name in collection.fields_by_name
+    }
+    for name in sorted(claim_names):
+        if name in {"id", *RESERVED_MEMBERS, *AUTH_FIELD_KINDS}:
+            message = f'"@request.auth.{name}" is always the caller\'s own'
+        elif name in auth_fields:
+            message = f'collection "{auth_fields[name]}" has a field "{name}"'
+        else:
+            continue
+        yield ConfigProblem(f"auth.issuers.claims.{name}", message, "give the claim another name")
 
 
 def field_problems(resolved: ResolvedTable, fields: Sequence[Field]) -> Iterator[ConfigProblem]:

@@ -149,6 +149,23 @@ class RealtimeConfig(Section):
     """Whether the subscribe call must come from the connection's address."""
 
 
+class ReadsConfig(Section):
+    """Lists and single records on request."""
+
+    enabled: bool = True
+    pool_size: int = Field(default=4, ge=1, le=1000)
+    """Connections of their own, so that no rule waits for a list."""
+    statement_timeout: PositiveSeconds = 5.0
+    """Per query; a list that takes longer is refused."""
+    requests_per_minute: int = Field(default=0, ge=0)
+    """Per address (IPv6: per /64); 0 sets no limit. Superusers are exempt."""
+    max_waiting: int = Field(default=100, ge=1)
+    """Requests of one address that may wait for a connection; further ones are refused."""
+    max_joined_rows: int = Field(default=1_000_000, ge=1)
+    """Combinations of related rows that one sort may go through."""
+    max_answer_size: PositiveBytes = 64 * 1024 * 1024
+
+
 HiddenFieldsMode: TypeAlias = Literal["strict", "pocketbase"]
 """How far others may use fields that only superusers see."""
 
@@ -159,8 +176,9 @@ class RecordsConfig(Section):
     nulls: Annotated[Literal["null", "zero"], BeforeValidator(lambda v: v or "null")] = "null"
     """``null``, or PocketBase's zero value of the field's type."""
     hidden: HiddenFieldsMode = "strict"
-    """``strict``: only superusers can expand a hidden relation. ``pocketbase``: so can every caller
-    who may see its target, as in PocketBase."""
+    """``strict``: only superusers can expand a hidden relation, and lists sort addresses that
+    aren't shown as empty ones. ``pocketbase``: every caller can expand what leads to records that
+    the caller may see, and lists are sorted by all addresses, as in PocketBase."""
 
 
 Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]
@@ -185,6 +203,9 @@ class IssuerConfig(Section):
     id_claim: str = Field(default="sub", min_length=1)
     collection: str = "users"
     """The auth collection whose record the id names."""
+    claims: dict[Annotated[str, Field(pattern=r"^\w+$")], str] = Field(default_factory=dict)
+    """Name in rules to claim: with ``tenant: org_id`` rules read ``@request.auth.tenant``. A claim
+    within an object is written with dots: ``app_metadata.org``."""
     superuser_when: dict[str, str | int | bool] = Field(default_factory=dict)
     """Claims, all of which must be equal, that make a superuser."""
 
@@ -232,6 +253,11 @@ class AuthConfig(Section):
     """Whether callers without a valid token may subscribe."""
     issuers: tuple[IssuerConfig, ...] = ()
     login: LoginConfig = LoginConfig()
+
+    @property
+    def claim_names(self) -> frozenset[str]:
+        """The names under which rules read claims of any issuer's tokens."""
+        return frozenset(name for issuer in self.issuers for name in issuer.claims)
 
     @model_validator(mode="after")
     def _require_some_caller(self) -> Self:
@@ -297,6 +323,12 @@ class CollectionConfig(Section):
     type: Literal["base", "auth"] = "base"
     id: str = ""
     """The column shown as id; empty takes the primary key."""
+    stream: bool = True
+    """Whether changes are delivered. Views, materialized views and foreign tables send none, and
+    can be read only: set it to false."""
+    order: TextList = ()
+    """Fields by which lists are sorted by default, ``-`` before one that descends. Empty takes a
+    numeric key, or a creation time and the key, or the key."""
     collection_id: str = ""
     """Empty derives it from type and name as PocketBase does."""
     fields: FieldsConfig = FieldsConfig()
@@ -350,6 +382,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     realtime: RealtimeConfig = RealtimeConfig()
     records: RecordsConfig = RecordsConfig()
+    reads: ReadsConfig = ReadsConfig()
     auth: AuthConfig = AuthConfig()
     collections: dict[str, CollectionConfig] = Field(default_factory=dict)
     admin: AdminConfig = AdminConfig()

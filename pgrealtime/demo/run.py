@@ -148,7 +148,9 @@ async def _create_tables(connection: AsyncConnection[Any], config: Config) -> No
     await connection.execute(files("pgrealtime.demo").joinpath("demo.sql").read_bytes())
     names = configured_table_names(config.collections, config.database.schemas)
     catalog = await read_catalog(connection, names=names)
-    streamed = streamed_tables(build_collections(config.collections, catalog)).values()
+    streamed = streamed_tables(
+        build_collections(config.collections, catalog, config.auth.claim_names)
+    ).values()
     publication = publication_sql(config.replication.publication, streamed, catalog.server_version)
     await connection.execute(publication.encode())
 

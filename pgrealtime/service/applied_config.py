@@ -9,7 +9,7 @@ from pgrealtime.collections.build import build_with_problems
 from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import (
     collection_name_of,
-    readable_collections,
+    streamed_collections,
     streamed_tables,
 )
 from pgrealtime.config.model import CollectionLoginConfig, Config
@@ -28,9 +28,9 @@ class AppliedConfig:
     """Why collections are locked or left out."""
 
     @property
-    def readable_collections(self) -> Collections:
+    def streamed_collections(self) -> Collections:
         """The collections whose changes are streamed."""
-        return readable_collections(self.collections, self.problems)
+        return streamed_collections(self.collections, self.problems)
 
     @property
     def locked_tables(self) -> set[TableName]:
@@ -55,7 +55,9 @@ def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
     A collection with a problem, of its table or of a rule, is locked: what can't be decided is
     denied. The other collections stay as they are.
     """
-    collections, problems = build_with_problems(config.collections, catalog)
+    collections, problems = build_with_problems(
+        config.collections, catalog, config.auth.claim_names
+    )
     problems = (*problems, *rule_problems(collections))
     with_problem = {collection_name_of(problem) for problem in problems}
     locked = tuple(

@@ -34,7 +34,7 @@ class StreamOpener:
             self._replication,
             list(applied.streamed_tables.values()),
             record_keys={
-                c.table.name: (c.key.name,) for c in applied.readable_collections.values()
+                c.table.name: (c.key.name,) for c in applied.streamed_collections.values()
             },
             max_transaction_bytes=self._max_transaction_bytes,
             on_wait=_log_slot_wait,

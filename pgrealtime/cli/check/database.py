@@ -129,7 +129,9 @@ def _build_collections(
     """
     if any(path[0] == "collections" and len(path) <= 2 for path in parsed.dropped_keys):  # noqa: PLR2004 (collections.NAME)
         return Collections(()), tuple(syntax_problems(config.collections))
-    collections, problems = build_with_problems(config.collections, catalog)
+    collections, problems = build_with_problems(
+        config.collections, catalog, config.auth.claim_names
+    )
     if len(collections) < len(config.collections):
         return collections, (*problems, *syntax_problems(config.collections))
     return collections, (*problems, *rule_problems(collections))

@@ -72,7 +72,7 @@ class Matcher:
         connection or its network asks for too much.
         """
         topic = subscription.topic
-        collection = self._collections.find(topic.collection_name_or_id)
+        collection = self._collections.find_streamed(topic.collection_name_or_id)
         if collection is None:
             return ""
         check_topic(subscription)

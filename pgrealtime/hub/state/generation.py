@@ -106,7 +106,7 @@ class Generation:
 
     def _precompile(self, topic: Topic, caller: Caller, *, may_compile_filter: bool) -> None:
         """Compile what ``bind_subscription`` will need; an invalid rule is its to report."""
-        collection = self.collections.find(topic.collection_name_or_id)
+        collection = self.collections.find_streamed(topic.collection_name_or_id)
         if "expand" in topic.query:
             self.compile_expand_viewer(topic, caller)
         if collection is not None and "filter" in topic.query and may_compile_filter:
@@ -121,7 +121,7 @@ class Generation:
         """
         topic = subscription.topic
         subscription.set_own_record("")
-        collection = self.collections.find(topic.collection_name_or_id)
+        collection = self.collections.find_streamed(topic.collection_name_or_id)
         if collection is None:
             is_ours = topic.collection_name_or_id.startswith("PB_")
             return "" if is_ours else "there is no such collection"
@@ -144,7 +144,7 @@ class Generation:
 
     def compile_expand_viewer(self, topic: Topic, caller: Caller) -> ExpandViewer | None:
         """Return the viewer of related records for a topic and caller; None without ``expand``."""
-        collection = self.collections.find(topic.collection_name_or_id)
+        collection = self.collections.find_streamed(topic.collection_name_or_id)
         if collection is None:
             return None
         return self.renderer.expand_compiler.compile_expand(

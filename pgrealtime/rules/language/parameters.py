@@ -235,6 +235,10 @@ def _request_member(path: tuple[str, ...], request: RuleRequest) -> Scalar:
             return request.query.get(key)
         case ("headers", key):
             return request.headers.get(key)
+        case ("body", key):
+            return None if request.body is None else request.body.get(key)
+        case ("body", key):
+            return None if request.body is None else request.body.get(key)
         case ("auth", field):
             return _principal_field(field, request.principal)
         case _:
@@ -260,7 +264,9 @@ def _principal_field(field: str, principal: Principal) -> Scalar:
             record = replace(_SUPERUSER, id=id)
         case AuthRecord():
             record = principal
-    return PRINCIPAL_FIELDS[field](record)
+    if field in PRINCIPAL_FIELDS:
+        return PRINCIPAL_FIELDS[field](record)
+    return dict(record.claims).get(field)
 
 
 # --- values of a time

@@ -321,18 +321,18 @@ def terms(condition: Condition) -> list[Term]:
     return found
 
 
-def _row_paths(condition: Condition, *, is_nested_included: bool) -> Iterator[RowPath]:
+def paths_read(condition: Condition, *, is_nested_included: bool) -> Iterator[RowPath]:
     """Yield every path that is read; of a nested rule that to its row, and those in it or not."""
     match condition:
         case Comparison():
             yield from filter(None, map(row_path_of, terms(condition)))
         case Conjunction(parts) | Disjunction(parts):
             for part in parts:
-                yield from _row_paths(part, is_nested_included=is_nested_included)
+                yield from paths_read(part, is_nested_included=is_nested_included)
         case NestedRule(path, where):
             yield path
             if is_nested_included:
-                yield from _row_paths(where, is_nested_included=True)
+                yield from paths_read(where, is_nested_included=True)
 
 
 def condition_parameters(condition: Condition) -> tuple[Parameter, ...]:
@@ -367,7 +367,7 @@ def columns_read(
 
 def reads_caller_row(condition: Condition) -> bool:
     """Return whether it reads the caller's own row, or anything reached from it."""
-    paths = _row_paths(condition, is_nested_included=True)
+    paths = paths_read(condition, is_nested_included=True)
     return any(isinstance(path.root, CallerRow) for path in paths)
 
 
@@ -479,7 +479,7 @@ def independent_parts(conjunction: Conjunction) -> list[Condition]:
     """
     groups: list[tuple[set[RowPath], list[Condition]]] = []
     for condition in _flattened(conjunction):
-        paths = _row_paths(condition, is_nested_included=False)
+        paths = paths_read(condition, is_nested_included=False)
         joins = {join for path in paths for join in _joins_of_path(path)}
         members = [condition]
         separate = []

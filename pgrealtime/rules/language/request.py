@@ -8,7 +8,10 @@ from pgrealtime.auth.principal import GUEST, Principal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleRequest:
-    """The ``@request`` of one subscription. Query and headers come from the topic's options."""
+    """The ``@request`` of one subscription, or of one read.
+
+    Query and headers of a subscription are those of its topic's options.
+    """
 
     principal: Principal = GUEST
     query: Mapping[str, str] = field(default_factory=dict)
@@ -17,3 +20,5 @@ class RuleRequest:
     """Names in snake case."""
     context: str = "realtime"
     method: str = "GET"
+    body: Mapping[str, str | float | None] | None = None
+    """Members of a read's body, containers as JSON; None if it has none."""

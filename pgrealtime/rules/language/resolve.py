@@ -46,6 +46,7 @@ from pgrealtime.rules.language.predicate import (
     ToEach,
     ToOne,
     comparisons,
+    row_path_of,
 )
 from pgrealtime.spelling import nearest_name
 
@@ -69,7 +70,7 @@ def resolve_rule(
         RuleError: The text is not of the language, names something unknown, or can't be evaluated
             exactly. Paths of ``@request.auth`` are checked for this ``auth_collection`` only.
     """
-    resolver = _Resolver(collections, collection, auth_collection)
+    resolver = Resolver(collections, collection, auth_collection)
     return _make_predicate(collection, resolver.resolve_condition(syntax.parse_expression(text)))
 
 
@@ -94,7 +95,7 @@ def resolve_filter(
         raise RuleSyntaxError(message, start=0, end=len(text))
     if not is_superuser:
         _refuse_superuser_identifiers(text)
-    resolver = _Resolver(collections, collection, auth_collection, is_filter=True)
+    resolver = Resolver(collections, collection, auth_collection, is_filter=True)
     where = resolver.resolve_condition(syntax.parse_expression(text))
     if list_rules := resolver.list_rule_conditions():
         where = Conjunction((where, *list_rules))
@@ -129,12 +130,17 @@ def _make_predicate(collection: Collection, where: Condition) -> Predicate:
 
     PocketBase makes a LIKE pattern of the JSON array of ``:each``, which is no array any more.
     """
-    is_broken = any(
+    is_broken = is_always_broken(where)
+    return Predicate(collection_name=collection.name, where=_ALWAYS_FALSE if is_broken else where)
+
+
+def is_always_broken(condition: Condition) -> bool:
+    """Whether PocketBase's query for the condition fails, whatever the rows."""
+    return any(
         comparison.op in {syntax.Op.LIKE, syntax.Op.NOT_LIKE}
         and isinstance(comparison.right, AbsentEach)
-        for comparison in comparisons(where)
+        for comparison in comparisons(condition)
     )
-    return Predicate(collection_name=collection.name, where=_ALWAYS_FALSE if is_broken else where)
 
 
 _ALWAYS_FALSE = Comparison(Keyword(False), syntax.Op.EQ, True, Keyword(True))
@@ -156,13 +162,18 @@ _UNSUPPORTED_TYPES = {"money", "refcursor", "hstore"}
 
 
 @dataclass(slots=True)
-class _Resolver:
-    """Resolves one scope: its paths begin at a row of ``collection``, unless they say otherwise."""
+class Resolver:
+    """Resolves one scope: its paths begin at a row of ``collection``, unless they say otherwise.
+
+    ``is_filter``: the text is a client's. ``has_body``: the request has a body, as a subscription's
+    never has.
+    """
 
     collections: Collections
     collection: Collection
     auth_collection: Collection | None
     is_filter: bool = False
+    has_body: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
     joined_paths: dict[RowPath, None] = field(default_factory=dict)
     email_conditions: list[Comparison] = field(default_factory=list)
@@ -171,6 +182,8 @@ class _Resolver:
     # --- expressions
 
     def resolve_condition(self, expression: syntax.ExpressionNode) -> Condition:
+        """Return the expression with its names resolved."""
+        """Return the expression with its names resolved."""
         match expression:
             case syntax.ComparisonNode():
                 return self._resolve_comparison(expression)
@@ -179,6 +192,19 @@ class _Resolver:
             case syntax.OrNode(parts):
                 return Disjunction(tuple(self.resolve_condition(part) for part in parts))
 
+    def resolve_sort_path(self, text: str) -> tuple[Term, Comparison | None]:
+        """Return the term that a sort key names, and whether the address that it reads is shown.
+
+        Raises:
+            RuleError: It names nothing that a row has, or nothing that its sender may read.
+        """
+        self.current_operand = syntax.IdentifierNode(text, 0, len(text))
+        self.email_conditions = []
+        term = self._resolve_path(text)
+        if row_path_of(term) is None:
+            self._refuse(f'"{text}" is the same for every record')
+        return term, next(iter(self.email_conditions), None)
+
     def list_rule_conditions(self) -> list[Condition]:
         """Return the list rules of the rows joined so far; a missing row needs to meet none."""
         conditions: list[Condition] = []
@@ -186,7 +212,9 @@ class _Resolver:
             collection = self.collections[path.collection_name]
             if not collection.list_rule:
                 continue
-            inner = _Resolver(self.collections, collection, self.auth_collection, is_filter=False)
+            inner = Resolver(
+                self.collections, collection, self.auth_collection, has_body=self.has_body
+            )
             where = inner.resolve_condition(syntax.parse_expression(collection.list_rule))
             id_field = FieldValue(path, collection.fields_by_name["id"])
             missing = Comparison(id_field, syntax.Op.EQ, True, ParameterTerm(LiteralParameter("")))
@@ -299,13 +327,25 @@ class _Resolver:
     def _auth_path(self, parts: list[str]) -> Term:
         if len(parts) == 1 and parts[0] in PRINCIPAL_FIELDS:
             return ParameterTerm(RequestValue(("auth", parts[0])))
+        if len(parts) == 1 and parts[0].partition(":")[0] in self.collections.claim_names:
+            return self._claim(parts[0])
         if self.auth_collection is None:
             return Keyword(None)
         caller_row = self._record_joins(RowPath(CallerRow(self.auth_collection.name)))
         return self._follow_path(caller_row, parts)
 
+    def _claim(self, part: str) -> Term:
+        name, modifier = self._split_modifier(part)
+        if modifier not in {"", "isset", "lower"}:
+            self._refuse(f'":{modifier}" can\'t be used with a claim')
+        is_isset, is_lower = modifier == "isset", modifier == "lower"
+        return ParameterTerm(RequestValue(("auth", name), is_isset=is_isset, is_lower=is_lower))
+
     def _body_path(self, parts: list[str]) -> Term:
-        """Return a field of the request's body, which is empty in realtime."""
+        """Return a field of the request's body."""
+        if self.has_body and len(parts) == 1:
+            return self._request_value(["body", *parts])
+        # A subscription has no body, nor have most reads.
         name, modifier = self._split_modifier(parts[0])
         field = self.collection.fields_by_name.get(name)
         if field is None:

@@ -21,6 +21,7 @@ from pgrealtime.auth.token import (
     check_issuer_and_audience,
     check_signature,
     check_times,
+    claim_values,
     id_from_claim,
     is_superuser,
     parse_token,
@@ -292,3 +293,39 @@ def test_a_superuser_has_every_claim_exactly(
 )
 def test_an_id_is_a_text_or_an_integer(value: object, expected: str | None) -> None:
     assert id_from_claim({"sub": value}, "sub") == expected
+
+
+@pytest.mark.parametrize(
+    ("claims", "value"),
+    [
+        ({"tenant": "acme"}, "acme"),
+        ({"tenant": 7}, 7),
+        ({"tenant": 7.5}, 7.5),
+        ({"tenant": True}, 1),
+        ({"tenant": ["a", "é"]}, '["a","é"]'),
+        ({"tenant": {"b": 1}}, '{"b":1}'),
+        ({"tenant": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_configured_claim_is_given_to_rules_by_its_type(
+    claims: dict[str, Any], value: object
+) -> None:
+    issuer = IssuerConfig(name="app", secret="s" * 32, claims={"org": "tenant"})
+
+    assert claim_values(claims, issuer) == (("org", value),)
+
+
+@pytest.mark.parametrize(
+    ("claims", "value"),
+    [
+        ({"app": {"org": "acme"}}, "acme"),
+        ({"app.org": "whole", "app": {"org": "nested"}}, "whole"),
+        ({"app": "text"}, None),
+        ({"app": {"org": {"id": 1}}}, '{"id":1}'),
+    ],
+)
+def test_a_claim_within_an_object_is_named_with_dots(claims: dict[str, Any], value: object) -> None:
+    issuer = IssuerConfig(name="app", secret="s" * 32, claims={"org": "app.org"})
+
+    assert claim_values(claims, issuer) == (("org", value),)

@@ -419,17 +419,29 @@ def test_a_junction_from_a_table_to_itself_needs_its_columns() -> None:
         (
             replace(POSTS, kind=TableKind.VIEW),
             {},
-            ConfigProblem("table", '"public.posts" is a view: it sends no changes'),
+            ConfigProblem(
+                "table",
+                '"public.posts" is a view: it sends no changes',
+                "set stream: false to read it only",
+            ),
         ),
         (
             replace(POSTS, kind=TableKind.MATERIALIZED_VIEW),
             {},
-            ConfigProblem("table", '"public.posts" is a materialized view: it sends no changes'),
+            ConfigProblem(
+                "table",
+                '"public.posts" is a materialized view: it sends no changes',
+                "set stream: false to read it only",
+            ),
         ),
         (
             replace(POSTS, kind=TableKind.FOREIGN),
             {},
-            ConfigProblem("table", '"public.posts" is a foreign table: it sends no changes'),
+            ConfigProblem(
+                "table",
+                '"public.posts" is a foreign table: it sends no changes',
+                "set stream: false to read it only",
+            ),
         ),
         (
             replace(POSTS, partition_of=TableName("public", "all_posts")),
@@ -744,3 +756,44 @@ def test_all_problems_are_reported_at_once() -> None:
         "collections.posts.table",
         "collections.users.fields.hide",
     ]
+
+
+# -- the default order of lists
+
+
+def order_of(config: Mapping[str, Any], *tables: Table) -> list[str]:
+    order = built({"posts": {"table": "posts", **config}}, *tables)["posts"].order
+    return [("-" if one.is_descending else "") + one.column.name for one in order]
+
+
+CREATED = {"created_at": "timestamptz"}
+
+
+def not_null(nullable: Table) -> Table:
+    columns = tuple(replace(column, not_null=True) for column in nullable.columns)
+    return replace(nullable, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("posts", "config", "wanted"),
+    [
+        (table("posts", {"id": "int8", **CREATED}), {}, ["id"]),
+        (table("posts", {"id": "uuid", "n": "int4"}), {}, ["id"]),
+        (table("posts", {"id": "uuid", **CREATED}), {}, ["id"]),
+        (not_null(table("posts", {"id": "uuid", **CREATED})), {}, ["created_at", "id"]),
+        (table("posts", {"id": "int8", "n": "int4"}), {"order": ["-n"]}, ["-n", "id"]),
+        (table("posts", {"id": "int8", "n": "int4"}), {"order": ["-id", "n"]}, ["-id", "n"]),
+    ],
+)
+def test_lists_have_a_total_order(
+    posts: Table, config: Mapping[str, Any], wanted: list[str]
+) -> None:
+    assert order_of(config, posts) == wanted
+
+
+@pytest.mark.parametrize("name", ["nope", "tags", "doc"])
+def test_an_order_names_fields_of_one_value(name: str) -> None:
+    posts = table("posts", {"id": "int8", "tags": array_of(base_type("text")), "doc": "jsonb"})
+
+    (problem,) = problems_of({"posts": {"table": "posts", "order": [name]}}, posts)
+    assert problem.path == "collections.posts.order"
