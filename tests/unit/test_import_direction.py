@@ -61,8 +61,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules.language": ("errors", "spelling", "collections.model", "auth.principal"),
     "rules.sql": (
-        *("errors", "changes", "catalog.model", "collections.model", "auth.principal"),
-        "rules.language",
+        *("errors", "changes", "catalog.model", "collections.model"),
+        *("auth.principal", "rules.language"),
     ),
     "rules.memory": (
         *("changes", "text_forms", "catalog.model", "collections.model", "rules.language"),
@@ -107,6 +107,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     # Answers are trimmed by the same "fields" as records.
     "api": (
         *(*_FLOOR, "protocol", "records", "auth", "reads", "observe.metrics"),
+        *("collections.model", "rules.language.request"),
         *("hub.hub", "hub.connections.connection"),
     ),
     "explain": (

@@ -90,7 +90,7 @@ def translate_predicate(
         is_caller_row_bound=is_caller_row_bound,
     )
     scope = Scope(translation, ROW_ALIAS, is_row_image=True)
-    condition = _condition_with_joins(predicate.where, scope)
+    condition = condition_with_joins(predicate.where, scope)
     if auth_collection is not None and translation.tables:
         condition = all_of(condition, scope.caller_row_exists(auth_collection))
     return SqlPredicate(
@@ -146,28 +146,29 @@ def translate_key_values(
         text = nodes.cast(operand.number, nodes.TEXT)
     conditions = [is_not_null(text)]
     if where is not None:
-        conditions.append(_translate_condition(where, scope))
+        conditions.append(translate_condition(where, scope))
     return SqlValues.of_scope(scope, text, all_of(*conditions))
 
 
 # --- conditions
 
 
-def _condition_with_joins(condition: Condition, scope: Scope) -> Sql:
+def condition_with_joins(condition: Condition, scope: Scope) -> Sql:
     """Return a condition as EXISTS over the joins that it made, if it made any."""
-    where = _translate_condition(condition, scope)
+    where = translate_condition(condition, scope)
     return scope.exists(where) if scope.has_joins else where
 
 
-def _translate_condition(condition: Condition, scope: Scope) -> Sql:
+def translate_condition(condition: Condition, scope: Scope) -> Sql:
+    """Return a condition over the joins of the scope, which it makes as it needs them."""
     match condition:
         case Conjunction(parts):
-            return all_of(*[_translate_condition(part, scope) for part in parts])
+            return all_of(*[translate_condition(part, scope) for part in parts])
         case Disjunction(parts):
-            return any_of(*[_translate_condition(part, scope) for part in parts])
+            return any_of(*[translate_condition(part, scope) for part in parts])
         case NestedRule(path, where):
             inner = Scope(scope.translation, scope.join_row(path), is_row_image=False)
-            return _condition_with_joins(where, inner)
+            return condition_with_joins(where, inner)
         case Comparison():
             try:
                 return _translate_comparison(condition, scope)

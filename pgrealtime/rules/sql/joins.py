@@ -95,14 +95,24 @@ class Scope:
 
     The rule is about the row with ``scope_row_alias`` in the outer query. If that ``is_row_image``
     of the stream, its columns are recorded as read.
+
+    With ``numbers_rows``, ``row_order`` sorts the combinations of joined rows: by each join that
+    can have several, in the order in which the joins were made.
     """
 
     def __init__(
-        self, translation: Translation, scope_row_alias: str, *, is_row_image: bool
+        self,
+        translation: Translation,
+        scope_row_alias: str,
+        *,
+        is_row_image: bool,
+        numbers_rows: bool = False,
     ) -> None:
         self.translation = translation
         self.scope_row_alias = scope_row_alias
         self.is_row_image = is_row_image
+        self._numbers_rows = numbers_rows
+        self.row_order: list[exp.Ordered] = []
         self._row_aliases: dict[RowPath, str] = {}
         self._each_values: dict[RowPath, TypedSql] = {}
         self._joins: list[exp.Join] = []
@@ -112,6 +122,11 @@ class Scope:
     def has_joins(self) -> bool:
         """Whether any other row than the scope's is read."""
         return bool(self._joins)
+
+    @property
+    def joins(self) -> list[exp.Join]:
+        """The joins made so far, as nodes that belong to no tree."""
+        return [join if join.parent is None else join.copy() for join in self._joins]
 
     def without_joins(self) -> Scope:
         """Return a scope about the same row with no joins yet."""
@@ -192,7 +207,7 @@ class Scope:
         return nodes.select(
             [nodes.copy_if_attached(expression)],
             exp.Subquery(this=one, alias=nodes.row_alias("one")),
-            joins=[join if join.parent is None else join.copy() for join in self._joins],
+            joins=self.joins,
             where=where,
         )
 
@@ -206,7 +221,9 @@ class Scope:
             case predicate.CallerRow():
                 return self._left_join(collection, lambda alias: self._is_caller(alias, collection))
             case predicate.CollectionRows():
-                return self._left_join(collection, lambda _: nodes.boolean(True))
+                return self._number_rows(
+                    collection, self._left_join(collection, lambda _: nodes.boolean(True))
+                )
             case predicate.ScopeRow():
                 raise AssertionError("the scope's row is not joined")
 
@@ -244,14 +261,19 @@ class Scope:
                 self._table(junction.table, alias),
                 nodes.equal_keys(typed_column(alias, junction.source), self.row_id_at(parent)),
             )
-            self._each_values[path] = typed_column(alias, junction.target)
+            target = self._each_values[path] = typed_column(alias, junction.target)
+            self._number_by(nodes.sortable_text(target))
             return alias
         assert field.column is not None
         element = field.type.base.element
         assert element is not None
         unnest = exp.Unnest(expressions=[self.column_at(parent, field.column.name)])
-        values = exp.Lateral(this=unnest, alias=nodes.row_alias(alias, "value"))
+        names = ["value", "ordinal"] if self._numbers_rows else ["value"]
+        values = exp.Lateral(
+            this=unnest, alias=nodes.row_alias(alias, *names), ordinality=self._numbers_rows
+        )
         self._add_join(values, nodes.boolean(True))
+        self._number_by(nodes.column(alias, "ordinal"))
         item = nodes.column(alias, "value")
         self._each_values[path] = TypedSql(item, element, field.column.is_deterministic)
         return alias
@@ -263,11 +285,24 @@ class Scope:
             pairs = self.translation.new_alias()
             pointed_to = typed_column(pairs, junction.target)
             self._add_join(self._table(junction.table, pairs), nodes.equal_keys(pointed_to, key))
-            return self._join_by_key(source, typed_column(pairs, junction.source))
+            joined = self._join_by_key(source, typed_column(pairs, junction.source))
+            return self._number_rows(source, joined)
         assert field.column is not None
         column = field.column
         matches = _array_contains if field.is_multiple else nodes.equal_keys
-        return self._left_join(source, lambda alias: matches(typed_column(alias, column), key))
+        joined = self._left_join(source, lambda alias: matches(typed_column(alias, column), key))
+        return self._number_rows(source, joined)
+
+    def _number_rows(self, collection: Collection, alias: str) -> str:
+        """Sort the rows of a join by the collection's default order; return their alias."""
+        for one in collection.order:
+            column = nodes.column(alias, one.column.name)
+            self._number_by(column, is_descending=one.is_descending)
+        return alias
+
+    def _number_by(self, expression: Sql, *, is_descending: bool = False) -> None:
+        if self._numbers_rows:
+            self.row_order.append(nodes.ordered(expression, is_descending=is_descending))
 
     def _left_join(self, collection: Collection, on: _JoinCondition) -> str:
         alias = self.translation.new_alias()

@@ -296,6 +296,36 @@ def is_inet(base: Type) -> bool:
     return base.schema == "pg_catalog" and base.name == "inet"
 
 
+# --- order
+
+
+def ordered(node: Sql, *, is_descending: bool = False, not_null: bool = False) -> exp.Ordered:
+    """Return a sort expression with NULL first if it ascends, last if it descends.
+
+    PostgreSQL's default is the opposite. With ``not_null`` the clause is left out, so that an
+    ordinary index gives the order.
+    """
+    nulls_first = is_descending if not_null else not is_descending
+    return exp.Ordered(this=copy_if_attached(node), desc=is_descending, nulls_first=nulls_first)
+
+
+def sortable_text(value: TypedSql) -> Sql:
+    """Return a text, or what is shown as one, for sorting: by its bytes.
+
+    Whole numbers sort by value, since the ids of existing tables are numbered; uuids sort alike as
+    what they are, and an index serves that.
+    """
+    base = value.type.base
+    if base.schema == "pg_catalog" and base.name in {"int2", "int4", "int8", "uuid"}:
+        return value.node
+    return in_byte_order(bytewise_text(value))
+
+
+def in_byte_order(text: Sql) -> Sql:
+    """Return a text expression that sorts by its bytes, whatever its collation."""
+    return text if isinstance(text, exp.Collate) else collate_c(text)
+
+
 # --- connectives
 
 
