@@ -116,6 +116,36 @@ class FairQueue:
                 del self._waiters[key]
 
 
+class FairPermits:
+    """A number of permits for which the waiting keys take turns."""
+
+    def __init__(self, count: int) -> None:
+        self._free_count = count
+        self._waiting = FairQueue()
+
+    def count_waiting(self, key: str) -> int:
+        """Return how many tasks wait under the key."""
+        return self._waiting.count_waiting(key)
+
+    @asynccontextmanager
+    async def acquire(self, key: str) -> AsyncIterator[None]:
+        """Hold one permit."""
+        # No await between the check and the count: tasks of one loop can't both take the last.
+        if self._free_count:
+            self._free_count -= 1
+        else:
+            # A permit that is passed on never counts as free.
+            await self._waiting.wait(key, self._release)
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if not self._waiting.wake_next():
+            self._free_count += 1
+
+
 class FairLock:
     """A lock for which the waiting keys take turns; the tasks of one key get it in order."""
 

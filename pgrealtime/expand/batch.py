@@ -78,6 +78,7 @@ class LoadBatch:
     Attributes:
         unknown_states: By ``RecordNode.state_key``, the viewers that were to be shown records whose
             state isn't known.
+        has_left_out_rows: Whether more rows were wanted than a batch may have.
     """
 
     def __init__(self, session: ReadSession, junction_hops: JunctionHops) -> None:
@@ -91,6 +92,7 @@ class LoadBatch:
         """By before state and collection, the rows that were changed since."""
         self.unknown_states: set[tuple[int, ExpandViewer]] = set()
         self._row_count = 0
+        self.has_left_out_rows = False
 
     async def load_junction_ids(self, nodes: Iterable[RecordNode]) -> None:
         """Set the ids of the nodes' relations through junction tables."""
@@ -258,6 +260,7 @@ class LoadBatch:
             ids |= dict.fromkeys(found for found in traversal.ids or () if found not in known)
         for name, (collection, ids) in wanted.items():
             chunk = [*ids][: max(0, _MAX_ROWS - self._row_count)]
+            self.has_left_out_rows |= len(chunk) < len(ids)
             self._row_count += len(chunk)
             if chunk:
                 self._rows[name] |= await fetch_rows_by_id(self._session, collection, chunk) or {}

@@ -23,7 +23,8 @@ from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.predicate import DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 
-_BACK_RELATION = re.compile(r"(\w+)_via_(\w+)", re.ASCII)
+_BACK_RELATION = re.compile(r"(\w+)_via_(\w+)|(\w+)\((\w+)\)", re.ASCII)
+"""``posts_via_author``, or in PocketBase's older spelling ``posts(author)``."""
 _MAX_PLANS = 4096
 MAX_EXPAND_DEPTH: Final = 6
 
@@ -237,8 +238,9 @@ class ExpandCompiler:
     def _resolve_hop(self, source: Collection, name: str) -> RelationHop | None:
         if back := _BACK_RELATION.fullmatch(name):
             # Unlike in topics and rules, the collection's name is matched without case.
-            owner = self._collections.find(back[1]) or self._by_folded_name.get(back[1].casefold())
-            field = None if owner is None else owner.fields_by_name.get(back[2])
+            of, field_name = back[1] or back[3], back[2] or back[4]
+            owner = self._collections.find(of) or self._by_folded_name.get(of.casefold())
+            field = None if owner is None else owner.fields_by_name.get(field_name)
             if owner is None or field is None or field.relation is None:
                 return None
             if field.relation.collection_name != source.name:

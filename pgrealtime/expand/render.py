@@ -3,7 +3,7 @@
 ``load`` calls it once the snapshot has ended. Pure.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -33,15 +33,37 @@ def render_expand(
         ValueError: A related row can't be encoded.
         LookupError: Likewise.
     """
-    branches = merge_paths(path.hops for path in viewer.plan.paths if _is_path_visible(root, path))
-    if not branches:
-        return None
-    return _ExpandWriter(viewer, render_record, max_bytes).write_members(root, branches)
+    return ExpandRenderer([root], viewer, render_record, max_bytes=max_bytes).render(root)
 
 
-def _is_path_visible(root: RecordNode, path: ExpandPath) -> bool:
+class ExpandRenderer:
+    """Writes the member ``expand`` of records that are shown together, for one viewer.
+
+    A path of the option is followed for all of them at once: where it is refused for one, it adds
+    nothing to any. ``max_bytes`` bounds each record's member.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[RecordNode],
+        viewer: ExpandViewer,
+        render_record: RenderRecord,
+        *,
+        max_bytes: int,
+    ) -> None:
+        self._branches = merge_paths(
+            path.hops for path in viewer.plan.paths if _is_path_visible(roots, path)
+        )
+        self._writer = _ExpandWriter(viewer, render_record, max_bytes)
+
+    def render(self, root: RecordNode) -> bytes | None:
+        """Return the JSON for one of the records, or raise as ``render_expand``."""
+        return self._writer.write_members(root, self._branches) if self._branches else None
+
+
+def _is_path_visible(roots: Sequence[RecordNode], path: ExpandPath) -> bool:
     """Whether no record on the path was refused: a path with one refusal adds nothing at all."""
-    level: Iterable[RecordNode] = [root]
+    level: Iterable[RecordNode] = roots
     for hop in path.hops:
         next_level: dict[RecordNode, None] = {}
         for node in level:

@@ -72,7 +72,7 @@ def bind_body(
     # All payloads share one token limit: a form may have thousands.
     tokens_left = MAX_TOKENS
     payloads: list[bytes] = []
-    for key, value in _parse_form(content_type, body, query):
+    for key, value in parse_form(content_type, body, query):
         if key == b"@jsonPayload":
             payloads.append(value)
         elif name := known.get(key):
@@ -87,7 +87,7 @@ def bind_body(
     return values
 
 
-def _parse_form(content_type: str, body: bytes, query: bytes) -> list[_FormPair]:
+def parse_form(content_type: str, body: bytes, query: bytes) -> list[_FormPair]:
     """Return the pairs of form and URL in PocketBase's order; the query string is still escaped."""
     media_type, parameters = _parse_media_type(content_type)
     url_pairs = _well_formed_pairs(parse_query_string(query))

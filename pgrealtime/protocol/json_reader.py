@@ -200,6 +200,13 @@ class JsonReader:
             if not open_:
                 return
 
+    def read_raw(self) -> bytes:
+        """Read a value of any kind as its JSON text."""
+        self.peek()
+        begin = self._offset
+        self.skip()
+        return self._text[begin : self._offset]
+
     def expect_end(self) -> None:
         """Check that only white space is left."""
         if self.peek():

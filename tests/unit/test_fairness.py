@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from pgrealtime.fairness import YIELD_AFTER_SECONDS, FairLock, YieldTimer
+from pgrealtime.fairness import YIELD_AFTER_SECONDS, FairLock, FairPermits, YieldTimer
 
 
 async def test_those_who_wait_take_turns_whatever_each_has_to_do() -> None:
@@ -73,3 +73,36 @@ async def test_a_turn_is_over_after_its_time_and_not_before() -> None:
     assert turn.is_due()
     await turn.pause()
     assert not turn.is_due()
+
+
+async def test_permits_are_passed_to_waiting_keys_in_turn() -> None:
+    """A key with many waiting tasks delays itself, and no permit is lost."""
+    permits, order = FairPermits(2), list[str]()
+
+    async def hold(key: str) -> None:
+        async with permits.acquire(key):
+            order.append(key)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(hold("many") for _ in range(6)), hold("one"))
+
+    assert order.index("one") <= 3
+    assert len(order) == 7
+    async with permits.acquire("a"), permits.acquire("b"):
+        assert permits.count_waiting("c") == 0
+
+
+async def test_a_cancelled_waiter_gives_its_permit_back() -> None:
+    permits = FairPermits(1)
+
+    async def hold() -> None:
+        async with permits.acquire("a"):
+            pass
+
+    async with permits.acquire("a"):
+        waiting = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    async with asyncio.timeout(1):
+        await hold()
