@@ -12,7 +12,7 @@ from pgrealtime.auth.principal import Caller
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changelog.row_history import RowHistory, WaitForLSN
 from pgrealtime.collections.model import Collections
-from pgrealtime.collections.streamed_tables import reachable_tables
+from pgrealtime.collections.streamed_tables import reachable_tables, streamed_collections
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
 from pgrealtime.hub.connections.connection import Connection
@@ -23,11 +23,13 @@ from pgrealtime.hub.events.event import GapNotice
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.hub.state.progress import DispatchProgress, HubSettings, ResumableEpochs
+from pgrealtime.hub.state.read_positions import ReadPositions
 from pgrealtime.hub.state.registry import ConnectionRegistry, ConnectionTimeouts, HubCounters
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.hub.subscribe import SubscribeCalls
 from pgrealtime.lsn import Cursor
 from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.snapshot import ReadPoint
 
 
 class Hub:
@@ -65,6 +67,9 @@ class Hub:
         self._registry = registry = ConnectionRegistry(
             progress, self._epochs, settings, self.counters, clock
         )
+        self._read_positions = ReadPositions(
+            changelog, progress, self._epochs, visibility, wait_for_changelog
+        )
         self._timeouts = ConnectionTimeouts(progress, registry, settings.limits, clock)
         self._gap_notifier = gap_notifier = GapNotifier(progress, registry, clock)
         self._catch_up = CatchUpTasks(
@@ -80,7 +85,8 @@ class Hub:
         )
 
     def _make_generation(self, collections: Collections) -> Generation:
-        self._row_history.set_streamed_tables(reachable_tables(collections))
+        streamed = streamed_collections(collections, ())
+        self._row_history.set_streamed_tables(reachable_tables(streamed))
         return Generation(
             self._executor,
             collections,
@@ -172,6 +178,12 @@ class Hub:
     def unmatchable_topics(self, client_id: str) -> frozenset[str]:
         """Return the topics of a connection that no event can match for its caller now."""
         return self._subscribe_calls.unmatchable_topics(client_id)
+
+    async def position_of(self, read_point: ReadPoint) -> str | None:
+        """Return the position of a read, for clients; None while the stream is interrupted."""
+        if not self._registry.is_stream_up:
+            return None
+        return await self._read_positions.position_of(read_point)
 
     # --- called by the service ----------------------------------------------------------------
 

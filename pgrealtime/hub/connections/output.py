@@ -143,15 +143,20 @@ class ConnectionOutput:
     def _with_positions(
         self, tails: Sequence[bytes], cursors: Sequence[Cursor], position_limit: Cursor | None
     ) -> list[bytes]:
-        """Put an id before each tail; of several for one change only the last moves it."""
+        """Put an id before each tail; of several for one change only the last is behind it."""
         prefix = self._id_prefix + b"."
         parts: list[bytes] = []
         for count, (tail, cursor) in enumerate(zip(tails, cursors, strict=True), start=1):
             # A position says that all of its change was sent: with the id of an earlier message a
-            # client that breaks off there would lose the rest of the change.
+            # client that breaks off there would lose the rest of the change. So that carries the
+            # position just before the change, and not an older one: a client that skips what is
+            # below the position of a list must not skip it.
             is_last_of_change = count == len(cursors) or cursors[count] != cursor
-            if is_last_of_change and (position_limit is None or cursor < position_limit):
-                self.position = self._encode_position(cursor)
+            sent = cursor
+            if not is_last_of_change or (position_limit is not None and cursor >= position_limit):
+                sent = Cursor(cursor.lsn, cursor.ordinal - 1)
+            if position_limit is None or sent < position_limit:
+                self.position = self._encode_position(sent)
             parts += (prefix, self.position, tail)
             if self.has_cursor_topic and count % _MESSAGES_PER_CURSOR_EVENT == 0:
                 full_id = prefix + self.position
