@@ -188,6 +188,17 @@ class SubscriptionLimitError(SubscriptionError):
         self.maximum = maximum
 
 
+class ReadError(PgRealtimeError):
+    """A list, or one record, is not given.
+
+    Codes: ``read_locked`` (the rule is for superusers), ``read_reserved_request`` and
+    ``read_reserved_collection`` (words of rules in filter or sort), ``read_invalid`` (anything else
+    of a list), ``record_unknown``.
+    """
+
+    code = "read_invalid"
+
+
 class ChangelogError(PgRealtimeError):
     """The changelog can't serve a position or append an entry."""
 

@@ -22,6 +22,7 @@ from pgrealtime.auth.principal import Superuser
 from pgrealtime.config.model import Config, ServerConfig
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.hub.hub import Hub
+from pgrealtime.protocol.query_string import has_bad_escape
 from pgrealtime.records.values import Json
 
 log = structlog.get_logger(__name__)
@@ -187,7 +188,12 @@ def clean_path(path: str) -> str:
 
 @web.middleware
 async def _redirect_to_clean_path(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Redirect to the canonical path, or call the handler if this is one."""
+    """Redirect to the canonical path, or call the handler if this is one.
+
+    A path with a faulty escape is refused, as Go's server does, before any route is looked for.
+    """
+    if has_bad_escape(request.raw_path.partition("?")[0].encode()):
+        return web.Response(status=400, text="400 Bad Request")
     path = request.rel_url.raw_path
     plain = clean_path(path)
     if plain == path or not path.startswith("/"):

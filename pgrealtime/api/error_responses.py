@@ -42,6 +42,9 @@ class ErrorResponse:
 BAD_REQUEST: Final = ErrorResponse(
     400, "Something went wrong while processing your request.", "处理请求时出错。"
 )
+SUPERUSERS_ONLY: Final = ErrorResponse(
+    403, "Only superusers can perform this action.", "只有超级用户可以执行此操作。"
+)
 TOKEN_REQUIRED: Final = ErrorResponse(
     401, "The request requires valid record authorization token.", "请求需要有效的记录授权令牌。"
 )
@@ -69,6 +72,15 @@ _RESPONSE_BY_CODE: Final = {
         "当前请求和之前的请求授权不匹配。",
     ),
     "guest_refused": TOKEN_REQUIRED,
+    "read_locked": SUPERUSERS_ONLY,
+    "read_reserved_request": ErrorResponse(
+        403, "Only superusers can filter by @request.", "只有超级用户可以按 @request 过滤。"
+    ),
+    "read_reserved_collection": ErrorResponse(
+        403, "Only superusers can filter by @collection.", "只有超级用户可以按 @collection 过滤。"
+    ),
+    "read_invalid": BAD_REQUEST,
+    "record_unknown": ROUTE_NOT_FOUND,
     "stream_away": _UNAVAILABLE,
     "database_unreachable": _UNAVAILABLE,
 }

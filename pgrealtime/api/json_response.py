@@ -7,6 +7,7 @@ from aiohttp import web
 
 from pgrealtime.api.error_responses import BAD_REQUEST, RequestRefusedError
 from pgrealtime.protocol.query_string import parse_query_string
+from pgrealtime.protocol.topic import snake_case
 from pgrealtime.records.fields import apply_projections, compile_projections, parse_fields
 from pgrealtime.records.values import Json
 
@@ -30,3 +31,12 @@ def query_values(request: web.Request) -> dict[str, str]:
     for name, value in parse_query_string(request.rel_url.raw_query_string.encode()).pairs:
         values.setdefault(name.decode(errors="replace"), value.decode(errors="replace"))
     return values
+
+
+def headers_for_rules(request: web.Request) -> dict[str, str]:
+    """Return the first value of each header but ``Host``, which Go keeps apart from headers."""
+    headers: dict[str, str] = {}
+    for name, value in request.headers.items():
+        headers.setdefault(snake_case(name), value)
+    headers.pop("host", None)
+    return headers

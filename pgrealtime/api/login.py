@@ -14,7 +14,7 @@ from pgrealtime.api.error_responses import (
     ErrorResponse,
     RequestRefusedError,
 )
-from pgrealtime.api.json_response import query_values, respond_json
+from pgrealtime.api.json_response import headers_for_rules, query_values, respond_json
 from pgrealtime.api.login_body import check_body_readable, check_login_body, parse_login_body
 from pgrealtime.auth.account import UserCollection
 from pgrealtime.auth.authenticator import Authenticator, caller_of_account
@@ -22,7 +22,6 @@ from pgrealtime.auth.login import LoginAttempt, LoginService, LoginSession
 from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.config.model import ServerConfig
 from pgrealtime.errors import AuthError
-from pgrealtime.protocol.topic import snake_case
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.records.values import Json
 
@@ -158,7 +157,7 @@ class LoginRoutes:
         """Respond with token and record, if the collection's ``auth_rule`` holds in the context."""
         account = session.account
         collection, row = account.users.collection, account.row
-        query, headers = query_values(request), _headers_for_rules(request)
+        query, headers = query_values(request), headers_for_rules(request)
         if not await self._own_records.may_sign_in(
             collection, row, caller, query=query, headers=headers, context=context
         ):
@@ -167,15 +166,6 @@ class LoginRoutes:
             collection, row, caller_of_account(account, None), query=query, headers=headers
         )
         return respond_json(request, {"record": Raw(record), "token": session.token})
-
-
-def _headers_for_rules(request: web.Request) -> dict[str, str]:
-    """Return the first value of each header but ``Host``, which Go keeps apart from headers."""
-    headers: dict[str, str] = {}
-    for name, value in request.headers.items():
-        headers.setdefault(snake_case(name), value)
-    headers.pop("host", None)
-    return headers
 
 
 def _wrong_collection(name: str) -> ErrorResponse:

@@ -47,8 +47,13 @@ async def connect_once(url: str, *, key: str = URL_SETTING) -> AsyncIterator[Asy
 
 
 @asynccontextmanager
-async def open_query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
-    """Open the pool of read-only connections on which rule queries run.
+async def open_query_pool(
+    database: DatabaseConfig,
+    *,
+    statement_timeout: float | None = None,
+    max_size: int | None = None,
+) -> AsyncIterator[QueryPool]:
+    """Open a pool of read-only connections; by default that on which rule queries run.
 
     Waits up to ``wait_for`` seconds for a server that is still starting.
 
@@ -60,7 +65,9 @@ async def open_query_pool(database: DatabaseConfig) -> AsyncIterator[QueryPool]:
     conninfo = make_conninfo("", **settings | _SETTINGS | DEAD_NETWORK_SETTINGS)
     await _wait_for_server(conninfo, database)
     async with QueryPool(
-        conninfo, statement_timeout=database.statement_timeout, max_size=database.pool_size
+        conninfo,
+        statement_timeout=statement_timeout or database.statement_timeout,
+        max_size=max_size or database.pool_size,
     ) as pool:
         yield pool
 

@@ -50,7 +50,9 @@ def rows_by_key_statement(
 
 
 async def fetch_texts(
-    connection: DatabaseConnection, statement: sql.SQL | sql.Composed, params: Mapping[str, object]
+    connection: DatabaseConnection,
+    statement: sql.SQL | sql.Composed | bytes,
+    params: Mapping[str, object],
 ) -> list[TextRow]:
     """Return a query's rows as PostgreSQL prints them.
 

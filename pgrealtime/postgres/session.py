@@ -115,7 +115,7 @@ class ReadTransaction:
         return False
 
     async def fetch_texts(
-        self, statement: sql.SQL | sql.Composed, params: Mapping[str, object]
+        self, statement: sql.SQL | sql.Composed | bytes, params: Mapping[str, object]
     ) -> list[TextRow]:
         """Return a query's rows in the stream's text forms."""
         return await fetch_texts(self._connection, statement, params)

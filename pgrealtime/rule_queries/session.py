@@ -67,8 +67,19 @@ class ReadSession:
         may be gone the second time. Raises ``psycopg.Error`` if the connection broke,
         ``TimeoutError`` if the session's seconds are over.
         """
+        return await self._fetch(statement, params, attempts=1 if self._has_failed else 2)
+
+    async def fetch_texts_once(
+        self, statement: bytes, params: Mapping[str, object]
+    ) -> list[TextRow] | None:
+        """As ``fetch_texts``, but a query that times out is not run again."""
+        return await self._fetch(statement, params, attempts=1)
+
+    async def _fetch(
+        self, statement: sql.Composed | bytes, params: Mapping[str, object], *, attempts: int
+    ) -> list[TextRow] | None:
         transaction = self._transaction
-        for is_last in (self._has_failed, True):
+        for attempts_left in reversed(range(attempts)):
             began = time.perf_counter()
             try:
                 rows = await transaction.fetch_texts(statement, params)
@@ -81,7 +92,7 @@ class ReadSession:
                 await transaction.recover()
                 if isinstance(error, psycopg.errors.InsufficientPrivilege):
                     return None  # as the operator wants it, or reported at start
-                if is_last or not isinstance(error, TIMEOUT_ERRORS):
+                if not attempts_left or not isinstance(error, TIMEOUT_ERRORS):
                     break
             else:
                 transaction.budget.spend(time.perf_counter() - began)

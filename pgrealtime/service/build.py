@@ -15,12 +15,14 @@ from aiohttp import web
 
 from pgrealtime.api.app import build_app
 from pgrealtime.api.login import LoginRoutes
+from pgrealtime.api.records import RecordRoutes
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
+from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError
@@ -33,6 +35,7 @@ from pgrealtime.observe.metrics import Metrics
 from pgrealtime.postgres.connect import open_query_pool
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.reads.reader import ReadLimits, RecordReader
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules, rule_problems
 from pgrealtime.service.applied_config import AppliedConfig
@@ -75,14 +78,18 @@ async def run_service(
     """
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_query_pool(config.database))
+        reads_pool = await stack.enter_async_context(_open_reads_pool(config))
         applied = await _apply_at_start(config, pool)
         await report_unreadable_tables(pool, applied.collections)
+        if reads_pool is not None:
+            await reads_pool.configure_row_security(reachable_tables(applied.collections).values())
         streams, metrics, schema_mismatch = StreamOpener(config), Metrics(), asyncio.Event()
         unchanged = ParsedConfig(config=config, locations=ConfigLocations(source="configuration"))
         parts = _build_parts(
             config,
             applied,
             pool,
+            reads_pool,
             streams,
             on_schema_mismatch=schema_mismatch.set,
             refresh_schema=lambda: reloader.wait_for_schema_refresh(),  # noqa: PLW0108 (made below)
@@ -113,6 +120,14 @@ async def run_service(
         LoginRoutes(
             parts.login_service, parts.authenticator, config.server, parts.own_records
         ).add_routes(app.router)
+        if parts.record_reader is not None:
+            RecordRoutes(
+                parts.record_reader,
+                parts.authenticator,
+                config.server,
+                config.reads,
+                parts.hub.position_of,
+            ).add_routes(app.router)
         if extend_app is not None:
             extend_app(app)
         port = await stack.enter_async_context(serve_public(app, parts.hub, config.server))
@@ -126,7 +141,7 @@ async def _apply_at_start(config: Config, pool: QueryPool) -> AppliedConfig:
         ConfigError: A collection doesn't fit its table, or a rule can't be evaluated.
     """
     catalog = await read_configured_catalog(config, pool)
-    collections = build_collections(config.collections, catalog)
+    collections = build_collections(config.collections, catalog, config.auth.claim_names)
     if problems := tuple(rule_problems(collections)):
         raise ConfigError(problems)
     return AppliedConfig(config=config, collections=collections)
@@ -136,6 +151,7 @@ def _build_parts(
     config: Config,
     applied: AppliedConfig,
     pool: QueryPool,
+    reads_pool: QueryPool | None,
     streams: StreamOpener,
     *,
     on_schema_mismatch: Callable[[], None],
@@ -194,6 +210,34 @@ def _build_parts(
         login_service=LoginService(config.auth.login, accounts),
         own_records=OwnRecordRenderer(
             executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
+        ),
+        reads_pool=reads_pool,
+        record_reader=None if reads_pool is None else _make_reader(config, applied, reads_pool),
+    )
+
+
+@asynccontextmanager
+async def _open_reads_pool(config: Config) -> AsyncIterator[QueryPool | None]:
+    if not config.reads.enabled:
+        yield None
+        return
+    async with open_query_pool(
+        config.database,
+        statement_timeout=config.reads.statement_timeout,
+        max_size=config.reads.pool_size,
+    ) as pool:
+        yield pool
+
+
+def _make_reader(config: Config, applied: AppliedConfig, pool: QueryPool) -> RecordReader:
+    return RecordReader(
+        QueryExecutor(pool),
+        applied.collections,
+        nulls=config.records.nulls,
+        hidden=config.records.hidden,
+        limits=ReadLimits(
+            max_joined_rows=config.reads.max_joined_rows,
+            max_answer_bytes=config.reads.max_answer_size,
         ),
     )
 

@@ -10,6 +10,7 @@ from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
+from pgrealtime.reads.reader import RecordReader
 from pgrealtime.rule_queries.executor import QueryExecutor
 
 
@@ -26,3 +27,11 @@ class ServiceParts:
     authenticator: Authenticator
     login_service: LoginService
     own_records: OwnRecordRenderer
+    reads_pool: QueryPool | None = None
+    record_reader: RecordReader | None = None
+    """None if reads are off."""
+
+    @property
+    def query_pools(self) -> tuple[QueryPool, ...]:
+        """The pools of read-only connections."""
+        return (self.pool,) if self.reads_pool is None else (self.pool, self.reads_pool)

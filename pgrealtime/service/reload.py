@@ -191,7 +191,8 @@ class Reloader:
             if read.is_applied:
                 with suppress(psycopg.Error):  # reported by the next query
                     tables = reachable_tables(self._applied.collections)
-                    await self._parts.pool.configure_row_security(tables.values())
+                    for pool in self._parts.query_pools:
+                        await pool.configure_row_security(tables.values())
             await self._check_publication()
 
     async def _check_publication(self) -> None:
@@ -220,13 +221,14 @@ class Reloader:
         if wanted != known:
             await self._switch_stream(applied)
         # Queries that are running use the old collections: allow the tables of both.
-        parts.pool.enable_row_security_for(
-            {*reachable_tables(before.collections), *reachable_tables(applied.collections)}
-        )
+        tables = {*reachable_tables(before.collections), *reachable_tables(applied.collections)}
+        for pool in parts.query_pools:
+            pool.enable_row_security_for(tables)
         await self._update_parts(applied)
         if applied.streamed_tables != before.streamed_tables:
             # A statement prepared before a column's type changed fails from then on.
-            await parts.pool.drain()
+            for pool in parts.query_pools:
+                await pool.drain()
         self._applied = applied
         if replaced := _tables_with_gap(before, applied, known, wanted):
             parts.intake.append_gap("schema", replaced)
@@ -240,6 +242,8 @@ class Reloader:
         auth, collections, parts = applied.config.auth, applied.collections, self._parts
         parts.login_service.replace_settings(auth.login)
         parts.own_records.replace_collections(collections)
+        if parts.record_reader is not None:
+            parts.record_reader.replace_collections(collections)
         parts.authenticator.replace_settings(
             auth,
             collections,

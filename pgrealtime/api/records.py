@@ -1,0 +1,165 @@
+"""The routes ``/api/collections/COLL/records…``: lists and single records, which are read only.
+
+Errors have PocketBase's order: the collection, the address's limit, the body; then those of
+``reads``. The routes that write answer as PocketBase's do under rules that admit superusers only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Final
+
+from aiohttp import web
+
+from pgrealtime.api.address import client_address
+from pgrealtime.api.body_reader import BODY_READER_KEY
+from pgrealtime.api.error_responses import (
+    SUPERUSERS_ONLY,
+    TOO_MANY_REQUESTS,
+    ErrorResponse,
+    RequestRefusedError,
+)
+from pgrealtime.api.json_response import headers_for_rules, query_values
+from pgrealtime.api.read_body import parse_read_body
+from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.auth.login import RateLimiter
+from pgrealtime.auth.principal import Caller, Superuser
+from pgrealtime.collections.model import Collection
+from pgrealtime.config.model import ReadsConfig, ServerConfig
+from pgrealtime.fairness import FairPermits, client_network
+from pgrealtime.reads.reader import Answer, RecordReader
+from pgrealtime.reads.throttle import GuessThrottle
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.snapshot import ReadPoint
+
+POSITION_HEADER: Final = "Realtime-Position"
+
+PositionOf = Callable[[ReadPoint], Awaitable[str | None]]
+"""Returns the position up to which a snapshot saw every commit; None if none can be told."""
+
+_COLLECTION_NOT_FOUND: Final = ErrorResponse(404, "Missing collection context.", "缺少集合上下文。")
+_COLLECTION_NOT_WRITABLE: Final = ErrorResponse(
+    404, "Missing or invalid collection context.", "缺少或无效的集合上下文。"
+)
+_UNSUPPORTED_TYPE: Final = ErrorResponse(400, "Unsupported collection type.", "不支持的集合类型。")
+
+
+class RecordRoutes:
+    """The handlers."""
+
+    def __init__(
+        self,
+        reader: RecordReader,
+        authenticator: Authenticator,
+        server: ServerConfig,
+        reads: ReadsConfig,
+        position_of: PositionOf,
+    ) -> None:
+        self._reader = reader
+        self._authenticator = authenticator
+        self._server = server
+        self._max_waiting = reads.max_waiting
+        self._position_of = position_of
+        self._permits = FairPermits(reads.pool_size)
+        self._limiter = (
+            RateLimiter(reads.requests_per_minute) if reads.requests_per_minute else None
+        )
+        self._throttle = GuessThrottle()
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """Add the routes."""
+        records = f"{self._server.base_path}/api/collections/{{collection}}/records"
+        router.add_get(records, self.list_records)
+        router.add_post(records, self.refuse_write)
+        router.add_get(f"{records}/{{id}}", self.view_record)
+        router.add_patch(f"{records}/{{id}}", self.refuse_write)
+        router.add_delete(f"{records}/{{id}}", self.refuse_write)
+
+    async def list_records(self, request: web.Request) -> web.Response:
+        """Respond with a page of records."""
+        collection, address = self._requested_collection(request), self._address(request)
+        caller, rule_request = await self._open_request(request, address)
+        async with self._permit(address):
+            answer = await self._reader.list_records(collection, caller, rule_request)
+        if self._is_guess(collection, rule_request, answer):
+            await asyncio.sleep(
+                self._throttle.delay_seconds(address, collection.name, time.monotonic())
+            )
+        return await self._respond(answer)
+
+    async def view_record(self, request: web.Request) -> web.Response:
+        """Respond with one record."""
+        collection, address = self._requested_collection(request), self._address(request)
+        caller, rule_request = await self._open_request(request, address)
+        record_id = request.match_info["id"]
+        async with self._permit(address):
+            answer = await self._reader.view_record(collection, record_id, caller, rule_request)
+        return await self._respond(answer)
+
+    async def refuse_write(self, request: web.Request) -> web.Response:
+        """Refuse to write."""
+        collection = self._reader.find_collection(request.match_info["collection"])
+        if collection is None:
+            is_delete = request.method == "DELETE"
+            raise RequestRefusedError(
+                _COLLECTION_NOT_FOUND if is_delete else _COLLECTION_NOT_WRITABLE
+            )
+        if collection.is_view:
+            raise RequestRefusedError(_UNSUPPORTED_TYPE)
+        raise RequestRefusedError(SUPERUSERS_ONLY)
+
+    def _requested_collection(self, request: web.Request) -> Collection:
+        collection = self._reader.find_collection(request.match_info["collection"])
+        if collection is None:
+            raise RequestRefusedError(_COLLECTION_NOT_FOUND)
+        return collection
+
+    def _address(self, request: web.Request) -> str:
+        return client_address(request, self._server.trusted_proxies)
+
+    async def _open_request(self, request: web.Request, address: str) -> tuple[Caller, RuleRequest]:
+        """Return the caller and what rules see of the request."""
+        caller = await self._authenticator.authenticate_subscriber(
+            request.headers.get("Authorization")
+        )
+        if self._limiter is not None and not isinstance(caller.principal, Superuser):
+            key = (client_network(address),)
+            if not self._limiter.try_acquire(key, time.monotonic()):
+                raise RequestRefusedError(TOO_MANY_REQUESTS)
+        body = await request.app[BODY_READER_KEY].read(request, address, parse_read_body)
+        rule_request = RuleRequest(
+            principal=caller.principal,
+            query=query_values(request),
+            headers=headers_for_rules(request),
+            context="default",
+            method=request.method,
+            body=body,
+        )
+        return caller, rule_request
+
+    def _permit(self, address: str) -> AbstractAsyncContextManager[None]:
+        network = client_network(address)
+        if self._permits.count_waiting(network) >= self._max_waiting:
+            raise RequestRefusedError(TOO_MANY_REQUESTS)
+        return self._permits.acquire(network)
+
+    def _is_guess(self, collection: Collection, request: RuleRequest, answer: Answer) -> bool:
+        return (
+            not answer.item_count
+            and bool(collection.list_rule)
+            and bool(request.query.get("filter"))
+            and not isinstance(request.principal, Superuser)
+        )
+
+    async def _respond(self, answer: Answer) -> web.Response:
+        headers = {"Cache-Control": "no-store"}
+        position = await self._position_of(answer.read_point)
+        if position is not None:
+            headers |= {
+                POSITION_HEADER: position,
+                "Access-Control-Expose-Headers": POSITION_HEADER,
+            }
+        return web.Response(body=answer.body, content_type="application/json", headers=headers)

@@ -1,0 +1,429 @@
+"""Answers list and view requests: rows, total, related records and addresses in one snapshot.
+
+``api.records`` calls it. Nothing of it waits for realtime or keeps it waiting: it has a pool of its
+own, and its work on the event loop is done in short pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Final, Literal
+
+import psycopg
+import structlog
+from psycopg_pool import PoolTimeout
+
+from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
+from pgrealtime.catalog.model import canonical_id
+from pgrealtime.changes import Row
+from pgrealtime.collections.model import Collection, Collections, unpadded_id
+from pgrealtime.config.model import HiddenFieldsMode
+from pgrealtime.errors import DatabaseUnreachableError, ReadError, RuleError
+from pgrealtime.expand.batch import LoadBatch
+from pgrealtime.expand.node import RecordNode
+from pgrealtime.expand.plan import ExpandCompiler, ExpandViewer, JunctionHops, junction_hops
+from pgrealtime.expand.render import ExpandRenderer, ExpandTooLargeError
+from pgrealtime.fairness import YieldTimer
+from pgrealtime.reads.compiler import BoundList, ListCompiler
+from pgrealtime.reads.list_parameters import ListParameters, parse_list_parameters
+from pgrealtime.records.encode import RecordEncoder, View, compile_encoder
+from pgrealtime.records.fields import parse_fields
+from pgrealtime.rule_queries.session import ReadSession, ReadSessionFactory
+from pgrealtime.rules.engine.compiler import RuleCompiler
+from pgrealtime.rules.engine.evaluation import Evaluation
+from pgrealtime.rules.engine.plan import BoundPredicate
+from pgrealtime.rules.language.list_query import reserved_word
+from pgrealtime.rules.language.parameters import MacroValues
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.snapshot import ReadPoint
+
+log = structlog.get_logger(__name__)
+
+_MAX_ENCODERS: Final = 1024
+_MAX_EXPAND_PLANS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """Bounds of one request."""
+
+    max_joined_rows: int = 1_000_000
+    """Combinations of joined rows that a sort by several values may go through."""
+    max_answer_bytes: int = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The body of an answer, and which commits its snapshot saw."""
+
+    body: bytes
+    read_point: ReadPoint
+    item_count: int
+
+
+class RecordReader:
+    """Reads records for callers, by the collections in force.
+
+    Args:
+        sessions: Opens the snapshots to read in.
+        collections: The collections in force.
+        nulls: How NULL is shown.
+        hidden: Whether clients may expand hidden relations and sort by hidden addresses.
+        limits: Bounds of one request.
+    """
+
+    def __init__(
+        self,
+        sessions: ReadSessionFactory,
+        collections: Collections,
+        *,
+        nulls: Literal["null", "zero"],
+        hidden: HiddenFieldsMode = "strict",
+        limits: ReadLimits = ReadLimits(),
+    ) -> None:
+        self._sessions = sessions
+        self._nulls: Literal["null", "zero"] = nulls
+        self._hidden: HiddenFieldsMode = hidden
+        self._limits = limits
+        self.replace_collections(collections)
+
+    def replace_collections(self, collections: Collections) -> None:
+        """Use other collections from now on; requests under way end by those before."""
+        self._view = _CollectionsView(collections, nulls=self._nulls, hidden=self._hidden)
+
+    def find_collection(self, name_or_id: str) -> Collection | None:
+        """Return the collection of an id, or of a name whose case doesn't matter."""
+        return self._view.find(name_or_id)
+
+    async def list_records(
+        self, collection: Collection, caller: Caller, request: RuleRequest
+    ) -> Answer:
+        """Return a page of a collection's records, as the query of the request asks for it.
+
+        Raises:
+            ReadError: The request is refused.
+            DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
+        """
+        rule, query = _require_rule(collection.list_rule, request), request.query
+        filter_text, sort_text = query.get("filter", ""), query.get("sort", "")
+        _refuse_reserved_words(filter_text, sort_text, request)
+        page = parse_list_parameters(query)
+        view = self._view
+        try:
+            bound = view.compiler.bind(
+                collection, rule, request, filter_text=filter_text, sort_text=sort_text
+            )
+        except RuleError as error:
+            raise ReadError(error.message, hint=error.hint) from error
+        async with self._session() as session:
+            rows, total = await self._fetch_page(session, collection, bound, page)
+            read_point = ReadPoint(session.snapshot, session.insert_lsn)
+            items = await view.render(
+                session, collection, rows, caller, request, max_bytes=self._limits.max_answer_bytes
+            )
+        pages = -1 if total < 0 else -(-total // page.per_page)
+        body = b'{"items":[%b],"page":%d,"perPage":%d,"totalItems":%d,"totalPages":%d}' % (
+            b",".join(items),
+            page.page,
+            page.per_page,
+            total,
+            pages,
+        )
+        return Answer(body, read_point, len(items))
+
+    async def view_record(
+        self, collection: Collection, record_id: str, caller: Caller, request: RuleRequest
+    ) -> Answer:
+        """Return one record.
+
+        Raises:
+            ReadError: The request is refused, or there is no such record for the caller.
+            DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
+        """
+        rule = _require_rule(collection.view_rule, request)
+        key = canonical_id(record_id, collection.key.type)
+        if key is None or key != record_id:
+            raise _unknown_record()
+        view = self._view
+        try:
+            bound = view.compiler.bind(collection, rule, request)
+        except RuleError as error:
+            raise _unknown_record() from error
+        async with self._session() as session:
+            rows = await _fetch_rows(session, bound, bound.sql.row, {"id": key})
+            if not rows:
+                raise _unknown_record()
+            read_point = ReadPoint(session.snapshot, session.insert_lsn)
+            (record, *_) = await view.render(
+                session,
+                collection,
+                rows[:1],
+                caller,
+                request,
+                max_bytes=self._limits.max_answer_bytes,
+            )
+        return Answer(record, read_point, 1)
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[ReadSession]:
+        try:
+            async with self._sessions.read_session(frozenset()) as session:
+                yield session
+        except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            raise DatabaseUnreachableError("records can't be read now") from error
+
+    async def _fetch_page(
+        self,
+        session: ReadSession,
+        collection: Collection,
+        bound: BoundList,
+        page: ListParameters,
+    ) -> tuple[list[Row], int]:
+        """Return the rows of a page, and how many there are on all pages, or -1."""
+        rows: list[Row] = []
+        offset = page.offset
+        if offset is not None:
+            limits = {
+                "limit": page.per_page,
+                "offset": offset,
+                "max_joined_rows": self._limits.max_joined_rows + 1,
+            }
+            if bound.sql.joined_count is not None:
+                await self._require_few_joined_rows(session, bound, limits)
+            found = await _fetch_rows(session, bound, bound.sql.page, limits)
+            if found is None:
+                raise ReadError("the query failed")
+            rows = found
+        if page.skips_total:
+            return rows, -1
+        is_last_page = offset is not None and 0 < len(rows) < page.per_page
+        if collection.has_unique_key and (is_last_page or (offset == 0 and not rows)):
+            assert offset is not None
+            return rows, offset + len(rows)
+        counted = await session.fetch_texts_once(bound.sql.count.encode(), bound.params)
+        if counted is None:
+            raise ReadError("the count failed")
+        return rows, int(counted[0][0] or 0)
+
+    async def _require_few_joined_rows(
+        self, session: ReadSession, bound: BoundList, limits: Mapping[str, int]
+    ) -> None:
+        assert bound.sql.joined_count is not None
+        counted = await session.fetch_texts_once(
+            bound.sql.joined_count.encode(), {**bound.params, **limits}
+        )
+        if counted is None:
+            raise ReadError("the query failed")
+        if int(counted[0][0] or 0) > self._limits.max_joined_rows:
+            raise ReadError("the sort joins too many rows")
+
+
+class _CollectionsView:
+    """What is compiled of one generation's collections."""
+
+    def __init__(
+        self,
+        collections: Collections,
+        *,
+        nulls: Literal["null", "zero"],
+        hidden: HiddenFieldsMode,
+    ) -> None:
+        self._collections = collections
+        self._nulls: Literal["null", "zero"] = nulls
+        self._by_folded_name = {
+            name.casefold(): collection for name, collection in collections.items()
+        }
+        self.compiler = ListCompiler(collections, hidden=hidden)
+        self._rule_compiler = RuleCompiler(collections)
+        self._expand_compiler = ExpandCompiler(
+            collections, self._rule_compiler, hidden=hidden, max_plans=_MAX_EXPAND_PLANS
+        )
+        self._junction_hops: JunctionHops = {
+            collection.name: junction_hops(collections, collection)
+            for collection in collections.values()
+        }
+        self._encoder = lru_cache(_MAX_ENCODERS)(self._compile_encoder)
+
+    def find(self, name_or_id: str) -> Collection | None:
+        """Return the collection of an id, or of a name whose case doesn't matter."""
+        found = self._collections.find(name_or_id)
+        return found or self._by_folded_name.get(name_or_id.casefold())
+
+    async def render(
+        self,
+        session: ReadSession,
+        collection: Collection,
+        rows: Sequence[Row],
+        caller: Caller,
+        request: RuleRequest,
+        *,
+        max_bytes: int,
+    ) -> list[bytes]:
+        """Return rows as records, with all that the caller may see of them.
+
+        Raises:
+            ReadError: The option ``fields`` can't be read, or the records are too large.
+        """
+        fields = request.query.get("fields", "")
+        if parse_fields(fields) is None:
+            raise ReadError("fields can't be read")
+        nodes = [
+            RecordNode(collection, unpadded_id(collection, row[collection.key.name] or ""), row)
+            for row in rows
+        ]
+        viewer = self._viewer(collection, caller, request)
+        batch = LoadBatch(session, self._junction_hops)
+        if self._junction_hops[collection.name]:
+            await batch.load_junction_ids(nodes)
+        if viewer is not None:
+            await batch.load_expands([(node, viewer) for node in nodes])
+            if batch.has_left_out_rows:
+                raise ReadError("expand leads to too many records")
+        shows_address = await self._addresses_shown(session, collection, nodes, caller, request)
+        renderer = (
+            None
+            if viewer is None
+            else ExpandRenderer(nodes, viewer, self._render_node, max_bytes=max_bytes)
+        )
+        encoders = [
+            self._encoder(
+                collection.name,
+                View(
+                    sees_hidden=isinstance(request.principal, Superuser),
+                    sees_email=sees_email,
+                    fields=fields or None,
+                ),
+            )
+            for sees_email in (False, True)
+        ]
+        return await _encode(nodes, encoders, shows_address, renderer, max_bytes)
+
+    def _viewer(
+        self, collection: Collection, caller: Caller, request: RuleRequest
+    ) -> ExpandViewer | None:
+        if not request.query.get("expand"):
+            return None
+        return self._expand_compiler.compile_expand(collection, request, caller.own_row)
+
+    async def _addresses_shown(
+        self,
+        session: ReadSession,
+        collection: Collection,
+        nodes: Sequence[RecordNode],
+        caller: Caller,
+        request: RuleRequest,
+    ) -> Sequence[bool]:
+        """Return of which records the caller sees the e-mail address, whatever its visibility."""
+        if collection.type != "auth" or not nodes:
+            return [False] * len(nodes)
+        match request.principal:
+            case Superuser():
+                return [True] * len(nodes)
+            case AuthRecord(collection_id=collection_id, id=own_id) if (
+                collection_id == collection.id
+            ):
+                pass
+            case _:
+                own_id = ""
+        managed = await self._managed(session, collection, nodes, caller, request)
+        return [
+            is_managed or node.record_id == own_id
+            for is_managed, node in zip(managed, nodes, strict=True)
+        ]
+
+    async def _managed(
+        self,
+        session: ReadSession,
+        collection: Collection,
+        nodes: Sequence[RecordNode],
+        caller: Caller,
+        request: RuleRequest,
+    ) -> Sequence[bool]:
+        """Return for which records the manage rule admits the caller."""
+        nobody = [False] * len(nodes)
+        if collection.manage_rule is None:
+            return nobody
+        try:
+            bound = self._rule_compiler.bind_caller(
+                collection, collection.manage_rule, request, caller.own_row, is_filtered=False
+            )
+        except RuleError:
+            return nobody
+        if not isinstance(bound, BoundPredicate):
+            return nobody
+        evaluation: Evaluation[int, BoundPredicate] = Evaluation(MacroValues(datetime.now(UTC)))
+        for index, node in enumerate(nodes):
+            evaluation.add(index, collection, node.row, [bound])
+        await session.answer_questions(evaluation)
+        return [bound in evaluation.hits(index) for index in range(len(nodes))]
+
+    def _compile_encoder(self, collection_name: str, view: View) -> RecordEncoder:
+        return compile_encoder(self._collections[collection_name], nulls=self._nulls, view=view)
+
+    def _render_node(self, node: RecordNode, view: View, expand: bytes | None) -> bytes:
+        encode = self._encoder(node.collection.name, view)
+        return encode(node.row, node.junction_ids, expand)
+
+
+async def _encode(
+    nodes: Sequence[RecordNode],
+    encoders: Sequence[RecordEncoder],
+    shows_address: Sequence[bool],
+    renderer: ExpandRenderer | None,
+    max_bytes: int,
+) -> list[bytes]:
+    records: list[bytes] = []
+    size, yield_timer = 0, YieldTimer()
+    try:
+        for node, is_shown in zip(nodes, shows_address, strict=True):
+            expand = None if renderer is None else renderer.render(node)
+            record = encoders[is_shown](node.row, node.junction_ids, expand)
+            records.append(record)
+            size += len(record)
+            if size > max_bytes:
+                raise ReadError("the answer is too large")
+            if yield_timer.is_due():
+                await yield_timer.pause()
+    except ExpandTooLargeError as error:
+        raise ReadError("the answer is too large") from error
+    return records
+
+
+async def _fetch_rows(
+    session: ReadSession, bound: BoundList, statement: str, more: Mapping[str, object]
+) -> list[Row] | None:
+    """Return a statement's rows; None if it fails."""
+    texts = await session.fetch_texts_once(statement.encode(), {**bound.params, **more})
+    if texts is None:
+        return None
+    names = bound.column_names
+    return [dict(zip(names, row, strict=True)) for row in texts]
+
+
+def _require_rule(rule: str | None, request: RuleRequest) -> str:
+    """Return the rule to ask, empty for superusers; refuse others if there is none."""
+    if isinstance(request.principal, Superuser):
+        return ""
+    if rule is None:
+        raise ReadError("the rule is for superusers only", code="read_locked")
+    return rule
+
+
+def _refuse_reserved_words(filter_text: str, sort_text: str, request: RuleRequest) -> None:
+    if isinstance(request.principal, Superuser):
+        return
+    match reserved_word(filter_text, sort_text):
+        case "@request.":
+            raise ReadError("@request. in filter or sort", code="read_reserved_request")
+        case "@collection.":
+            raise ReadError("@collection. in filter or sort", code="read_reserved_collection")
+        case _:
+            pass
+
+
+def _unknown_record() -> ReadError:
+    return ReadError("there is no such record", code="record_unknown")
