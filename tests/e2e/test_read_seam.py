@@ -1,0 +1,174 @@
+"""A list and the events after it are one: nothing is missed, and nothing goes back.
+
+Several writers commit in another order than they began in, so that a list's snapshot may lack a
+transaction that the stream delivers before one that it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psycopg
+
+from tests.e2e.numbered import OPEN, fresh_seed
+from tests.e2e.service import Service, service
+from tests.own_server import own_server
+
+IDS = [f"r{number:02}" for number in range(12)]
+WRITERS = 4
+
+
+class Screen:
+    """A client that loads a list and keeps it by events, as the README says."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session = session
+        self._url = url
+        self._position = ""
+        self._kept: list[tuple[str, dict[str, Any]]] | None = None
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.skipped = 0
+        self.changed = asyncio.Event()
+
+    async def load(self) -> None:
+        """Load the list; events that arrive meanwhile are applied after it."""
+        self._kept = []
+        rows, position = await self.fetch()
+        self.rows, self._position = rows, position
+        kept, self._kept = self._kept, None
+        for position, event in kept:
+            self._apply(position, event)
+
+    async def fetch(self) -> tuple[dict[str, dict[str, Any]], str]:
+        """Return the list as it is now, and its position."""
+        path = f"{self._url}/api/collections/posts/records?perPage=1000&skipTotal=1"
+        async with self._session.get(path) as response:
+            items = (await response.json())["items"]
+            return {item["id"]: item for item in items}, response.headers["Realtime-Position"]
+
+    def receive(self, position: str, event: dict[str, Any]) -> None:
+        """Take an event."""
+        if self._kept is not None:
+            self._kept.append((position, event))
+        else:
+            self._apply(position, event)
+
+    def _apply(self, position: str, event: dict[str, Any]) -> None:
+        if position < self._position:
+            self.skipped += 1
+            return
+        record = event["record"]
+        known = self.rows.get(record["id"])
+        assert known is None or record["n"] >= known["n"], f"{record} goes back behind {known}"
+        if event["action"] == "delete":
+            self.rows.pop(record["id"], None)
+        else:
+            self.rows[record["id"]] = record
+        self.changed.set()
+
+    async def wait_for(self, record_id: str) -> None:
+        """Wait until the list has a record."""
+        async with asyncio.timeout(30):
+            while record_id not in self.rows:
+                self.changed.clear()
+                await self.changed.wait()
+
+
+@asynccontextmanager
+async def open_screen(running: Service) -> AsyncIterator[Screen]:
+    """Connect, asking for positions, and subscribe to all posts and to one of them."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{running.url}/api/realtime?lastEventId=") as stream,
+    ):
+        screen = Screen(session, running.url)
+        client_id = (await _next_message(stream))[0]
+        call = {"clientId": client_id, "subscriptions": ["posts/*", f"posts/{IDS[0]}"]}
+        async with session.post(f"{running.url}/api/realtime", json=call) as answer:
+            assert answer.status == 204
+        task = asyncio.create_task(_receive(stream, screen))
+        try:
+            yield screen
+            if task.done():
+                task.result()
+        finally:
+            task.cancel()
+
+
+async def _receive(stream: aiohttp.ClientResponse, screen: Screen) -> None:
+    while True:
+        id_, data = await _next_message(stream)
+        screen.receive(id_.partition(".")[2], json.loads(data))
+
+
+async def _next_message(stream: aiohttp.ClientResponse) -> tuple[str, str]:
+    fields: dict[str, str] = {}
+    while True:
+        line = (await stream.content.readline()).decode().rstrip("\n")
+        if not line and fields:
+            return fields["id"], fields["data"]
+        name, _, value = line.partition(":")
+        if name:
+            fields[name] = value
+
+
+async def _write(database_url: str, chance: random.Random, transactions: int) -> None:
+    async with await psycopg.AsyncConnection.connect(database_url) as connection:
+        for _ in range(transactions):
+            for record_id in sorted(chance.sample(IDS, chance.randint(1, 3))):
+                await connection.execute(_statement(chance), [record_id])
+                await asyncio.sleep(chance.choice((0, 0, 0.002, 0.02)))
+            await connection.commit()
+
+
+def _statement(chance: random.Random) -> bytes:
+    if chance.random() < 0.25:
+        return b"DELETE FROM posts WHERE id = %s"
+    return (
+        b"INSERT INTO posts (id, title, n) VALUES (%s, 'x', nextval('seq'))"
+        b" ON CONFLICT (id) DO UPDATE SET n = nextval('seq')"
+    )
+
+
+async def test_a_list_and_the_events_after_it_equal_a_new_list(tmp_path: Path) -> None:
+    """Over random histories, with lists loaded in the middle of them.
+
+    ``commit_delay`` lets a commit be in the WAL for a while before any snapshot sees it.
+    """
+    seed = fresh_seed()
+    chance = random.Random(seed)
+    with own_server() as server:
+        server.configure(fsync="on", commit_delay="10000", commit_siblings="0")
+        await _keep_screen(server.url, tmp_path, chance)
+
+
+async def _keep_screen(database_url: str, tmp_path: Path, chance: random.Random) -> None:
+    async with service(database_url, tmp_path, collections=OPEN) as running:
+        await running.write.execute("CREATE SEQUENCE seq")
+        async with open_screen(running) as screen:
+            for round_number in range(25):
+                writing = asyncio.gather(
+                    *(
+                        _write(database_url, random.Random(chance.random()), 8)
+                        for _ in range(WRITERS)
+                    )
+                )
+                for _ in range(chance.randint(1, 4)):
+                    await asyncio.sleep(chance.random() * 0.05)
+                    await screen.load()
+                await writing
+                marker = f"m{round_number}"
+                await running.write.execute(
+                    "INSERT INTO posts (id, title, n) VALUES (%s, 'x', 0)", [marker]
+                )
+                await screen.wait_for(marker)
+                fresh, _ = await screen.fetch()
+                assert screen.rows == fresh, f"round {round_number}"
+            assert screen.skipped, "no event was older than a list: nothing was tested"
