@@ -22,7 +22,7 @@ async def test_a_commit_that_the_snapshot_lacks_is_beyond_the_position(
         connection, sink = harness.connect(position="")
         await harness.subscribe(connection, "posts/*")
         if not is_delivered:
-            harness.hub.wake = lambda: None
+            harness.hub.wake = lambda: None  # type: ignore[method-assign]
         seen = harness.commit(insert("a"), xid=50)
         unseen = harness.commit(insert("b"), xid=51)
         last = harness.commit(insert("c"), xid=52)
