@@ -260,7 +260,7 @@ def _definition(collection: FixtureCollection) -> dict[str, Any]:
         "id": collection.id,
         "name": collection.name,
         "type": collection.type,
-        "fields": [_field_definition(field) for field in collection.fields],
+        "fields": [field_definition(field) for field in collection.fields],
     }
 
 
@@ -269,7 +269,7 @@ def _rules(collection: FixtureCollection) -> dict[str, str | None]:
     return rules | ({"manageRule": collection.manage_rule} if collection.type == "auth" else {})
 
 
-def _field_definition(field: FixtureField) -> dict[str, Any]:
+def field_definition(field: FixtureField) -> dict[str, Any]:
     definition: dict[str, Any] = {"name": field.name, "type": field.type, "hidden": field.hidden}
     match field.type:
         case "select":

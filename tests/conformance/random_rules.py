@@ -1,7 +1,9 @@
-"""Random rules over the corpus' collections, with every construct, meaningful or not."""
+"""Random rules with every construct, meaningful or not; over the corpus' collections by default."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from random import Random
 
 FIELDS = {
@@ -116,11 +118,29 @@ TOKENS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What rules about some collections are made of."""
+
+    fields: Mapping[str, str]
+    """By collection, its fields and paths into them, separated by blanks."""
+    relations: Mapping[str, Mapping[str, str]]
+    """By collection, its relations and back relations, and the collections that they lead to."""
+    texts: tuple[str, ...]
+    """Literals."""
+    request: tuple[str, ...]
+    """Paths below ``@request``."""
+
+
+CORPUS_VOCABULARY = Vocabulary(fields=FIELDS, relations=RELATIONS, texts=TEXTS, request=REQUEST)
+
+
 class RandomRules:
     """Makes rules, filters and near-rules from a seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, vocabulary: Vocabulary = CORPUS_VOCABULARY) -> None:
         self._random = Random(seed)
+        self._vocabulary = vocabulary
 
     def pick(self, *choices: object) -> str:
         """Return one of the choices."""
@@ -150,7 +170,7 @@ class RandomRules:
         left = self._result(collection)
         right = self.pick(*LITERALS) if self._random.random() < 0.75 else self._result(collection)
         if not is_filter and self._random.random() < 0.1:
-            right = self.pick(*REQUEST, *WORDS)
+            right = self.pick(*self._vocabulary.request, *WORDS)
         if self._random.random() < 0.4:
             left, right = right, left
         return f"{left} {self.pick('', '', '?')}{self.pick(*OPERATORS)} {right}"
@@ -158,7 +178,7 @@ class RandomRules:
     def _result(self, collection: str) -> str:
         if self._random.random() < 0.7:
             return self._call(collection)
-        names = FIELDS[collection].split()
+        names = self._vocabulary.fields[collection].split()
         return self.pick(*names) + self.pick(":lower", ":length", ":each", "")
 
     def near_rule(self) -> str:
@@ -185,7 +205,7 @@ class RandomRules:
 
     def _comparison(self, collection: str, *, is_filter: bool) -> str:
         if self._random.random() < 0.3:
-            left, right = self._path(collection), self.pick(*TEXTS, *NUMBERS)
+            left, right = self.path(collection), self.pick(*self._vocabulary.texts, *NUMBERS)
         else:
             left, right = (self._operand(collection, is_filter=is_filter) for _ in range(2))
         return f"{left} {self.pick('', '', '?')}{self.pick(*OPERATORS)} {right}"
@@ -193,9 +213,9 @@ class RandomRules:
     def _operand(self, collection: str, *, is_filter: bool) -> str:
         chance = self._random.random()
         if chance < 0.50:
-            return self._path(collection)
+            return self.path(collection)
         if chance < 0.68:
-            return self.pick(*TEXTS)
+            return self.pick(*self._vocabulary.texts)
         if chance < 0.76:
             return self.pick(*NUMBERS)
         if chance < 0.81:
@@ -203,25 +223,29 @@ class RandomRules:
         if chance < 0.86:
             return self._call(collection)
         if is_filter:
-            return self._path(collection)
+            return self.path(collection)
         if chance < 0.95:
-            return self.pick(*REQUEST)
-        other = self.pick(*FIELDS)
-        return f"@collection.{other}{self.pick('', f':x{other}')}.{self._path(other, 1)}"
+            return self.pick(*self._vocabulary.request)
+        other = self.pick(*self._vocabulary.fields)
+        return f"@collection.{other}{self.pick('', f':x{other}')}.{self.path(other, 1)}"
 
-    def _path(self, collection: str, depth: int = 2) -> str:
-        if depth and self._random.random() < 0.45:
-            relation = self.pick(*RELATIONS[collection])
-            return f"{relation}.{self._path(RELATIONS[collection][relation], depth - 1)}"
-        return self.pick(*FIELDS[collection].split()) + self.pick(*_MODIFIERS)
+    def path(self, collection: str, depth: int = 2) -> str:
+        """Return a path to a field, with a modifier or without."""
+        relations = self._vocabulary.relations[collection]
+        if depth and relations and self._random.random() < 0.45:
+            relation = self.pick(*relations)
+            return f"{relation}.{self.path(relations[relation], depth - 1)}"
+        return self.pick(*self._vocabulary.fields[collection].split()) + self.pick(*_MODIFIERS)
 
     def _call(self, collection: str) -> str:
         if self._random.random() < 0.5:
-            points = (self.pick(self._path(collection, 1), *NUMBERS[:5], "null") for _ in range(4))
+            points = (self.pick(self.path(collection, 1), *NUMBERS[:5], "null") for _ in range(4))
             return f"geoDistance({', '.join(points)})"
         dates = ("'2024-02-30 12:00'", "'12:30'", "'2024-01-31T10:00:00.5+02:00'", "@todayStart")
         given = ("'now'", "'NOW'", "@request.query.q", "@request.query.views", "2460000.5")
-        time = self.pick(self._path(collection), *dates, *TEXTS[:4], *NUMBERS[:4], *given)
+        time = self.pick(
+            self.path(collection), *dates, *self._vocabulary.texts[:4], *NUMBERS[:4], *given
+        )
         shifts = (f", '{self.pick(*SHIFTS)}'" for _ in range(self._upto(3) - 1))
         if self._random.random() < 0.1:
             return f"strftime('{self.pick('%Y', '%Y-%m', '%F', '%j', '%%', '%q')}')"
