@@ -77,6 +77,9 @@ _TRANSACTION_SETTINGS: Final = {
     # Otherwise backslashes in statements are escapes, and NULL in array parameters is a text.
     "standard_conforming_strings": "on",
     "array_nulls": "on",
+    # Statements have hundreds of expressions and run for milliseconds. Compiling them takes seconds
+    # each time, in which PostgreSQL heeds no timeout.
+    "jit": "off",
 }
 """The meaning of a rule and the text forms of values must not depend on the settings of the role or
 the database, nor on those that another client of the pooler left in the session."""

@@ -59,6 +59,19 @@ async def test_after_a_restart_of_the_server_the_first_question_is_answered(
     assert time.monotonic() - began < 1.0
 
 
+async def test_statements_are_not_compiled_to_machine_code(database_url: str) -> None:
+    """The compiler takes seconds for a large rule, and no timeout ends it."""
+    explain = sql.SQL("EXPLAIN ANALYZE SELECT count(*) FROM pg_class WHERE oid > 5").format()
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin:
+        compile_all = sql.SQL("ALTER DATABASE {} SET jit_above_cost TO 0")
+        await admin.execute(compile_all.format(sql.Identifier(admin.info.dbname)))
+    async with pool_of(database_url, 1) as pool, QueryExecutor(pool).read_session(()) as session:
+        lines = await session.fetch_texts(explain, {})
+
+    assert lines
+    assert not [line for (line,) in lines if line is not None and line.startswith("JIT")]
+
+
 async def test_an_answer_that_never_comes_is_an_error_and_the_next_one_comes(
     database_url: str,
 ) -> None:
