@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import web
 
@@ -37,8 +36,16 @@ from pgrealtime.snapshot import ReadPoint
 
 POSITION_HEADER: Final = "Realtime-Position"
 
-PositionOf = Callable[[ReadPoint], Awaitable[str | None]]
-"""Returns the position up to which a snapshot saw every commit; None if none can be told."""
+
+class Stream(Protocol):
+    """What joins reads to events; the hub."""
+
+    async def wait_for_delivered(self) -> None:
+        """Return once new snapshots see every event delivered before, or after a few seconds."""
+
+    async def position_of(self, read_point: ReadPoint) -> str | None:
+        """Return up to where a snapshot saw every commit; None if that can't be told."""
+
 
 _COLLECTION_NOT_FOUND: Final = ErrorResponse(404, "Missing collection context.", "缺少集合上下文。")
 _COLLECTION_NOT_WRITABLE: Final = ErrorResponse(
@@ -56,13 +63,13 @@ class RecordRoutes:
         authenticator: Authenticator,
         server: ServerConfig,
         reads: ReadsConfig,
-        position_of: PositionOf,
+        stream: Stream,
     ) -> None:
         self._reader = reader
         self._authenticator = authenticator
         self._server = server
         self._max_waiting = reads.max_waiting
-        self._position_of = position_of
+        self._stream = stream
         self._permits = FairPermits(reads.pool_size)
         self._limiter = (
             RateLimiter(reads.requests_per_minute) if reads.requests_per_minute else None
@@ -82,6 +89,7 @@ class RecordRoutes:
         """Respond with a page of records."""
         collection, address = self._requested_collection(request), self._address(request)
         caller, rule_request = await self._open_request(request, address)
+        await self._stream.wait_for_delivered()
         async with self._permit(address):
             answer = await self._reader.list_records(collection, caller, rule_request)
         if self._is_guess(collection, rule_request, answer):
@@ -95,6 +103,7 @@ class RecordRoutes:
         collection, address = self._requested_collection(request), self._address(request)
         caller, rule_request = await self._open_request(request, address)
         record_id = request.match_info["id"]
+        await self._stream.wait_for_delivered()
         async with self._permit(address):
             answer = await self._reader.view_record(collection, record_id, caller, rule_request)
         return await self._respond(answer)
@@ -156,7 +165,7 @@ class RecordRoutes:
 
     async def _respond(self, answer: Answer) -> web.Response:
         headers = {"Cache-Control": "no-store"}
-        position = await self._position_of(answer.read_point)
+        position = await self._stream.position_of(answer.read_point)
         if position is not None:
             headers |= {
                 POSITION_HEADER: position,

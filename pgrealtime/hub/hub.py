@@ -179,6 +179,10 @@ class Hub:
         """Return the topics of a connection that no event can match for its caller now."""
         return self._subscribe_calls.unmatchable_topics(client_id)
 
+    async def wait_for_delivered(self) -> None:
+        """Return once new snapshots see every event delivered before, or after a few seconds."""
+        await self._visibility.wait_for_delivered()
+
     async def position_of(self, read_point: ReadPoint) -> str | None:
         """Return the position of a read, for clients; None while the stream is interrupted."""
         if not self._registry.is_stream_up:

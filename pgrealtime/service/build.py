@@ -126,7 +126,7 @@ async def run_service(
                 parts.authenticator,
                 config.server,
                 config.reads,
-                parts.hub.position_of,
+                parts.hub,
             ).add_routes(app.router)
         if extend_app is not None:
             extend_app(app)

@@ -6,8 +6,13 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psycopg
+import pytest
 
+from pgrealtime.config.model import Config
+from pgrealtime.service import build
+from tests.conformance.http_client import Address
 from tests.e2e.listener import Listener, listener
 from tests.e2e.service import service
 from tests.own_server import OwnServer
@@ -95,6 +100,52 @@ async def test_a_commit_that_waits_for_a_standby_reaches_later_subscribers(
             assert seen == ["waiting"]
             assert (await ids(late, 1))[-1] in {"waiting", "after"}
             assert await ids(early, 1)
+
+
+async def test_a_list_that_is_asked_for_after_an_event_has_its_record(
+    server: OwnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event is delivered before its commit is visible; the list waits for that."""
+    monkeypatch.setattr(build, "_STANDBY_POLL_SECONDS", 3600.0)  # or the event would wait as well
+    settings = {
+        "database": {"url": server.url},
+        "server": {"host": "127.0.0.1", "port": 0},
+        "collections": COLLECTIONS,
+    }
+    async with (
+        await psycopg.AsyncConnection.connect(server.url, autocommit=True) as writer,
+        await psycopg.AsyncConnection.connect(server.url, autocommit=True) as other,
+        await psycopg.AsyncConnection.connect(server.url, autocommit=True) as operator,
+    ):
+        await operator.execute(SCHEMA.encode())
+        async with (
+            build.run_service(Config.model_validate(settings)) as running,
+            listener(Address(host="127.0.0.1", port=running.port), "posts/*") as client,
+            aiohttp.ClientSession(f"http://127.0.0.1:{running.port}") as session,
+        ):
+            await operator.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+            await operator.execute("SELECT pg_reload_conf()")
+            first = await commits_wait(operator, other)
+            commit = asyncio.create_task(writer.execute("INSERT INTO posts VALUES ('early')"))
+            assert await waits(operator, commit, writer.info.backend_pid)
+            assert await ids(client, 1) == ["early"]
+
+            answers = asyncio.gather(get(session, "records"), get(session, "records/early"))
+            await asyncio.wait([answers], timeout=0.5)
+            was_early = answers.done()
+            await operator.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            await operator.execute("SELECT pg_reload_conf()")
+            await asyncio.gather(first, commit)
+            listed, viewed = await answers
+
+    assert not was_early
+    assert [item["id"] for item in listed["items"]] == ["early"]
+    assert viewed["id"] == "early"
+
+
+async def get(session: aiohttp.ClientSession, path: str) -> Any:
+    async with session.get(f"/api/collections/posts/{path}") as response:
+        return await response.json()
 
 
 async def test_subscribers_that_join_during_writes_miss_and_repeat_nothing(

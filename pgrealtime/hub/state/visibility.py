@@ -139,6 +139,18 @@ class VisibilityTracker:
                 return
             await asyncio.sleep(_SNAPSHOT_RETRY_SECONDS)
 
+    async def wait_for_delivered(self) -> None:
+        """Return once all that was delivered before this call is visible, or after a few seconds.
+
+        Called before records are read: a client that loads a list when it receives an event drops
+        what it has received, so the list must have it.
+        """
+        # Not what is held back until it is visible.
+        upto = self._progress.evaluation_target.lsn
+        await self.wait_until_visible(
+            [xid for end_lsn, xid in self._not_yet_visible if end_lsn <= upto]
+        )
+
     async def watch(self) -> None:
         """Forget transactions that have become visible, for ever."""
         while True:
