@@ -34,13 +34,17 @@ def build_collections(
     configured: Mapping[str, CollectionConfig],
     catalog: Catalog,
     claim_names: frozenset[str] = frozenset(),
+    *,
+    hides_addresses: bool = True,
 ) -> Collections:
-    """Return the configured collections; ``claim_names`` as for ``Collections``.
+    """Return the configured collections, with the settings that ``Collections`` explains.
 
     Raises:
         ConfigError: With every problem found, under paths such as ``collections.posts.table``.
     """
-    collections, problems = build_with_problems(configured, catalog, claim_names)
+    collections, problems = build_with_problems(
+        configured, catalog, claim_names, hides_addresses=hides_addresses
+    )
     if problems:
         raise ConfigError(problems)
     return collections
@@ -50,6 +54,8 @@ def build_with_problems(
     configured: Mapping[str, CollectionConfig],
     catalog: Catalog,
     claim_names: frozenset[str] = frozenset(),
+    *,
+    hides_addresses: bool = True,
 ) -> tuple[Collections, tuple[ConfigProblem, ...]]:
     """Return the collections whose table and key are found, and every problem.
 
@@ -63,7 +69,10 @@ def build_with_problems(
     )
     problems += validate.claim_problems(claim_names, built)
     collections = Collections(
-        built, server_encoding=catalog.server_encoding, claim_names=claim_names
+        built,
+        server_encoding=catalog.server_encoding,
+        claim_names=claim_names,
+        hides_addresses=hides_addresses,
     )
     return collections, tuple(problems)
 

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Self
 
 from pgrealtime.catalog.model import Column, Table, TableKind, Type
 from pgrealtime.changes import TableName
@@ -143,7 +144,8 @@ class Collection:
 class Collections(Mapping[str, Collection]):
     """All collections, by name, id and table.
 
-    ``claim_names`` are those under which rules read claims of tokens: ``@request.auth.NAME``.
+    ``claim_names`` are those under which rules read claims of tokens: ``@request.auth.NAME``. With
+    ``hides_addresses`` no filter finds out an address that isn't shown (``records.hidden``).
     """
 
     def __init__(
@@ -152,9 +154,11 @@ class Collections(Mapping[str, Collection]):
         *,
         server_encoding: str = "UTF8",
         claim_names: frozenset[str] = frozenset(),
+        hides_addresses: bool = True,
     ) -> None:
         self.server_encoding = server_encoding
         self.claim_names = claim_names
+        self.hides_addresses = hides_addresses
         self._by_name = {c.name: c for c in collections}
         self._by_id = {c.id: c for c in collections}
         self._by_table = {c.table.name: c for c in collections}
@@ -180,6 +184,15 @@ class Collections(Mapping[str, Collection]):
         """Return the collection of a topic: like ``find``, but none that can be read only."""
         collection = self.find(name_or_id)
         return collection if collection is not None and collection.is_streamed else None
+
+    def replace_all(self, collections: tuple[Collection, ...]) -> Self:
+        """Return other collections with the same settings."""
+        return type(self)(
+            collections,
+            server_encoding=self.server_encoding,
+            claim_names=self.claim_names,
+            hides_addresses=self.hides_addresses,
+        )
 
     def find_by_table(self, table: TableName) -> Collection | None:
         """Return the collection of the table."""

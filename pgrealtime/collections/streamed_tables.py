@@ -52,7 +52,7 @@ def streamed_collections(
     """
     unreadable = {collection_name_of(p) for p in problems if p.path.endswith((".table", ".id"))}
     streamed = (c for c in collections.values() if c.is_streamed)
-    return Collections(tuple(c for c in streamed if c.name not in unreadable))
+    return collections.replace_all(tuple(c for c in streamed if c.name not in unreadable))
 
 
 def collection_name_of(problem: ConfigProblem) -> str:

@@ -73,7 +73,12 @@ async def explain_delivery(
     database = config.database.model_copy(update={"wait_for": 0.0})
     async with open_query_pool(database) as pool:
         catalog = await read_configured_catalog(config, pool)
-        collections = build_collections(config.collections, catalog, config.auth.claim_names)
+        collections = build_collections(
+            config.collections,
+            catalog,
+            config.auth.claim_names,
+            hides_addresses=config.records.hidden == "strict",
+        )
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
         with suppress(psycopg.Error):  # reading the record reports it

@@ -56,7 +56,10 @@ def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
     denied. The other collections stay as they are.
     """
     collections, problems = build_with_problems(
-        config.collections, catalog, config.auth.claim_names
+        config.collections,
+        catalog,
+        config.auth.claim_names,
+        hides_addresses=config.records.hidden == "strict",
     )
     problems = (*problems, *rule_problems(collections))
     with_problem = {collection_name_of(problem) for problem in problems}
@@ -67,7 +70,5 @@ def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
         for c in collections.values()
     )
     return AppliedConfig(
-        config=config,
-        collections=Collections(locked, server_encoding=collections.server_encoding),
-        problems=problems,
+        config=config, collections=collections.replace_all(locked), problems=problems
     )

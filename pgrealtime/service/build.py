@@ -141,7 +141,12 @@ async def _apply_at_start(config: Config, pool: QueryPool) -> AppliedConfig:
         ConfigError: A collection doesn't fit its table, or a rule can't be evaluated.
     """
     catalog = await read_configured_catalog(config, pool)
-    collections = build_collections(config.collections, catalog, config.auth.claim_names)
+    collections = build_collections(
+        config.collections,
+        catalog,
+        config.auth.claim_names,
+        hides_addresses=config.records.hidden == "strict",
+    )
     if problems := tuple(rule_problems(collections)):
         raise ConfigError(problems)
     return AppliedConfig(config=config, collections=collections)

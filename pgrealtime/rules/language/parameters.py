@@ -237,8 +237,6 @@ def _request_member(path: tuple[str, ...], request: RuleRequest) -> Scalar:
             return request.headers.get(key)
         case ("body", key):
             return None if request.body is None else request.body.get(key)
-        case ("body", key):
-            return None if request.body is None else request.body.get(key)
         case ("auth", field):
             return _principal_field(field, request.principal)
         case _:

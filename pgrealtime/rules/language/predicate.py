@@ -178,6 +178,8 @@ class FieldValue:
     row_path: RowPath
     field: Field
     modifier: Modifier = Modifier.WHOLE
+    shown_by: Field | None = None
+    """Of an address: the boolean field without which it counts as NULL."""
 
 
 @dataclass(frozen=True, slots=True)

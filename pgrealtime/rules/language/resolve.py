@@ -7,7 +7,7 @@ supported is refused here, with its place in the text.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
@@ -183,7 +183,6 @@ class Resolver:
 
     def resolve_condition(self, expression: syntax.ExpressionNode) -> Condition:
         """Return the expression with its names resolved."""
-        """Return the expression with its names resolved."""
         match expression:
             case syntax.ComparisonNode():
                 return self._resolve_comparison(expression)
@@ -203,6 +202,8 @@ class Resolver:
         term = self._resolve_path(text)
         if row_path_of(term) is None:
             self._refuse(f'"{text}" is the same for every record')
+        if isinstance(term, FieldValue):
+            term = replace(term, shown_by=None)  # one row only gives the key
         return term, next(iter(self.email_conditions), None)
 
     def list_rule_conditions(self) -> list[Condition]:
@@ -461,18 +462,25 @@ class Resolver:
         if modifier == "each" and _has_countable_values(field):
             one_of_many = EachTerm(path.extended_by(EachValue(field)))
             return one_of_many if field.is_multiple else FieldValue(path, field, Modifier.EACH)
-        if name == "email" and self.is_filter and collection.type == "auth":
-            self._require_visible_email(path, collection)
+        is_address = name == "email" and self.is_filter and collection.type == "auth"
+        shown_by = self._require_visible_email(path, collection) if is_address else None
         is_lower = modifier == "lower"
         if field.kind is FieldKind.JSON and not field.is_multiple:
             return JsonValue(path, field, (), is_lower=is_lower)
-        return FieldValue(path, field, Modifier.LOWER if is_lower else Modifier.WHOLE)
+        modifier_ = Modifier.LOWER if is_lower else Modifier.WHOLE
+        return FieldValue(path, field, modifier_, shown_by)
 
-    def _require_visible_email(self, path: RowPath, collection: Collection) -> None:
-        """Add the condition that an address which a filter reads is shown by its owner."""
+    def _require_visible_email(self, path: RowPath, collection: Collection) -> Field | None:
+        """Add the condition that an address which a filter reads is shown by its owner.
+
+        Returns the field that says so, if other addresses have to count as NULL: the condition is
+        about the row that makes the comparison true, and where all of many rows have to make it
+        true, the hidden addresses among them would decide.
+        """
         visible = collection.fields_by_name.get("emailVisibility")
         visible_term: Term = Keyword(False) if visible is None else FieldValue(path, visible)
         self.email_conditions.append(Comparison(visible_term, syntax.Op.EQ, True, Keyword(True)))
+        return visible if path.is_multiple and self.collections.hides_addresses else None
 
     # --- names
 

@@ -97,6 +97,11 @@ def _keyword_operand(flag: bool | None) -> SqlOperand:  # noqa: FBT001 (the keyw
 
 
 def _field_with_modifier(term: FieldValue, scope: Scope, *, is_strict: bool) -> SqlOperand:
+    if term.shown_by is not None:
+        assert term.shown_by.column is not None
+        operand = _field_with_modifier(replace(term, shown_by=None), scope, is_strict=is_strict)
+        is_shown = scope.column_at(term.row_path, term.shown_by.column.name)
+        return SqlOperand.of_text(nodes.case((is_shown, operand.as_text)))
     match term.modifier:
         case Modifier.WHOLE | Modifier.EACH:
             return _whole_field(term.row_path, term.field, scope, is_strict=is_strict)

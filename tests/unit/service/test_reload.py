@@ -375,6 +375,17 @@ def test_a_collection_that_its_table_does_not_fit_any_more_is_locked() -> None:
     assert set(applied.streamed_tables) == set(TABLES)
 
 
+def test_settings_of_collections_outlive_a_change_of_the_schema() -> None:
+    """Without the names of claims a rule would read them as fields of the caller: as NULL."""
+    issuer = {"name": "app", "secret": "s" * 32, "claims": {"tenant": "org_id"}}
+    config = configured(auth={"issuers": [issuer]}, records={"hidden": "pocketbase"})
+
+    collections = fit_to_schema(config, CATALOG).collections
+
+    assert collections.claim_names == {"tenant"}
+    assert not collections.hides_addresses
+
+
 # Reading the schema for a row that doesn't fit it
 
 

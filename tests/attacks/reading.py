@@ -1,0 +1,74 @@
+"""A hostile client of the read routes, with the program in the test's own process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+import jwt
+import psycopg
+import yarl
+
+from pgrealtime.config.model import Config
+from pgrealtime.service.build import run_service
+from tests.conformance.http_client import Address
+
+SECRET = "a secret of an attacked service, long enough"
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Sends read requests, and may write to the database."""
+
+    session: aiohttp.ClientSession
+    port: int
+    write: psycopg.AsyncConnection[Any]
+
+    @property
+    def address(self) -> Address:
+        return Address(host="127.0.0.1", port=self.port)
+
+    def url(self, path: str, **query: str) -> yarl.URL:
+        """Return the URL of a path after ``/api/collections/``."""
+        text = f"http://127.0.0.1:{self.port}/api/collections/{path}?{urlencode(query)}"
+        return yarl.URL(text, encoded=True)
+
+    async def get(self, path: str, caller: str = "", **query: str) -> tuple[int, Any]:
+        """Return status and body."""
+        claims = {"sub": caller, "exp": time.time() + 3600}
+        headers = {"Authorization": jwt.encode(claims, SECRET)} if caller else {}
+        async with self.session.get(self.url(path, **query), headers=headers) as response:
+            return response.status, json.loads(await response.read())
+
+    async def ids(self, path: str, caller: str = "", **query: str) -> list[str]:
+        """Return the ids of a list."""
+        status, body = await self.get(f"{path}/records", caller, **query)
+        assert status == 200, body
+        return [item["id"] for item in body["items"]]
+
+
+@asynccontextmanager
+async def reading(
+    database_url: str, schema: str, collections: Mapping[str, Any], **sections: Any
+) -> AsyncIterator[Reader]:
+    """Load a schema, run the program, and yield its client."""
+    settings = {
+        "database": {"url": database_url},
+        "server": {"host": "127.0.0.1", "port": 0},
+        "auth": {"issuers": [{"name": "app", "secret": SECRET}]},
+        "collections": collections,
+        **sections,
+    }
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as write,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+    ):
+        await write.execute(schema.encode())
+        async with run_service(Config.model_validate(settings)) as service:
+            yield Reader(session, service.port, write)
