@@ -32,16 +32,29 @@ class WeightedCache(Generic[K, V]):
 
     def get(self, key: K, make: Callable[[], tuple[V, int]]) -> V:
         """Return the key's value; ``make`` makes a missing one and returns its weight too."""
+        value = self.find(key)
+        if value is not None:
+            return value
+        value, weight = make()
+        self.put(key, value, weight)
+        return value
+
+    def find(self, key: K) -> V | None:
+        """Return the key's value, None if it is missing."""
         entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-            return entry[0]
-        entry = self._entries[key] = make()
-        self._total_weight += entry[1]
-        while self._total_weight > self._max_weight and len(self._entries) > 1:
-            _, (_, weight) = self._entries.popitem(last=False)
-            self._total_weight -= weight
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
         return entry[0]
+
+    def put(self, key: K, value: V, weight: int) -> None:
+        """Set the key's value."""
+        _, replaced_weight = self._entries.pop(key, (None, 0))
+        self._entries[key] = value, weight
+        self._total_weight += weight - replaced_weight
+        while self._total_weight > self._max_weight and len(self._entries) > 1:
+            _, (_, evicted_weight) = self._entries.popitem(last=False)
+            self._total_weight -= evicted_weight
 
 
 def cached_per_object(make: Callable[[K], V]) -> Callable[[K], V]:

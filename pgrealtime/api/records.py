@@ -90,8 +90,11 @@ class RecordRoutes:
         collection, address = self._requested_collection(request), self._address(request)
         caller, rule_request = await self._open_request(request, address)
         await self._stream.wait_for_delivered()
-        async with self._permit(address):
-            answer = await self._reader.list_records(collection, caller, rule_request)
+        network = client_network(address)
+        async with self._permit(network):
+            answer = await self._reader.list_records(
+                collection, caller, rule_request, network=network
+            )
         if self._is_guess(collection, rule_request, answer):
             await asyncio.sleep(
                 self._throttle.delay_seconds(address, collection.name, time.monotonic())
@@ -104,7 +107,7 @@ class RecordRoutes:
         caller, rule_request = await self._open_request(request, address)
         record_id = request.match_info["id"]
         await self._stream.wait_for_delivered()
-        async with self._permit(address):
+        async with self._permit(client_network(address)):
             answer = await self._reader.view_record(collection, record_id, caller, rule_request)
         return await self._respond(answer)
 
@@ -149,8 +152,7 @@ class RecordRoutes:
         )
         return caller, rule_request
 
-    def _permit(self, address: str) -> AbstractAsyncContextManager[None]:
-        network = client_network(address)
+    def _permit(self, network: str) -> AbstractAsyncContextManager[None]:
         if self._permits.count_waiting(network) >= self._max_waiting:
             raise RequestRefusedError(TOO_MANY_REQUESTS)
         return self._permits.acquire(network)

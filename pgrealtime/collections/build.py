@@ -35,7 +35,7 @@ def build_collections(
     catalog: Catalog,
     claim_names: frozenset[str] = frozenset(),
     *,
-    hides_addresses: bool = True,
+    hides_addresses: bool = False,
 ) -> Collections:
     """Return the configured collections, with the settings that ``Collections`` explains.
 
@@ -55,7 +55,7 @@ def build_with_problems(
     catalog: Catalog,
     claim_names: frozenset[str] = frozenset(),
     *,
-    hides_addresses: bool = True,
+    hides_addresses: bool = False,
 ) -> tuple[Collections, tuple[ConfigProblem, ...]]:
     """Return the collections whose table and key are found, and every problem.
 

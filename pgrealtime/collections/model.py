@@ -154,7 +154,7 @@ class Collections(Mapping[str, Collection]):
         *,
         server_encoding: str = "UTF8",
         claim_names: frozenset[str] = frozenset(),
-        hides_addresses: bool = True,
+        hides_addresses: bool = False,
     ) -> None:
         self.server_encoding = server_encoding
         self.claim_names = claim_names

@@ -1,20 +1,24 @@
 """Compiles a list request to its statements, and binds the values of one request.
 
-Resolving a text and making SQL of it takes milliseconds, so both are cached: the resolved query by
-its texts, the statements by the query without its literals and by the classes of its parameters.
+Both steps are cached: the resolved query by its texts, the statements by the query without its
+literals and by the classes of its parameters. They take a few milliseconds for most lists, and up
+to half a second for the longest filters: those are compiled in a thread, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from pgrealtime.auth.principal import Superuser
+from pgrealtime.caches import WeightedCache
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
+from pgrealtime.fairness import FairLock
 from pgrealtime.rules.language.list_query import ListQuery, Literals, resolve_list
 from pgrealtime.rules.language.parameters import (
     CallerColumn,
@@ -30,9 +34,16 @@ from pgrealtime.rules.language.sqlite_values import Scalar
 from pgrealtime.rules.sql.list_query import ListSql, translate_list
 from pgrealtime.rules.sql.reference import auth_collection_of
 
-_MAX_RESOLVED = 1024
-"""Texts of filter and sort whose queries are cached; a text is at most some kilobytes."""
-_MAX_STATEMENTS = 1024
+_MAX_RESOLVED_CHARACTERS = 512 * 1024
+"""Length together of the texts whose queries are cached, at some dozen bytes a character."""
+_MAX_STATEMENT_CHARACTERS = 8 * 1024 * 1024
+"""Length together of the cached statements. Of one filter they can have 300 KB."""
+_RESOLVED_ON_LOOP = 1000
+"""Characters of texts that are resolved on the event loop, in 4 ms at most; longer in a thread."""
+_TRANSLATED_ON_LOOP = 200
+"""Likewise of texts whose statements are made on the loop, in 10 ms at most."""
+
+_Made = TypeVar("_Made")
 
 
 class _Texts(NamedTuple):
@@ -47,12 +58,20 @@ class _Texts(NamedTuple):
     is_superuser: bool
     has_body: bool
 
+    @property
+    def length(self) -> int:
+        """Characters of the texts."""
+        return len(self.rule) + len(self.filter_text) + len(self.sort_text)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Resolved:
     query: ListQuery
     literals: Literals
     parameters: tuple[Parameter, ...]
+
+
+_StatementKey: TypeAlias = tuple[ListQuery, tuple[ParameterClass, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,10 +90,14 @@ class ListCompiler:
     def __init__(self, collections: Collections, *, hidden: HiddenFieldsMode) -> None:
         self._collections = collections
         self._hides_addresses = hidden == "strict"
-        self._resolved = lru_cache(_MAX_RESOLVED)(self._resolve)
-        self._translated = lru_cache(_MAX_STATEMENTS)(self._translate)
+        self._resolved: WeightedCache[_Texts, _Resolved] = WeightedCache(_MAX_RESOLVED_CHARACTERS)
+        self._statements: WeightedCache[_StatementKey, ListSql] = WeightedCache(
+            _MAX_STATEMENT_CHARACTERS
+        )
+        self._thread_lock = FairLock()
+        """Held while a thread compiles: several would compete for the interpreter's lock."""
 
-    def bind(
+    async def bind(
         self,
         collection: Collection,
         rule: str,
@@ -82,32 +105,45 @@ class ListCompiler:
         *,
         filter_text: str = "",
         sort_text: str = "",
+        network: str = "",
     ) -> BoundList:
         """Return the statements for a request. The rule is not asked for superusers.
+
+        Networks take turns at what is compiled in a thread.
 
         Raises:
             RuleError: Rule, filter or sort can't be used.
         """
         is_superuser = isinstance(request.principal, Superuser)
         auth = auth_collection_of(self._collections, request)
-        resolved = self._resolved(
-            _Texts(
-                collection_name=collection.name,
-                auth_name="" if auth is None else auth.name,
-                rule="" if is_superuser else rule,
-                filter_text=filter_text,
-                sort_text=sort_text,
-                is_superuser=is_superuser,
-                has_body=request.body is not None,
-            )
+        texts = _Texts(
+            collection_name=collection.name,
+            auth_name="" if auth is None else auth.name,
+            rule="" if is_superuser else rule,
+            filter_text=filter_text,
+            sort_text=sort_text,
+            is_superuser=is_superuser,
+            has_body=request.body is not None,
         )
+        resolved = self._resolved.find(texts)
+        if resolved is None:
+            resolve = partial(self._resolve, texts)
+            is_short = texts.length <= _RESOLVED_ON_LOOP
+            resolved = resolve() if is_short else await self._run_in_thread(resolve, network)
+            self._resolved.put(texts, resolved, texts.length)
         now = datetime.now(UTC)
         values = {
             parameter: parameter_value(parameter, request, now, resolved.literals)
             for parameter in resolved.parameters
         }
         classes = tuple([parameter_class(value) for value in values.values()])
-        sql = self._translated(resolved.query, resolved.parameters, classes)
+        key = resolved.query, classes
+        sql = self._statements.find(key)
+        if sql is None:
+            translate = partial(self._translate, resolved.query, resolved.parameters, classes)
+            is_short = texts.length <= _TRANSLATED_ON_LOOP
+            sql = translate() if is_short else await self._run_in_thread(translate, network)
+            self._statements.put(key, sql, sql.length)
         params: dict[str, Scalar] = {}
         for name, binding in sql.bindings.items():
             parameter = binding.parameter
@@ -118,6 +154,16 @@ class ListCompiler:
             value = values[parameter]
             params[name] = to_sql_value(value, binding.form)
         return BoundList(sql, params, _column_names(collection))
+
+    async def _run_in_thread(self, make: Callable[[], _Made], network: str) -> _Made:
+        # Half of the time only: the thread competes with the loop for the interpreter's lock.
+        async with self._thread_lock.acquire_for_loop_work(network):
+            making = asyncio.create_task(asyncio.to_thread(make))
+            try:
+                return await asyncio.shield(making)
+            finally:
+                # A thread can't be cancelled: the lock is held until it ends.
+                await asyncio.wait([making])
 
     def _resolve(self, texts: _Texts) -> _Resolved:
         query, literals = resolve_list(

@@ -100,9 +100,11 @@ class RecordReader:
         return self._view.find(name_or_id)
 
     async def list_records(
-        self, collection: Collection, caller: Caller, request: RuleRequest
+        self, collection: Collection, caller: Caller, request: RuleRequest, *, network: str = ""
     ) -> Answer:
         """Return a page of a collection's records, as the query of the request asks for it.
+
+        Networks take turns where work is done for one request at a time.
 
         Raises:
             ReadError: The request is refused.
@@ -114,8 +116,13 @@ class RecordReader:
         page = parse_list_parameters(query)
         view = self._view
         try:
-            bound = view.compiler.bind(
-                collection, rule, request, filter_text=filter_text, sort_text=sort_text
+            bound = await view.compiler.bind(
+                collection,
+                rule,
+                request,
+                filter_text=filter_text,
+                sort_text=sort_text,
+                network=network,
             )
         except RuleError as error:
             raise ReadError(error.message, hint=error.hint) from error
@@ -150,7 +157,7 @@ class RecordReader:
             raise _unknown_record()
         view = self._view
         try:
-            bound = view.compiler.bind(collection, rule, request)
+            bound = await view.compiler.bind(collection, rule, request)
         except RuleError as error:
             raise _unknown_record() from error
         async with self._session() as session:

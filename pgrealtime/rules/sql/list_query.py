@@ -59,6 +59,11 @@ class ListSql:
     tables: frozenset[TableName]
     """Other tables that are read."""
 
+    @property
+    def length(self) -> int:
+        """Characters of the statements."""
+        return len(self.page) + len(self.count) + len(self.row) + len(self.joined_count or "")
+
 
 def translate_list(
     query: ListQuery,
