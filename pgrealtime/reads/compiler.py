@@ -17,7 +17,6 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from pgrealtime.auth.principal import Superuser
 from pgrealtime.caches import WeightedCache
 from pgrealtime.collections.model import Collection, Collections
-from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.fairness import FairLock
 from pgrealtime.rules.language.list_query import ListQuery, Literals, resolve_list
 from pgrealtime.rules.language.parameters import (
@@ -87,9 +86,8 @@ class BoundList:
 class ListCompiler:
     """Compiles lists of one generation's collections."""
 
-    def __init__(self, collections: Collections, *, hidden: HiddenFieldsMode) -> None:
+    def __init__(self, collections: Collections) -> None:
         self._collections = collections
-        self._hides_addresses = hidden == "strict"
         self._resolved: WeightedCache[_Texts, _Resolved] = WeightedCache(_MAX_RESOLVED_CHARACTERS)
         self._statements: WeightedCache[_StatementKey, ListSql] = WeightedCache(
             _MAX_STATEMENT_CHARACTERS
@@ -174,7 +172,6 @@ class ListCompiler:
             filter_text=texts.filter_text,
             sort_text=texts.sort_text,
             is_superuser=texts.is_superuser,
-            hides_addresses=self._hides_addresses,
             has_body=texts.has_body,
         )
         return _Resolved(query, literals, condition_parameters(query.where))

@@ -244,7 +244,7 @@ class _CollectionsView:
         self._by_folded_name = {
             name.casefold(): collection for name, collection in collections.items()
         }
-        self.compiler = ListCompiler(collections, hidden=hidden)
+        self.compiler = ListCompiler(collections)
         self._rule_compiler = RuleCompiler(collections)
         self._expand_compiler = ExpandCompiler(
             collections, self._rule_compiler, hidden=hidden, max_plans=_MAX_EXPAND_PLANS

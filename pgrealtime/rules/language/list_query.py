@@ -81,7 +81,6 @@ def resolve_list(
     filter_text: str = "",
     sort_text: str = "",
     is_superuser: bool = False,
-    hides_addresses: bool = True,
     has_body: bool = False,
 ) -> tuple[ListQuery, Literals]:
     """Return the query, its literals as parameters (``LiftedLiteral``), and these literals.
@@ -95,7 +94,6 @@ def resolve_list(
         filter_text: The client's filter, empty if there is none.
         sort_text: The option ``sort``, empty if there is none.
         is_superuser: The caller may read hidden fields, and joins without asking list rules.
-        hides_addresses: A sort by ``email`` takes addresses that aren't shown for empty.
         has_body: The request has a body.
 
     Raises:
@@ -117,7 +115,9 @@ def resolve_list(
                 f"a filter takes at most {MAX_FILTER_BYTES} bytes", start=0, end=len(filter_text)
             )
         conditions.append(_usable(client, filter_text))
-    sort = _resolve_sort(client, sort_text, hides_addresses=hides_addresses and not is_superuser)
+    sort = _resolve_sort(
+        client, sort_text, hides_addresses=collections.hides_addresses and not is_superuser
+    )
     conditions += client.list_rule_conditions()
     predicate, literals = lift_literals(
         Predicate(collection_name=collection.name, where=Conjunction(tuple(conditions)))
