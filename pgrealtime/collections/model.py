@@ -145,7 +145,8 @@ class Collections(Mapping[str, Collection]):
     """All collections, by name, id and table.
 
     ``claim_names`` are those under which rules read claims of tokens: ``@request.auth.NAME``. With
-    ``hides_addresses`` no filter or sort finds out an address that isn't shown (``records.hidden``).
+    ``hides_addresses`` no filter or sort finds out an address that isn't shown
+    (``records.hidden``).
     """
 
     def __init__(

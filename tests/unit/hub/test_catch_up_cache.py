@@ -93,8 +93,8 @@ async def test_connections_that_fell_behind_together_are_evaluated_once(
             await sink.wait_for(1 + COUNT)
 
         # CONNECTIONS * COUNT if each evaluated alone. How many find a slice in the cache depends on
-        # when their tasks run: on a busy machine 2.7 * COUNT were seen.
-        assert COUNT <= sum(counts) < CONNECTIONS * COUNT / 4
+        # when their tasks run: alone on a machine 2 * COUNT, on a busy one 6.5 * COUNT were seen.
+        assert COUNT <= sum(counts) < CONNECTIONS * COUNT / 2
         await harness.until_caught_up()
         assert not harness.hub._catch_up._cache._slices
     assert [ids(sink) for sink in sinks] == [[str(n) for n in range(COUNT)]] * CONNECTIONS
