@@ -36,9 +36,13 @@ class Shape:
     """Of the ids of a relation to several records."""
     select: Literal["text", "enum"] = "text"
     number: Literal["double precision", "numeric", "bigint"] = "double precision"
-    date: Literal["timestamptz", "timestamp"] = "timestamptz"
+    date: Literal["timestamptz", "timestamp", "date"] = "timestamptz"
+    text: Literal["text", "varchar", "icu", "caseless"] = "text"
+    """The last two are texts of a collation that sorts otherwise, or takes letters for equal."""
     views: Literal["view", "materialized", "table"] = "view"
     has_foreign_keys: bool = False
+    has_other_names: bool = False
+    """Tables and columns are called otherwise than collections and fields."""
 
     @classmethod
     def random(cls, random: Random) -> Shape:
@@ -51,9 +55,11 @@ class Shape:
             lists=lists,
             select=random.choice(("text", "enum")),
             number=random.choice(("double precision", "double precision", "numeric", "bigint")),
-            date=random.choice(("timestamptz", "timestamp")),
+            date=random.choice(("timestamptz", "timestamp", "date")),
+            text=random.choice(("text", "varchar", "icu", "caseless")),
             views=random.choice(("view", "materialized", "table")),
             has_foreign_keys=lists == "junction" or random.random() < 0.5,
+            has_other_names=random.random() < 0.3,
         )
 
 
@@ -154,6 +160,7 @@ _DATES = (
     *("", "", "1999-12-31 23:59:59.999Z", "2024-01-01 00:00:00.000Z", "2024-02-03 04:05:06.789Z"),
     *("2024-02-03 04:05:06.790Z", "2024-12-31 12:00:00.000Z", "2090-06-15 06:07:08.009Z"),
 )
+_DAYS = ("", "", *(f"{day} 00:00:00.000Z" for day in ("1999-12-31", "2024-01-01", "2090-06-15")))
 _JSON: tuple[Any, ...] = (
     *(None, None, 1, 0, 2.5, 10, "a", "", "10", "B", True, False, [], {}, [1, 2], ["a", "b"]),
     *({"a": 1}, {"a": "x"}, {"a": None}, {"a": True}, {"a": 10}, {"a": "10"}, {"a": [1, "z"]}),
@@ -220,8 +227,8 @@ class RandomWorld:
         self.collections: Mapping[str, RandomCollection] = {
             collection.name: collection for collection in (*tables, *views)
         }
-        self._openness = 0.5
         self._relations = self._relations_of_all()
+        self.begin_rules()
         self._maker = RandomRules(self._random.randrange(1 << 30), self._vocabulary())
         self.callers = (
             GUEST,
@@ -354,6 +361,8 @@ class RandomWorld:
             return self._some(_OPTIONS[:4] if field.type == "select" else _FILES)
         if field.type == "number":
             return self._random.choice(_NUMBERS[self.shape.number])
+        if field.type == "date" and self.shape.date == "date":
+            return self._random.choice(_DAYS)
         return self._random.choice(_VALUES.get(field.type, _TEXTS))
 
     def _some(self, values: tuple[str, ...]) -> list[str]:
@@ -406,9 +415,13 @@ class RandomWorld:
             ),
         )
 
-    def draw_openness(self) -> None:
-        """Draw how many of the next rules admit everybody."""
+    def begin_rules(self) -> None:
+        """Draw how many of the next rules admit everybody, and which paths are used most.
+
+        A path that rule, filter and sort have in common is about one related row.
+        """
         self._openness = self._random.choice((0.2, 0.5, 0.8))
+        self._shared_paths = {name: self._hops(name, self._upto(2)) for name in self.collections}
 
     def rule(self, collection: str) -> str | None:
         """Return a random rule, which may be one that PocketBase refuses."""
@@ -438,13 +451,29 @@ class RandomWorld:
         ]
         return self._random.choice((" || ", " || ", " && ")).join(parts)
 
-    def _likely_comparison(self, collection: str) -> str:
-        random, path = self._random, ""
-        while random.random() < 0.4 and self._relations[collection]:
-            relation, collection = random.choice([*self._relations[collection].items()])
-            path += f"{relation}."
-            if path.count(".") == 3:
+    def view_rule(self, collection: str) -> str | None:
+        """Return a random view rule, which expansions ask too."""
+        if self._random.random() < 0.15:
+            return f"@request.context {self._random.choice(('=', '!='))} 'expand'"
+        return self.rule(collection)
+
+    def _hops(self, collection: str, count: int) -> tuple[str, str]:
+        """Return a path of relations, with its last dot, and the collection it leads to."""
+        path = ""
+        for _ in range(count):
+            if not self._relations[collection]:
                 break
+            relation, collection = self._random.choice([*self._relations[collection].items()])
+            path += f"{relation}."
+        return path, collection
+
+    def _likely_comparison(self, collection: str) -> str:
+        random = self._random
+        path, collection = (
+            self._shared_paths[collection]
+            if random.random() < 0.3
+            else self._hops(collection, random.choice((*(0, 1) * 8, 0, 2, 2, 3, 5, 7)))
+        )
         field = random.choice(self.collections[collection].fields)
         value = self._value(field)
         operator = random.choice(("=", "!=", "!=", ">", "<=", ">=", "~", "!~", "?=", "?!=", "?~"))
@@ -550,13 +579,13 @@ class RandomWorld:
         if caller == SUPERUSER and self._random.random() < 0.05:
             other = self._random.choice([*self.collections])
             return f"@collection.{other}.{self._maker.path(other, 1)}"
-        if self._random.random() < 0.4:
-            path = ""
-            for _ in range(self._upto(2)):
-                if not self._relations[collection]:
-                    break
-                relation, collection = self._random.choice([*self._relations[collection].items()])
-                path += f"{relation}."
+        chance = self._random.random()
+        if chance < 0.6:
+            path, collection = (
+                self._shared_paths[collection]
+                if chance < 0.25
+                else self._hops(collection, self._random.choice((*(1, 2) * 8, 4, 6)))
+            )
             return path + self._random.choice([*_paths(self.collections[collection])])
         return self._maker.path(collection, self._random.choice((0, 0, 1, 1, 2)))
 
@@ -567,7 +596,7 @@ class RandomWorld:
     def _expand_path(self, collection: str) -> str:
         relations = self._relations
         steps: list[str] = []
-        for _ in range(self._random.choice((1, 1, 2, 2, 3))):
+        for _ in range(self._random.choice((*(1, 2) * 4, 3, 3, 5, 7))):
             if self._random.random() < 0.04:
                 return ".".join((*steps, "nope"))
             if not relations[collection]:

@@ -6,7 +6,6 @@ world's ``Shape``.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import sqlite3
@@ -33,6 +32,7 @@ from pgrealtime.config.model import (
     DatabaseConfig,
     FieldsConfig,
     IssuerConfig,
+    ReadsConfig,
     RecordsConfig,
     RelationConfig,
     ServerConfig,
@@ -78,6 +78,8 @@ _ID_FIELD = {
     "min": 0,
     "max": 0,
 }
+POCKETBASE_TIMEOUT = 30.0
+"""Seconds after which PocketBase ends a query."""
 _MAX_CANDIDATES = 50
 """Random rules tried until both servers accept one."""
 
@@ -227,6 +229,10 @@ def _stored(value: Any) -> Any:
 
 def create_tables(connection: psycopg.Connection, world: RandomWorld) -> None:
     """Load the world's data into an empty database."""
+    connection.execute(
+        "CREATE COLLATION caseless"
+        " (provider = icu, locale = 'und-u-ks-level2', deterministic = false)"
+    )
     tables = [one for one in world.collections.values() if one.type != "view"]
     for table in tables:
         _create_table(connection, table, world.shape)
@@ -239,6 +245,10 @@ def create_tables(connection: psycopg.Connection, world: RandomWorld) -> None:
     for view in world.collections.values():
         if view.type == "view":
             _create_view(connection, view, world.shape)
+    if world.shape.has_other_names:
+        connection.execute("CREATE SCHEMA app")
+        for collection in world.collections.values():
+            _rename(connection, collection, world.shape)
 
 
 def _create_table(connection: psycopg.Connection, table: RandomCollection, shape: Shape) -> None:
@@ -249,14 +259,22 @@ def _create_table(connection: psycopg.Connection, table: RandomCollection, shape
             name = sql.Identifier(_enum_name(table, one))
             connection.execute(sql.SQL("CREATE TYPE {} AS ENUM ({})").format(name, labels))
         if not _has_junction(one, shape):
+            type_ = _type(table, one, shape) + sql.SQL(_collation(one, shape))
             unique = sql.SQL(" UNIQUE" if one.name == table.unique else "")
-            columns.append(
-                sql.SQL("{} {}").format(sql.Identifier(one.name), _type(table, one, shape)) + unique
-            )
+            columns.append(sql.SQL("{} {}").format(sql.Identifier(one.name), type_) + unique)
     create = sql.SQL("CREATE TABLE {} ({})")
     connection.execute(create.format(sql.Identifier(table.name), sql.SQL(", ").join(columns)))
     full = sql.SQL("ALTER TABLE {} REPLICA IDENTITY FULL")
     connection.execute(full.format(sql.Identifier(table.name)))
+
+
+_TEXT_TYPES = ("text", "editor", "url", "email", "file")
+
+
+def _collation(one: FixtureField, shape: Shape) -> str:
+    if one.type not in _TEXT_TYPES or one.is_multiple:
+        return ""
+    return {"icu": ' COLLATE "und-x-icu"', "caseless": " COLLATE caseless"}.get(shape.text, "")
 
 
 def _own_fields(table: RandomCollection) -> tuple[FixtureField, ...]:
@@ -293,7 +311,7 @@ def _type(table: RandomCollection, one: FixtureField, shape: Shape) -> sql.Compo
         case "select" if shape.select == "enum":
             single = sql.Identifier(_enum_name(table, one))
         case _:
-            single = sql.SQL("text")
+            single = sql.SQL("varchar" if shape.text == "varchar" else "text")
     return single + sql.SQL("[]") if one.is_multiple else single
 
 
@@ -379,6 +397,31 @@ def _view_sql(column: ViewColumn) -> str:
             return _view_value(column)
 
 
+def _rename(connection: psycopg.Connection, one: RandomCollection, shape: Shape) -> None:
+    table, renamed = sql.Identifier(one.name), sql.Identifier(_table_name(one, shape)[1])
+    column_names = {_key_name(shape): "id", **_renamed_columns(one, shape)}
+    for column, field_name in column_names.items():
+        rename = sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}")
+        connection.execute(rename.format(table, sql.Identifier(field_name), sql.Identifier(column)))
+    connection.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(table, renamed))
+    connection.execute(sql.SQL("ALTER TABLE {} SET SCHEMA app").format(renamed))
+
+
+def _table_name(one: RandomCollection, shape: Shape) -> tuple[str, str]:
+    return ("app", f"{one.name}_rows") if shape.has_other_names else ("public", one.name)
+
+
+def _key_name(shape: Shape) -> str:
+    return "Key" if shape.has_other_names else "id"
+
+
+def _renamed_columns(one: RandomCollection, shape: Shape) -> dict[str, str]:
+    """Return the fields by columns that are called otherwise."""
+    if not shape.has_other_names:
+        return {}
+    return {f"{own.name}_c": own.name for own in one.fields if not _has_junction(own, shape)}
+
+
 def configured(
     world: RandomWorld, rules: Mapping[str, Rules] | None = None
 ) -> dict[str, CollectionConfig]:
@@ -392,12 +435,13 @@ def configured(
 
 def _configured(one: RandomCollection, shape: Shape, rules: Rules) -> CollectionConfig:
     return CollectionConfig(
-        table=f"public.{one.name}",
+        table=".".join(_table_name(one, shape)),
         type="auth" if one.type == "auth" else "base",
-        id="id",
+        id=_key_name(shape),
         stream=one.type != "view",
         collection_id=one.id,
         fields=FieldsConfig(
+            rename=_renamed_columns(one, shape),
             hide=tuple(own.name for own in one.fields if own.hidden),
             types={
                 own.name: own.type
@@ -435,6 +479,7 @@ async def serving(
         database=DatabaseConfig(url=database_url),
         server=ServerConfig(host="127.0.0.1", port=0),
         records=RecordsConfig(nulls="zero", hidden="pocketbase"),
+        reads=ReadsConfig(statement_timeout=POCKETBASE_TIMEOUT),
         auth=AuthConfig(
             issuers=tuple(
                 IssuerConfig(
@@ -480,7 +525,7 @@ class RecordsDuel:
 
     async def compare(self, count: int) -> None:
         """Draw rules, and compare the answers to so many requests under them."""
-        self._world.draw_openness()
+        self._world.begin_rules()
         rules = {name: await self._draw_rules(name) for name in self._world.collections}
         async with serving(self._world, self._database_url, rules) as address:
             for _ in range(count):
@@ -490,7 +535,7 @@ class RecordsDuel:
         world, is_auth = self._world, self._world.collections[name].type == "auth"
         return Rules(
             list=await self._draw_rule(name, "listRule", world.rule),
-            view=await self._draw_rule(name, "viewRule", world.rule),
+            view=await self._draw_rule(name, "viewRule", world.view_rule),
             manage=await self._draw_rule(name, "manageRule", world.manage_rule)
             if is_auth
             else None,
@@ -528,17 +573,18 @@ class RecordsDuel:
     async def _compare_request(
         self, asked: ReadRequest, address: Address, rules: Mapping[str, Rules]
     ) -> None:
-        theirs, ours = await asyncio.gather(
-            send(await self._request(asked, self._token_there), self._api.address),
-            send(await self._request(asked, self._own_token), address),
-        )
+        request = await self._request(asked, self._token_there)
+        began = time.monotonic()
+        theirs = await send(request, self._api.address)
+        seconds = time.monotonic() - began
+        ours = await send(await self._request(asked, self._own_token), address)
         self._sent += 1
         difference = _difference(asked, theirs, ours)
         if difference is None:
             self.report.alike += 1
             self.report.statuses[ours.head.status] += 1
             self.report.shown += b'"id":' in ours.body
-        elif (reason := _excuse(asked, theirs, ours)) is not None:
+        elif (reason := _excuse(_Exchange(asked, theirs, ours, seconds))) is not None:
             self.report.excused[reason] += 1
         else:
             self.report.differing.append(
@@ -585,7 +631,19 @@ def _difference(
     return difference_of(case, ours)
 
 
-def _sorts_by_unordered_rows(asked: ReadRequest, theirs: Answer, ours: Answer) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """A request and its two answers."""
+
+    asked: ReadRequest
+    theirs: Answer
+    ours: Answer
+    seconds: float
+    """That PocketBase took."""
+
+
+def _sorts_by_unordered_rows(exchange: _Exchange) -> bool:
+    asked, theirs, ours = exchange.asked, exchange.theirs, exchange.ours
     sort = asked.query.get("sort", "")
     if "_via_" not in sort and "@collection." not in sort:
         return False
@@ -599,19 +657,25 @@ def _sorts_by_unordered_rows(asked: ReadRequest, theirs: Answer, ours: Answer) -
     return is_part and sizes[0] == sizes[1] and pages[0] == pages[1]
 
 
-EXCUSES: Mapping[str, Callable[[ReadRequest, Answer, Answer], bool]] = {
+def _took_too_long(exchange: _Exchange) -> bool:
+    is_refused = exchange.theirs.head.status in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND)
+    return is_refused and exchange.seconds > POCKETBASE_TIMEOUT
+
+
+EXCUSES: Mapping[str, Callable[[_Exchange], bool]] = {
     # SQLite makes an index while it joins, and so takes the row whose columns come first; here it
     # is the first row in the collection's default order. A whole list must still have the same
     # records, a page as many of them.
     "which of several rows is the first of a back relation is up to SQLite's plan": (
         _sorts_by_unordered_rows
     ),
+    "PocketBase ended its query, which took too long": _took_too_long,
 }
 """Why answers may differ, and which."""
 
 
-def _excuse(asked: ReadRequest, theirs: Answer, ours: Answer) -> str | None:
-    return next((why for why, is_so in EXCUSES.items() if is_so(asked, theirs, ours)), None)
+def _excuse(exchange: _Exchange) -> str | None:
+    return next((why for why, is_so in EXCUSES.items() if is_so(exchange)), None)
 
 
 @asynccontextmanager
@@ -622,7 +686,7 @@ async def duelling(
     with psycopg.connect(database_url, autocommit=True) as connection:
         create_tables(connection, world)
     async with await psycopg.AsyncConnection.connect(database_url) as reading:
-        catalog = await read_catalog(reading, schemas=["public"])
+        catalog = await read_catalog(reading, schemas=["public", "app"])
     collections = build_collections(configured(world), catalog)
     async with running_pocketbase(world, directory) as api:
         yield RecordsDuel(world, api, database_url, collections)

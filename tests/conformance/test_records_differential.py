@@ -10,16 +10,17 @@ import os
 import secrets
 from pathlib import Path
 
+import psycopg
 import pytest
 
-from tests.conformance.random_records import RandomWorld
+from tests.conformance.random_records import RandomWorld, Shape
 from tests.conformance.records_differential import duelling
 
 PER_WORLD = 60
 """Requests on one pair of servers, whose start costs as much as all of them."""
 PER_RULES = 12
 
-LISTS = int(os.environ.get("PGREALTIME_LISTS") or 60)
+LISTS = int(os.environ.get("PGREALTIME_LISTS") or 120)
 
 FIRST_SEED = int(os.environ.get("PGREALTIME_SEED") or secrets.randbelow(10**9))
 
@@ -39,3 +40,13 @@ async def test_lists_of_both_servers_show_the_same(
     print(f"\nseed {seed}, {world.shape}: {duel.report}")  # noqa: T201 (-rP shows what was compared)
 
     assert not duel.report.differing, "\n".join(duel.report.differing)
+
+
+async def test_a_difference_is_noticed(database_url: str, tmp_path: Path) -> None:
+    """Two servers with other rows don't pass."""
+    async with duelling(RandomWorld(1, Shape()), database_url, tmp_path) as duel:
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("TRUNCATE posts, people")
+        await duel.compare(PER_RULES)
+
+    assert duel.report.differing
