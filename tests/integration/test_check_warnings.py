@@ -19,6 +19,7 @@ _SCHEMA = """
       id bigint PRIMARY KEY, title text NOT NULL, open bool NOT NULL, author uuid REFERENCES users,
       owner uuid NOT NULL REFERENCES users, team int, reviewers uuid[], meta jsonb
     );
+    CREATE INDEX ON posts (author, id); CREATE INDEX ON posts (owner, id);
     CREATE TABLE members (
       id bigint PRIMARY KEY, post bigint NOT NULL REFERENCES posts,
       person uuid NOT NULL REFERENCES users, role text, helpers uuid[]

@@ -14,6 +14,7 @@ from pgrealtime.catalog.model import Catalog
 from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import quote_identifier
 from pgrealtime.cli.check.indexes import index_warnings
+from pgrealtime.cli.check.list_indexes import list_index_warnings
 from pgrealtime.cli.check.warnings import collection_warnings
 from pgrealtime.collections.build import build_with_problems
 from pgrealtime.collections.model import Collections
@@ -102,6 +103,9 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
         if not problems:  # otherwise warnings could be about other tables than intended
             warnings += collection_warnings(collections)
             warnings += [warning async for warning in index_warnings(connection, collections)]
+            if config.reads.enabled:
+                lists = list_index_warnings(connection, collections)
+                warnings += [warning async for warning in lists]
         warnings += await _timeout_warnings(connection, database)
         errors = await read_privilege_errors(connection, reachable_tables(collections).values())
         major, minor = divmod(connection.info.server_version, 10_000)

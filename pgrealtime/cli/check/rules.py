@@ -59,13 +59,13 @@ def reference_queries(
 ) -> Iterator[ReferenceQuery]:
     """Yield the reference query of a rule, valid and not empty, for a caller of each kind."""
     rule = getattr(collection, key)
-    for principal in _sample_principals(collections):
+    for principal in sample_principals(collections):
         query = reference_query(collections, collection, rule, RuleRequest(principal=principal))
         if isinstance(query, ReferenceQuery):
             yield query
 
 
-def _sample_principals(collections: Collections) -> Iterator[Principal]:
+def sample_principals(collections: Collections) -> Iterator[Principal]:
     """Yield a caller of each auth collection, or of a fictitious one where there is none."""
     ids = {"uuid": "00000000-0000-0000-0000-000000000001"}
     auths = _auth_collections(collections)
