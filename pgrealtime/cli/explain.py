@@ -1,8 +1,9 @@
-"""``pgrealtime explain``: whether a caller receives events of a record, and why."""
+"""``pgrealtime explain``: whether a caller receives events of a record, or finds it, and why."""
 
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from urllib.parse import quote
 
 import click
@@ -12,7 +13,7 @@ from pgrealtime.cli.options import config_option, read_token, split_user
 from pgrealtime.cli.report import EXIT_NOT_DELIVERED, report_errors
 from pgrealtime.config.load import read_config
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
-from pgrealtime.explain.explain import explain_delivery
+from pgrealtime.explain.explain import explain_delivery, explain_read
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.protocol.topic import parse_topic
 
@@ -25,6 +26,13 @@ from pgrealtime.protocol.topic import parse_topic
 @click.option("--user", metavar="COLLECTION/ID", help="The caller is this user.")
 @click.option("--guest", is_flag=True, help="The caller has no token.")
 @click.option("--superuser", is_flag=True, help="The caller passes every rule.")
+@click.option(
+    "--list",
+    "is_read",
+    is_flag=True,
+    help="Explain a read: a list of the collection, or the view of the record in the topic.",
+)
+@click.option("--sort", metavar="TEXT", help="The list's sort.")
 @click.option("--filter", "filter_", metavar="TEXT", help="The client's filter.")
 @click.option("--options", metavar="JSON", help="All of the topic's options.")
 @click.option("-v", "--sql", "with_sql", is_flag=True, help="Print the statements too.")
@@ -37,16 +45,20 @@ def explain(
     user: str | None,
     guest: bool,
     superuser: bool,
+    is_read: bool,
+    sort: str | None,
     filter_: str | None,
     options: str | None,
     with_sql: bool,
 ) -> None:
     """Print whether a caller receives events of a record, and the value of each clause of the rule.
 
-    TOPIC is what the client subscribes to, such as posts/* or posts/ID. Exits with 3 if the caller
-    doesn't receive them.
+    TOPIC is what the client subscribes to, such as posts/* or posts/ID. With --list: whether the
+    caller finds the record in a list, or may view it. Exits with 3 if the caller doesn't.
     """
-    text = _with_options(topic, filter_, options)
+    if sort is not None and not is_read:
+        raise click.UsageError("only lists are sorted: --sort needs --list")
+    text = _with_options(topic, {"filter": filter_, "sort": sort}, options)
     if record is None and parse_topic(text).record_id is None:
         raise click.UsageError("the topic is for all records: name one with --record")
     caller_spec = _caller_spec(token, user, guest=guest, superuser=superuser)
@@ -56,19 +68,24 @@ def explain(
     configure_logging(config.logging.model_copy(update={"level": "warning"}))
     with report_errors(parsed.locations):
         explanation = asyncio.run(
-            explain_delivery(config, caller_spec, text, record, with_sql=with_sql)
+            (explain_read if is_read else explain_delivery)(
+                config, caller_spec, text, record, with_sql=with_sql
+            )
         )
     click.echo("\n".join(explanation.lines))
     if not explanation.is_delivered:
         sys.exit(EXIT_NOT_DELIVERED)
 
 
-def _with_options(topic: str, filter_: str | None, options: str | None) -> str:
-    if filter_ is None and options is None:
+def _with_options(topic: str, query: Mapping[str, str | None], options: str | None) -> str:
+    given = {name: value for name, value in query.items() if value is not None}
+    if not given and options is None:
         return topic
-    if "?" in topic or None not in {filter_, options}:
-        raise click.UsageError("give options once: in the topic, with --options or with --filter")
-    options_text = options if options is not None else json.dumps({"query": {"filter": filter_}})
+    if "?" in topic or (given and options is not None):
+        raise click.UsageError(
+            "give options once: in the topic, with --options or with --filter and --sort"
+        )
+    options_text = options if options is not None else json.dumps({"query": given})
     return f"{topic}?options={quote(options_text, safe='', errors='replace')}"
 
 

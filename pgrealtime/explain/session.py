@@ -7,7 +7,7 @@ that later statements still use the same snapshot.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import psycopg
@@ -72,6 +72,19 @@ class ExplainSession:
                 return ConditionVerdict(value)
             case other:
                 raise AssertionError(f"a condition of one row has one value, not {len(other)}")
+
+    async def fetch_is_found(
+        self, statement: str, params: Mapping[str, object]
+    ) -> ConditionVerdict:
+        """Return whether a statement has rows. They aren't decoded, whatever their types."""
+        try:
+            rows = await self._transaction.fetch_texts(statement.encode(), params)
+        except psycopg.Error as error:
+            if self._transaction.is_broken:
+                raise
+            await self._transaction.recover()
+            return ConditionVerdict(None, message_without_values(error))
+        return ConditionVerdict(bool(rows))
 
     async def fetch_row_by_id(self, collection: Collection, record_id: str) -> Row | None:
         """Return the record's row in the stream's text forms.

@@ -21,6 +21,10 @@ CAVEAT = (
     "evaluated with the present content of the tables, which may have changed since the event;"
     " @request.query and @request.headers are as in the topic's options"
 )
+READ_CAVEAT = (
+    "evaluated with the present content of the tables; @request.query and @request.headers are as"
+    " in the topic's options, those of a browser are others"
+)
 _MAX_NAMED_FRAGMENTS = 3
 """Deciding parts that the verdict names at most."""
 
@@ -126,6 +130,21 @@ def disagreement_lines(*, plain: bool, engine: bool, parts: bool) -> Iterator[st
     for name, verdict in (("reference query", plain), ("engine", engine), ("parts", parts)):
         yield f"  {name}: {'delivered' if verdict else 'not delivered'}"
     yield "the verdict below is the engine's, which the service uses"
+
+
+def read_disagreement_lines(*, statement: bool, parts: bool) -> Iterator[str]:
+    """Yield the report that the statement of a read and its parts differ."""
+    yield "two evaluations differ that must agree; please report this with the schema:"
+    for name, verdict in (("statement", statement), ("parts", parts)):
+        yield f"  {name}: {'found' if verdict else 'not found'}"
+
+
+def sort_key_lines(key: str, verdict: ConditionVerdict) -> Iterator[str]:
+    """Yield whether a list sorted by the key has the record."""
+    yield f"  {verdict.label:<9}{key}"
+    if not verdict.value:
+        reason = verdict.failure or "a list rule of what it joins doesn't admit the related row"
+        yield f"  {'':<9}{reason}"
 
 
 def refusal_lines(text: str, error: RuleError) -> Iterator[str]:

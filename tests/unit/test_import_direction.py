@@ -112,7 +112,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "explain": (
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "auth", "rules"),
-        *("rule_queries", "hub.evaluation", "observe.redact"),
+        *("rule_queries", "records", "reads", "hub.evaluation", "observe.redact"),
     ),
     "service": ("",),
     "cli": ("",),
