@@ -268,6 +268,19 @@ def test_a_rule_that_reads_what_a_deleted_row_lacks(operator: Operator) -> None:
     assert warnings(check(operator, configured)) == []
 
 
+def test_what_can_only_be_read_has_no_deletes_and_is_listed(operator: Operator) -> None:
+    """Nor does a change of it read another table."""
+    run(operator, "CREATE VIEW seen AS SELECT id::text, title, author FROM posts")
+    rule = f"{SOMEBODY} && author.posts_via_fans.open ?= true && title != ''"
+    seen = {"table": "seen", "id": "id", "stream": False, "list_rule": rule}
+    seen["relations"] = {"author": {"collection": "users"}}
+    outcome = check(operator, collections() | {"seen": seen})
+
+    assert warnings(outcome) == []
+    assert outcome.out.splitlines()[2] == "read only: seen"
+    assert "read only" not in check(operator, collections()).out
+
+
 def test_partitions_have_replica_identities_of_their_own(operator: Operator) -> None:
     """Replica identity is set per partition: ALTER TABLE on the root doesn't change it."""
     parts = {"parts": {"table": "parts", "list_rule": "t = 'x'"}}

@@ -76,7 +76,11 @@ CREATE TABLE days (day date PRIMARY KEY);
 CREATE TABLE per_day (id int PRIMARY KEY, day date REFERENCES days);
 CREATE TABLE two_ways (id int PRIMARY KEY, x int REFERENCES tags, FOREIGN KEY (x) REFERENCES "on");
 CREATE VIEW seen AS SELECT 1 AS id;
-CREATE MATERIALIZED VIEW stored AS SELECT 1 AS id;
+CREATE MATERIALIZED VIEW stored AS SELECT 1 AS id, 'x' AS api_key, 2 AS user_id;
+CREATE VIEW idless AS SELECT 1 AS n;
+CREATE FOREIGN DATA WRAPPER nowhere;
+CREATE SERVER away FOREIGN DATA WRAPPER nowhere;
+CREATE FOREIGN TABLE remote (id text NOT NULL, "a b" int) SERVER away;
 CREATE TABLE of_extension (id int PRIMARY KEY);
 ALTER EXTENSION plpgsql ADD TABLE of_extension;
 CREATE SCHEMA "My CRM";
@@ -163,12 +167,12 @@ def test_each_table_is_a_collection_or_is_said_to_be_none(operator: Operator) ->
         *("users", "posts", "tags", "Order_Items", "on", "null", "2024", "0x10", "table"),
         *("public_Users", "we_ird_name", "line_break", "composite_full", "parts", "days"),
         *("per_day", "two_ways", "My_CRM_users", "customers", "keyless_logged"),
+        *("seen", "stored", "remote"),
     }
     assert set(collections_of(unlocked(text))) == {*collections_of(text), *_UNSERVED}
     assert re.findall(r"#   (\S+): (.*)", left_out) == [
+        ("public.idless", "a view without a column id"),
         ("public.of_extension", "belongs to the extension plpgsql"),
-        ("public.seen", "a view, which sends no changes"),
-        ("public.stored", "a materialized view, which sends no changes"),
         ("public.follows", "its pairs are shown as users.follows"),
         ("public.post_tags", "its pairs are shown as posts.tags"),
     ]
@@ -215,6 +219,29 @@ def test_user_tables_are_found_and_secrets_hidden(operator: Operator) -> None:
     assert made["posts"]["fields"] == {"hide": ["api_key"]}
 
 
+def test_what_sends_no_changes_can_be_read(operator: Operator) -> None:
+    """It has no rules, not even suggested ones, and a key that nobody guarantees."""
+    text = unlocked(initiated(operator, *BOTH))
+    made = collections_of(text)
+
+    assert {name: one for name, one in made.items() if one.get("stream") is False} == {
+        "remote": {
+            "table": "public.remote",
+            "id": "id",
+            "stream": False,
+            "fields": {"rename": {"a b": "a_b"}},
+        },
+        "seen": {"table": "public.seen", "id": "id", "stream": False},
+        "stored": {
+            "table": "public.stored",
+            "id": "id",
+            "stream": False,
+            "fields": {"hide": ["api_key"]},
+        },
+    }
+    assert "# public.seen: a view, which sends no changes and can only be read.\n" in text
+
+
 def test_every_table_is_described(operator: Operator) -> None:
     text = initiated(operator, *BOTH)
 
@@ -234,7 +261,8 @@ def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
     outcome = operator.check(unlocked(text), **SECRETS)
 
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith(f"ok\n{20 + len(_UNSERVED)} collections, ")
+    assert outcome.out.startswith(f"ok\n{23 + len(_UNSERVED)} collections, ")
+    assert "\nread only: remote, seen, stored\n" in outcome.out
     # Which indexes are lacking depends on the tables; nothing else is left to say.
     assert [
         warning

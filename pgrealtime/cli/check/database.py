@@ -3,7 +3,7 @@
 The part of ``check`` that connects: once as the query role, once for a dry run of the stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,7 +75,11 @@ async def check_database(
         return replace(findings, errors=(*findings.errors, _standby_error()))
     reason = f" ({slot.plugin_reason})" if slot.plugin_reason else ""
     server_line = f"{schema.server_description}, {slot.plugin}{reason}"
-    lines = (_summarize_collections(schema.collections), server_line)
+    lines = (
+        _summarize_collections(schema.collections),
+        *_read_only_lines(schema.collections),
+        server_line,
+    )
     return replace(findings, summary_lines=lines)
 
 
@@ -188,6 +192,12 @@ def _summarize_collections(collections: Collections) -> str:
     rules = sum(1 for served in collections.values() for _ in rule_texts(served))
     counts = ((len(collections), "collection"), (fields, "field"), (rules, "rule"))
     return ", ".join(count_text(count, noun) for count, noun in counts)
+
+
+def _read_only_lines(collections: Collections) -> Iterator[str]:
+    names = [collection.name for collection in collections.values() if not collection.is_streamed]
+    if names:
+        yield f"read only: {', '.join(names)}"
 
 
 def count_text(count: int, noun: str) -> str:

@@ -53,6 +53,8 @@ async def index_warnings(
     decides.
     """
     for collection in collections.values():
+        if not collection.is_streamed:
+            continue  # has no changes
         for field, index in _junction_indexes(collection):
             if not index.is_present:
                 path = f"{collection.name}.relations.{field.name}"

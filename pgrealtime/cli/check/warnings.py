@@ -51,7 +51,8 @@ def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
             path = f"collections.{collection.name}.{key}"
             yield from absent_value_warnings(path, rule, expression, collections, collection)
             yield from _precision_warnings(path, rule, expression, collections, collection)
-        yield from _delete_warnings(collections, collection)
+        if collection.is_streamed:
+            yield from _delete_warnings(collections, collection)
 
 
 # -- issuers

@@ -40,6 +40,8 @@ def draft_config(survey: SchemaSurvey) -> ConfigDraft:
     standalone = [t for t in catalog.tables.values() if _is_standalone(t, extensions)]
     tables = _sort_tables(standalone, catalog)
     auths = accounts.auth_tables(tables)
+    # Behind the tables, so that these keep their names.
+    tables += [t for t in catalog.tables.values() if t.name not in left_out and _is_read_only(t)]
     named = name_collections(tables)
     drafts = [_draft_collection(name, t, is_auth=t.name in auths) for name, t in named]
     drafts = _with_table_faults(drafts, catalog, unreadable)
@@ -62,11 +64,17 @@ def draft_config(survey: SchemaSurvey) -> ConfigDraft:
 # -- which tables
 
 
-_OMITTED_TABLE_KINDS = {
-    TableKind.VIEW: "a view, which sends no changes",
-    TableKind.MATERIALIZED_VIEW: "a materialized view, which sends no changes",
-    TableKind.FOREIGN: "a foreign table, which sends no changes",
+READ_ONLY_TABLE_KINDS = {
+    TableKind.VIEW: "a view",
+    TableKind.MATERIALIZED_VIEW: "a materialized view",
+    TableKind.FOREIGN: "a foreign table",
 }
+"""What sends no changes and can be read only."""
+
+
+def _is_read_only(table: Table) -> bool:
+    """Whether it sends no changes but has what seems to be a key."""
+    return table.kind in READ_ONLY_TABLE_KINDS and table.find_column("id") is not None
 
 
 def _is_standalone(table: Table, extensions: Container[TableName]) -> bool:
@@ -80,8 +88,8 @@ def _omitted_tables(
     for name, table in catalog.tables.items():
         if name in extensions:
             yield name, f"belongs to the extension {extensions[name]}"
-        elif table.kind in _OMITTED_TABLE_KINDS:
-            yield name, _OMITTED_TABLE_KINDS[table.kind]
+        elif table.kind in READ_ONLY_TABLE_KINDS and not _is_read_only(table):
+            yield name, f"{READ_ONLY_TABLE_KINDS[table.kind]} without a column id"
         elif table.partition_of is not None and table.partition_of not in catalog.tables:
             yield name, f"a partition of {table.partition_of}, whose schema isn't among these"
 
@@ -123,13 +131,15 @@ def _auth_rule(draft: CollectionDraft) -> str:
 
 
 def _draft_collection(name: str, table: Table, *, is_auth: bool) -> CollectionDraft:
-    key, configured_key = _choose_key(table)
+    is_streamed = table.kind not in READ_ONLY_TABLE_KINDS
+    key, configured_key = _choose_key(table) if is_streamed else ("id", "id")
     renames = field_renames(table, key, is_auth=is_auth)
     login = accounts.login_config(table, renames, key) if is_auth else CollectionLoginConfig()
     config = CollectionConfig(
         table=config_table_name(table.name),
         type="auth" if is_auth else "base",
         id=configured_key,
+        stream=is_streamed,
         fields=FieldsConfig(rename=renames),
         login=login,
     )
@@ -248,6 +258,7 @@ def _with_suggested_rules(
     guessed = {
         name: {owner_field: RelationConfig(collection=target)}
         for name, (owner_field, target) in RuleSuggestions(collections).guess_owner_fields()
+        if served[name].config.stream
     }
     drafts = {
         name: replace(draft, guessed_relations=guessed.get(name, {}))
@@ -258,7 +269,8 @@ def _with_suggested_rules(
         name: replace(
             draft,
             suggested_rule=""
-            if rule == SIGNED_IN_RULE and accounts.may_have_credential_ids(draft)
+            if not draft.config.stream
+            or (rule == SIGNED_IN_RULE and accounts.may_have_credential_ids(draft))
             else rule,
         )
         for name, draft in drafts.items()

@@ -10,7 +10,7 @@ import yaml
 from pgrealtime.catalog.model import ReplicaIdentity, Table
 from pgrealtime.changes import quote_table_name
 from pgrealtime.cli.init.accounts import may_have_credential_ids
-from pgrealtime.cli.init.drafts import draft_config
+from pgrealtime.cli.init.drafts import READ_ONLY_TABLE_KINDS, draft_config
 from pgrealtime.cli.init.model import CollectionDraft, ConfigDraft, SchemaSurvey
 from pgrealtime.cli.init.rule_suggestions import SIGNED_IN_RULE
 from pgrealtime.config.model import RelationConfig
@@ -88,7 +88,8 @@ def _collection_lines(draft: CollectionDraft, survey: SchemaSurvey) -> Iterator[
             yield from _fix_lines(fault.fix)
         yield from map(_commented_out, _setting_lines(draft))
         return
-    yield from _replica_identity_lines(draft.table)
+    if draft.config.stream:
+        yield from _replica_identity_lines(draft.table)
     yield from _setting_lines(draft)
 
 
@@ -96,6 +97,8 @@ def _table_summary(draft: CollectionDraft, survey: SchemaSurvey) -> str:
     table = draft.table
     rows = survey.row_estimates.get(table.name)
     facts = ["not analyzed yet" if rows is None else f"about {rows:,} row{'s' * (rows != 1)}"]
+    if kind := READ_ONLY_TABLE_KINDS.get(table.kind):
+        facts = [f"{kind}, which sends no changes and can only be read"]
     if table.primary_key:
         facts.append(f"primary key {', '.join(table.primary_key)}")
     if table.leaves:
@@ -139,6 +142,8 @@ def _setting_lines(draft: CollectionDraft) -> Iterator[str]:
         yield f"  type: {config.type}"
     if config.id:
         yield f"  id: {_yaml_value(config.id)}"
+    if not config.stream:
+        yield "  stream: false"
     yield from _fields_lines(draft)
     yield from _relations_lines(draft)
     yield from _login_lines(draft)
