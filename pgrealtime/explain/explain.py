@@ -15,7 +15,7 @@ from pgrealtime.auth.principal import Caller, Guest, Superuser
 from pgrealtime.changes import Row
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
-from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.model import Collection, Collections, unpadded_id
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError, RuleError
@@ -172,7 +172,7 @@ class _Explainer:
             missing = f'there is no row whose {collection.key.name} is "{record_id}" now'
             self._parts.add_lines("record", missing)
             return f'"{collection.name}" has no record "{record_id}"'
-        found_id = row[collection.key.name]
+        found_id = unpadded_id(collection, row[collection.key.name] or "")
         if topic.record_id not in {None, found_id}:
             self._parts.add_lines("record", f"{collection.name}/{found_id}")
             return f'the topic is for record "{topic.record_id}", not for "{found_id}"'

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pgrealtime.auth.principal import Caller, Superuser
 from pgrealtime.catalog.model import canonical_id
 from pgrealtime.changes import Row
-from pgrealtime.collections.model import Collection, Collections
+from pgrealtime.collections.model import Collection, Collections, unpadded_id
 from pgrealtime.errors import ReadError, RuleError
 from pgrealtime.explain import text
 from pgrealtime.explain.parts import PartsExplainer, RuleOutcome
@@ -68,7 +68,7 @@ class ReadExplainer:
             missing = f'there is no row whose {collection.key.name} is "{record_id}" now'
             self._parts.add_lines("record", missing)
             return f'"{collection.name}" has no record "{record_id}"'
-        found_id = row[collection.key.name]
+        found_id = unpadded_id(collection, row[collection.key.name] or "")
         if topic.record_id not in {None, found_id}:
             self._parts.add_lines("record", f"{collection.name}/{found_id}")
             return f'the request is for record "{topic.record_id}", not for "{found_id}"'

@@ -239,6 +239,18 @@ async def test_what_is_not_there_is_reported(
     assert explanation.lines[-1] == f"not found: {reason}"
 
 
+async def test_padding_is_no_part_of_an_id(world: World) -> None:
+    with psycopg.connect(world.url) as connection:
+        connection.execute("CREATE TABLE codes (id char(4) PRIMARY KEY)")
+        connection.execute("INSERT INTO codes VALUES ('ab')")
+    settings = settings_of(world, "")
+    settings["collections"]["codes"] = {"table": "codes", "view_rule": ""}
+    config = parse_config(settings, {})
+
+    assert (await explain_read(config, GUEST, "codes/ab", None)).lines[-1] == "found"
+    assert (await explain_delivery(config, GUEST, "codes/ab", None)).lines[-1] == "delivered"
+
+
 async def test_a_collection_s_name_has_no_case_here(world: World) -> None:
     assert (await read(world, "", GUEST, "POSTS/*")).lines[-1] == "found"
 
