@@ -98,13 +98,13 @@ class Page:
         return web.Response(text=self._html, content_type="text/html", headers=headers)
 
     async def get_state(self, _request: web.Request) -> web.Response:
-        """Return all rows, a token for each user, and the rules."""
-        rows = await self._application.fetch_tables()
-        for person in rows["people"]:
+        """Return the users, each with a token, and the rules; the page loads rows by the API."""
+        people = (await self._application.fetch_tables())["people"]
+        for person in people:
             person["token"] = sign_token(self._secret, {"sub": person["id"]})
         return web.json_response(
             {
-                **rows,
+                "people": people,
                 "watcher": sign_token(self._secret, {"sub": "watcher", "role": "admin"}),
                 "rules": self._rules,
                 "server": self._server,

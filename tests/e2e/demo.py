@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from tests.conformance.pgrealtime_server import command
 
@@ -83,11 +83,19 @@ class Demo:
         state: dict[str, Any] = json.loads(await self.get("/demo/state"))
         return state
 
-    async def get(self, path: str) -> str:
+    async def records(self, collection: str) -> list[dict[str, Any]]:
+        """Return a collection's records, as the page lists them."""
+        token = (await self.state())["watcher"]
+        listed = await self.get(f"/api/collections/{collection}/records?perPage=1000", token)
+        items: list[dict[str, Any]] = json.loads(listed)["items"]
+        return items
+
+    async def get(self, path: str, token: str = "") -> str:
         """Return the answer to a GET of the path."""
+        request = Request(f"{self.url}{path}", headers={"Authorization": token})
 
         def read() -> str:
-            with urlopen(f"{self.url}{path}", timeout=END_SECONDS) as answer:
+            with urlopen(request, timeout=END_SECONDS) as answer:
                 text: str = answer.read().decode()
                 return text
 

@@ -193,10 +193,10 @@ async def test_a_click_changes_a_row_and_reaches_the_clients_that_may_see_it(run
         page.on("request", lambda request: asked.add(request.url.split("/")[2]))
         await _hush(page)
 
-        before = (await running.state())["tasks"]
+        before = await running.records("tasks")
         await _press(page, "Tick off a party task")
         assert await _received(page) == [True, False, False]
-        after = (await running.state())["tasks"]
+        after = await running.records("tasks")
         [changed] = [task for task in after if task not in before]
         assert changed["project"] == "1"
 
@@ -222,6 +222,43 @@ async def test_a_click_changes_a_row_and_reaches_the_clients_that_may_see_it(run
 
     assert said == []
     assert asked == {running.url.removeprefix("http://")}
+
+
+async def test_the_database_is_listed_by_the_api_and_kept_by_events(running: Demo) -> None:
+    """Lists that come late don't take back what events have told meanwhile."""
+    asked: list[str] = []
+
+    async def hold_list(route: Route) -> None:
+        asked.append(route.request.url)
+        answer = await route.fetch()
+        await connection.execute("UPDATE tasks SET title = 'Written meanwhile' WHERE id = 1")
+        while not await page.evaluate("held.some(change => change.record.id === '1')"):
+            await asyncio.sleep(0.01)  # the page's policy forbids waiting by a function
+        await route.fulfill(response=answer)
+
+    async with (
+        chromium() as browser,
+        await psycopg.AsyncConnection.connect(running.database_url, autocommit=True) as connection,
+    ):
+        page = await _open(browser, f"{running.url}/")
+        await _hush(page)
+        shown = page.locator(".task label")
+        rows = await connection.execute("SELECT title FROM tasks ORDER BY project_id, id")
+        await expect(shown).to_have_text([title for (title,) in await rows.fetchall()])
+
+        await page.route("**/api/collections/tasks/records?*", hold_list)
+        await page.evaluate("refresh()")
+        await expect(shown.first).to_have_text("Written meanwhile")
+        await page.unroute("**/api/collections/tasks/records?*")
+
+        # Without the events: what they had told is in the list.
+        await page.evaluate("everything.close()")
+        await connection.execute("UPDATE tasks SET title = 'Listed' WHERE id = 1")
+        await expect(shown.first).to_have_text("Written meanwhile")
+        await page.evaluate("refresh()")
+        await expect(shown.first).to_have_text("Listed")
+
+    assert len(asked) == 1
 
 
 async def test_another_subscriber_can_be_chosen_and_comes_with_no_history(running: Demo) -> None:
