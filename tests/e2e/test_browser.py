@@ -7,16 +7,18 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.async_api import Browser
+from playwright.async_api import Browser, expect
 
 from tests.e2e.breaker import breaker
-from tests.e2e.browser import chromium, native_page, pages, sdk_page
+from tests.e2e.browser import chromium, native_page, page_client, pages, sdk_page
 from tests.e2e.numbered import OPEN, fresh_seed, repeats, wait_for_number, write_numbered
 from tests.e2e.proxy import PREFIX, PROGRAMS, Program, proxy
 from tests.e2e.sdk import Sdk
 from tests.e2e.service import service, token
+from tests.e2e.test_readme import script
 
 AWAY_SECONDS = 4.0
 """Long enough for an EventSource to retry meanwhile: Chromium waits for three seconds."""
@@ -59,6 +61,60 @@ async def test_a_page_of_any_origin_receives_what_its_user_may_see(
         ("create", "all", "x"),
     ]
     assert [event["record"]["id"] for event in guest.events] == ["all"]
+
+
+EXISTING = """
+CREATE TABLE app_user (id serial PRIMARY KEY, username varchar(150) NOT NULL UNIQUE);
+CREATE TABLE app_task (
+  id bigserial PRIMARY KEY,
+  title varchar(200) NOT NULL,
+  done boolean NOT NULL DEFAULT false,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  owner_id integer NOT NULL REFERENCES app_user
+);
+INSERT INTO app_user (username) VALUES ('ann'), ('bob');
+INSERT INTO app_task (title, done, created_at, owner_id) VALUES
+  ('second', false, '2024-01-02', 1), ('first', false, '2024-01-01', 1),
+  ('third', true, '2024-01-03', 1), ('of Bob', false, '2024-01-04', 2);
+ALTER TABLE app_task REPLICA IDENTITY FULL;
+"""
+"""Tables of an application that knows nothing of PocketBase."""
+
+MINE = "owner != '' && owner = @request.auth.id"
+
+
+async def test_the_readme_s_todo_list_is_loaded_and_kept_over_an_existing_table(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The SDK as it is: one user's tasks, loaded by ``getFullList``, then kept by events."""
+    renamed = {"rename": {"owner_id": "owner"}}
+    rules = {"list_rule": MINE, "view_rule": MINE}
+    collections: dict[str, dict[str, Any]] = {
+        "users": {"table": "app_user", "type": "auth"},
+        "tasks": {"table": "app_task", "fields": renamed, **rules},
+    }
+    code = f"pb.authStore.save({token('1')!r}); {script('A todo list')}"
+    async with (
+        service(database_url, tmp_path, collections=collections, schema=EXISTING) as running,
+        visited() as (browser, origin),
+        page_client(browser, origin) as (_, page),
+    ):
+        await page.evaluate("([code, url]) => runScript(code, url)", [code, running.url])
+        items = page.locator("li")
+        await expect(items).to_have_text(["2 first", "1 second", "3 third"])
+        for statement, shown in (
+            (
+                "INSERT INTO app_task (title, owner_id) VALUES ('of Bob too', 2), ('fourth', 1)",
+                ["2 first", "1 second", "3 third", "6 fourth"],
+            ),
+            (
+                "UPDATE app_task SET title = 'now last' WHERE id = 2",
+                ["1 second", "3 third", "6 fourth", "2 now last"],
+            ),
+            ("DELETE FROM app_task WHERE id <> 6", ["6 fourth"]),
+        ):
+            await running.write.execute(statement.encode())
+            await expect(items).to_have_text(shown)
 
 
 async def test_only_listed_origins_are_let_in(database_url: str, tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ from typing import Any
 import aiohttp
 import psycopg
 
+from tests.e2e.breaker import breaker
 from tests.e2e.numbered import OPEN, fresh_seed
+from tests.e2e.sdk import Sdk, module
 from tests.e2e.service import Service, service
+from tests.e2e.test_readme import AROUND_SDK, script
 from tests.own_server import own_server
 
 IDS = [f"r{number:02}" for number in range(12)]
@@ -172,3 +175,85 @@ async def _keep_screen(database_url: str, tmp_path: Path, chance: random.Random)
                 fresh, _ = await screen.fetch()
                 assert screen.rows == fresh, f"round {round_number}"
             assert screen.skipped, "no event was older than a list: nothing was tested"
+
+
+BEFORE_README = """
+import readline from "node:readline";
+const highest = new Map();
+let waitedFor = null;
+function render(rows) {
+  for (const { id, n } of rows.values()) {
+    if (n < (highest.get(id) ?? 0)) report({ report: "went back", id, n, behind: highest.get(id) });
+    highest.set(id, n);
+  }
+  if (rows.has(waitedFor)) {
+    report({ report: "rows", rows: [...rows.values()] });
+    waitedFor = null;
+  }
+}
+"""
+
+AFTER_README = """
+report({ report: "loaded" });
+pb.realtime.subscribe("PB_CONNECT", () => report({ report: "connected again" }));
+for await (const line of readline.createInterface({ input: process.stdin })) {
+  const { number, record } = JSON.parse(line);
+  if (record) { waitedFor = record; render(rows); } else reload();
+  report({ report: "done", number });
+}
+process.exit(0);
+"""
+
+AS_TASKS = {"tasks": {**OPEN["posts"]}}
+
+
+async def test_the_readme_s_lines_keep_a_list_by_the_sdk_over_writes_loads_and_breaks(
+    tmp_path: Path,
+) -> None:
+    """What is rendered never goes back, and equals a new list once the writers have stopped."""
+    chance = random.Random(fresh_seed())
+    code = AROUND_SDK + BEFORE_README + script("A list and its events") + AFTER_README
+    with own_server() as server:
+        server.configure(fsync="on", commit_delay="10000", commit_siblings="0")
+        async with (
+            service(server.url, tmp_path, collections=AS_TASKS) as running,
+            breaker(running.address, random.Random(chance.random())) as cutting,
+        ):
+            await running.write.execute("CREATE SEQUENCE seq")
+            await running.write.execute("INSERT INTO posts (id, title) VALUES ('first', 'x')")
+            async with module(code, cutting.url) as client:
+                await client.wait_for(1, "loaded")
+                for round_number in range(20):
+                    cutting.longest = chance.choice((0, 0, 4_000))
+                    await _write_and_reload(server.url, client, chance)
+                    cutting.longest = 0
+                    await _compare(running, client, f"m{round_number}")
+                assert client.of("connected again")
+                assert client.of("went back") == []
+
+
+async def _write_and_reload(database_url: str, client: Sdk, chance: random.Random) -> None:
+    writers = (_write(database_url, random.Random(chance.random()), 8) for _ in range(WRITERS))
+    writing = asyncio.gather(*writers)
+    for _ in range(chance.randint(0, 3)):
+        await asyncio.sleep(chance.random() * 0.05)
+        await client.do("load")
+    await writing
+
+
+async def _compare(running: Service, client: Sdk, marker: str) -> None:
+    """Check that the client's rows, once they have the marker, are those of a new list."""
+    await running.write.execute("INSERT INTO posts (id, title) VALUES (%s, 'x')", [marker])
+    seen = len(client.of("rows"))
+    await client.do("wait", record=marker)
+    rows = (await client.wait_for(seen + 1, "rows"))[-1]["rows"]
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{running.url}/api/collections/tasks/records?perPage=1000") as response,
+    ):
+        items = (await response.json())["items"]
+    assert sorted(rows, key=_id_of) == sorted(items, key=_id_of), marker
+
+
+def _id_of(record: dict[str, Any]) -> str:
+    return str(record["id"])
