@@ -51,7 +51,14 @@ TOKEN_REQUIRED: Final = ErrorResponse(
 ROUTE_NOT_FOUND: Final = ErrorResponse(
     404, "The requested resource wasn't found.", "未找到请求的资源。"
 )
+COLLECTION_INVALID: Final = ErrorResponse(
+    404, "Missing or invalid collection context.", "缺少或无效的集合上下文。"
+)
+"""Of the routes that log in, create or update; the others say less."""
 FILE_NOT_FOUND: Final = ErrorResponse(404, "File not found.", "文件未找到。")
+UNSUPPORTED_CONTENT_TYPE: Final = ErrorResponse(
+    400, "Unsupported Content-Type.", "不支持的 Content-Type。"
+)
 REQUEST_TIMEOUT: Final = ErrorResponse(408, "Request timeout.", "请求超时。")
 BODY_TOO_LARGE: Final = ErrorResponse(413, "Request entity too large.", "请求体过大。")
 TOO_MANY_REQUESTS: Final = ErrorResponse(429, "Too Many Requests.", "请求过多。")

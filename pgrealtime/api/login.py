@@ -9,6 +9,7 @@ from msgspec import Raw
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY
 from pgrealtime.api.error_responses import (
+    COLLECTION_INVALID,
     TOKEN_REQUIRED,
     TOO_MANY_REQUESTS,
     ErrorResponse,
@@ -30,9 +31,6 @@ _Content = TypeVar("_Content")
 _MAX_BODY_BYTES: Final = 1024 * 1024
 """More than two texts of 255 bytes take in any encoding."""
 
-_COLLECTION_NOT_FOUND: Final = ErrorResponse(
-    404, "Missing or invalid collection context.", "缺少或无效的集合上下文。"
-)
 _AUTH_COLLECTION_NOT_FOUND: Final = ErrorResponse(
     404, "Missing or invalid auth collection context.", "缺少或无效的认证集合上下文。"
 )
@@ -142,7 +140,7 @@ class LoginRoutes:
             raise web.HTTPNotFound
         users = self._authenticator.find_user_collection(request.match_info["collection"])
         if users is None:
-            raise RequestRefusedError(_COLLECTION_NOT_FOUND)
+            raise RequestRefusedError(COLLECTION_INVALID)
         return users
 
     def _requested_auth_users(self, request: web.Request) -> UserCollection:

@@ -18,9 +18,6 @@ LOGIN_UNREADABLE: Final = ErrorResponse(
 _LOGIN_INVALID: Final = ErrorResponse(
     400, "An error occurred while validating the submitted data.", "验证提交的数据时出错。"
 )
-_UNSUPPORTED_CONTENT_TYPE: Final = ErrorResponse(
-    400, "Unsupported Content-Type.", "不支持的 Content-Type。"
-)
 _INVALID_VALUE: Final = MemberFault(
     "validation_in_invalid", "Must be a valid value.", "必须是有效的值。"
 )
@@ -54,7 +51,7 @@ def _bind_members(
     except (JsonError, FormError) as error:
         raise RequestRefusedError(if_unreadable) from error
     if members is None:
-        raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
+        raise RequestRefusedError(error_responses.UNSUPPORTED_CONTENT_TYPE)
     return members
 
 

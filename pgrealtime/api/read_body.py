@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from typing import Final
 
-from pgrealtime.api.error_responses import BAD_REQUEST, ErrorResponse, RequestRefusedError
+from pgrealtime.api.error_responses import (
+    BAD_REQUEST,
+    UNSUPPORTED_CONTENT_TYPE,
+    RequestRefusedError,
+)
 from pgrealtime.protocol.forms import FormError, parse_form
 from pgrealtime.protocol.json_reader import JsonError, JsonReader
 
 BodyMembers = Mapping[str, str | float | None]
 """By name: texts, numbers, booleans as numbers, containers as JSON."""
 
-_UNSUPPORTED_CONTENT_TYPE: Final = ErrorResponse(
-    400, "Unsupported Content-Type.", "不支持的内容类型。"
-)
 _IGNORED_CONTENT_TYPES: Final = (
     "application/x-www-form-urlencoded",
     "application/xml",
@@ -36,7 +37,7 @@ def parse_read_body(content_type: str, body: bytes, query: bytes) -> BodyMembers
             return _read_form(content_type, body)
     except (JsonError, FormError) as error:
         raise RequestRefusedError(BAD_REQUEST) from error
-    raise RequestRefusedError(_UNSUPPORTED_CONTENT_TYPE)
+    raise RequestRefusedError(UNSUPPORTED_CONTENT_TYPE)
 
 
 def _read_form(content_type: str, body: bytes) -> BodyMembers:

@@ -16,6 +16,7 @@ from aiohttp import web
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY
 from pgrealtime.api.error_responses import (
+    COLLECTION_INVALID,
     SUPERUSERS_ONLY,
     TOO_MANY_REQUESTS,
     ErrorResponse,
@@ -48,9 +49,6 @@ class Stream(Protocol):
 
 
 _COLLECTION_NOT_FOUND: Final = ErrorResponse(404, "Missing collection context.", "缺少集合上下文。")
-_COLLECTION_NOT_WRITABLE: Final = ErrorResponse(
-    404, "Missing or invalid collection context.", "缺少或无效的集合上下文。"
-)
 _UNSUPPORTED_TYPE: Final = ErrorResponse(400, "Unsupported collection type.", "不支持的集合类型。")
 
 
@@ -116,9 +114,7 @@ class RecordRoutes:
         collection = self._reader.find_collection(request.match_info["collection"])
         if collection is None:
             is_delete = request.method == "DELETE"
-            raise RequestRefusedError(
-                _COLLECTION_NOT_FOUND if is_delete else _COLLECTION_NOT_WRITABLE
-            )
+            raise RequestRefusedError(_COLLECTION_NOT_FOUND if is_delete else COLLECTION_INVALID)
         if collection.is_view:
             raise RequestRefusedError(_UNSUPPORTED_TYPE)
         raise RequestRefusedError(SUPERUSERS_ONLY)

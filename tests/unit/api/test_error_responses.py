@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+
 import pytest
 
+from pgrealtime import api
 from pgrealtime.api.error_responses import (
     INTERNAL_ERROR,
+    ErrorResponse,
+    Language,
     MemberFault,
     RequestRefusedError,
     encode_error_response,
@@ -46,6 +54,26 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError, Subscription
             '{"data":{},"message":"处理请求时出错。","status":400}',
         ),
         (
+            "read_locked",
+            '{"data":{},"message":"Only superusers can perform this action.","status":403}',
+            '{"data":{},"message":"只有超级用户可以执行此操作。","status":403}',
+        ),
+        (
+            "read_reserved_request",
+            '{"data":{},"message":"Only superusers can filter by @request.","status":403}',
+            '{"data":{},"message":"只有超级用户可以按 @request 过滤。","status":403}',
+        ),
+        (
+            "read_reserved_collection",
+            '{"data":{},"message":"Only superusers can filter by @collection.","status":403}',
+            '{"data":{},"message":"只有超级用户可以按 @collection 过滤。","status":403}',
+        ),
+        (
+            "record_unknown",
+            '{"data":{},"message":"The requested resource wasn\'t found.","status":404}',
+            '{"data":{},"message":"未找到请求的资源。","status":404}',
+        ),
+        (
             "stream_away",
             '{"data":{},"message":"Realtime is temporarily unavailable.","status":503}',
             '{"data":{},"message":"实时服务暂时不可用。","status":503}',
@@ -58,6 +86,28 @@ def test_refused_calls_say_why(code: str, english: str, chinese: str) -> None:
 
     assert encode_error_response(response, "en").decode() == english
     assert encode_error_response(response, "zh").decode() == chinese
+
+
+def test_a_text_has_one_translation_whichever_route_says_it() -> None:
+    """One Chinese text for an English one, and both are sentences."""
+    pairs = {(_message(one, "en"), _message(one, "zh")) for one in _all_responses()}
+
+    assert len(pairs) > 20
+    assert len({english for english, _ in pairs}) == len(pairs)
+    assert [pair for pair in pairs if not (pair[0].endswith(".") and pair[1].endswith("。"))] == []
+
+
+def _all_responses() -> Iterator[ErrorResponse]:
+    for module in iter_modules(api.__path__, "pgrealtime.api."):
+        for value in vars(import_module(module.name)).values():
+            if isinstance(value, ErrorResponse):
+                yield value
+            elif isinstance(value, Mapping):
+                yield from (one for one in value.values() if isinstance(one, ErrorResponse))
+
+
+def _message(error_response: ErrorResponse, language: Language) -> str:
+    return str(json.loads(encode_error_response(error_response, language))["message"])
 
 
 def test_faults_are_nested_and_sorted() -> None:
