@@ -43,9 +43,9 @@ def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
 _HEADER = (
     "# Written by pgrealtime init from the existing tables. Edit it as needed.",
     "#",
-    "# All rules are locked: only superusers receive events. Lines that begin with # and no space",
+    "# All rules are locked: only superusers see records. Lines that begin with # and no space",
     "# are suggestions: read each, change it, and remove the # to enable it.",
-    "# list_rule is for subscriptions to all records of a collection, view_rule for those to one.",
+    "# list_rule is for lists and subscriptions to all records, view_rule for a single record.",
     "# config/pgrealtime.yaml of pgrealtime lists all keys.",
 )
 
