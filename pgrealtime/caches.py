@@ -32,9 +32,10 @@ class WeightedCache(Generic[K, V]):
 
     def get(self, key: K, make: Callable[[], tuple[V, int]]) -> V:
         """Return the key's value; ``make`` makes a missing one and returns its weight too."""
-        value = self.find(key)
-        if value is not None:
-            return value
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+            return entry[0]
         value, weight = make()
         self.put(key, value, weight)
         return value

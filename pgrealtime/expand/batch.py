@@ -33,6 +33,9 @@ from pgrealtime.rules.language.parameters import MacroValues
 
 _MAX_ROWS = 20_000
 """Related rows of one batch; further ones are left out."""
+_MAX_LINKS = 100_000
+"""Links of one batch that are followed, at some ten microseconds each; further ones are left out. A
+row counts once, however many records lead to it by however many paths."""
 
 Ids: TypeAlias = list[str]
 
@@ -78,7 +81,7 @@ class LoadBatch:
     Attributes:
         unknown_states: By ``RecordNode.state_key``, the viewers that were to be shown records whose
             state isn't known.
-        has_left_out_rows: Whether more rows were wanted than a batch may have.
+        has_left_out_rows: Whether more rows, or links to them, were wanted than a batch may have.
     """
 
     def __init__(self, session: ReadSession, junction_hops: JunctionHops) -> None:
@@ -91,14 +94,14 @@ class LoadBatch:
         self._rows_before: dict[tuple[int, str], dict[str, Row | None]] = {}
         """By before state and collection, the rows that were changed since."""
         self.unknown_states: set[tuple[int, ExpandViewer]] = set()
-        self._row_count = 0
+        self._row_count = self._link_count = 0
         self.has_left_out_rows = False
 
     async def load_junction_ids(self, nodes: Iterable[RecordNode]) -> None:
         """Set the ids of the nodes' relations through junction tables."""
+        yield_timer = YieldTimer()
         linked = [(node, hops) for node in nodes if (hops := self._hops(node))]
         await self._load_relation_ids((hop, node) for node, hops in linked for hop in hops)
-        yield_timer = YieldTimer()
         for node, hops in linked:
             ids = {hop.name: self._target_ids(hop, node) for hop in hops}
             node.junction_ids = {name: known for name, known in ids.items() if known is not None}
@@ -123,15 +126,17 @@ class LoadBatch:
 
     async def _load_level(self, level: _Level, visible_nodes: _VisibleNodes) -> _Level:
         """Set the children of a level's records; return the children that lead further."""
-        traversals = [
-            _Traversal(node, viewer, branch)
-            for node, viewer, branches in level
-            for branch in branches.values()
-        ]
+        yield_timer = YieldTimer()
+        traversals: list[_Traversal] = []
+        for node, viewer, branches in level:
+            if not self._may_follow(len(branches)):
+                break
+            traversals += [_Traversal(node, viewer, branch) for branch in branches.values()]
+            if yield_timer.is_due():
+                await yield_timer.pause()
         queryable = [t for t in traversals if t.target.name in t.viewer.view_predicates]
         await self._load_targets(queryable)
         evaluation: _Evaluation = Evaluation(self._macro_values)
-        yield_timer = YieldTimer()
         for traversal in traversals:
             bound = traversal.predicates
             for child in traversal.children or ():
@@ -139,6 +144,8 @@ class LoadBatch:
                 evaluation.add(version, child.collection, row, bound, child.before_state)
                 if yield_timer.is_due():
                     await yield_timer.pause()
+        while not evaluation.run_in_process(yield_timer.is_due):
+            await yield_timer.pause()
         await self._session.answer_questions(evaluation)
         new_nodes: _Level = []
         for traversal in traversals:
@@ -163,7 +170,16 @@ class LoadBatch:
         await self._load_rows(permitted)
         for traversal in traversals:
             if traversal.ids is not None:
-                traversal.children = self._child_nodes(traversal, traversal.ids)
+                ids = traversal.ids if self._may_follow(len(traversal.ids)) else []
+                traversal.children = self._child_nodes(traversal, ids)
+            if yield_timer.is_due():
+                await yield_timer.pause()
+
+    def _may_follow(self, link_count: int) -> bool:
+        """Count links; return whether they may be followed."""
+        self._link_count += link_count
+        self.has_left_out_rows |= self._link_count > _MAX_LINKS
+        return self._link_count <= _MAX_LINKS
 
     def _child_nodes(self, traversal: _Traversal, ids: Ids) -> list[RecordNode]:
         """Return the records of these ids, without those of which only the key is known."""
@@ -233,10 +249,13 @@ class LoadBatch:
 
     async def _load_relation_ids(self, hops: Iterable[tuple[RelationHop, RecordNode]]) -> None:
         wanted: dict[RelationKey, tuple[RelationHop, dict[str, None]]] = {}
+        yield_timer = YieldTimer()
         for hop, node in hops:
             key = hop.relation_key
             if not hop.is_in_row and node.record_id not in self._ids_by_relation[key]:
                 wanted.setdefault(key, (hop, {}))[1][node.record_id] = None
+            if yield_timer.is_due():
+                await yield_timer.pause()
         for key, (hop, ids) in wanted.items():
             self._ids_by_relation[key] |= await self._query_relation_ids(hop, list(ids))
 
@@ -247,17 +266,28 @@ class LoadBatch:
         if pairs is None:
             return dict.fromkeys(sources)
         targets_of: dict[str, set[str]] = {source: set() for source in sources}
+        yield_timer = YieldTimer()
         for source, target in pairs:
             if source and target:
                 targets_of[source].add(target)
-        return {source: _sorted_ids(targets) for source, targets in targets_of.items()}
+            if yield_timer.is_due():
+                await yield_timer.pause()
+        ids_of: dict[str, Ids | None] = {}
+        for source, targets in targets_of.items():
+            ids_of[source] = _sorted_ids(targets)
+            if yield_timer.is_due():
+                await yield_timer.pause()
+        return ids_of
 
     async def _load_rows(self, traversals: Iterable[_Traversal]) -> None:
         wanted: dict[str, tuple[Collection, dict[str, None]]] = {}
+        yield_timer = YieldTimer()
         for traversal in traversals:
             name, known = traversal.target.name, self._rows[traversal.target.name]
             _, ids = wanted.setdefault(name, (traversal.target, {}))
             ids |= dict.fromkeys(found for found in traversal.ids or () if found not in known)
+            if yield_timer.is_due():
+                await yield_timer.pause()
         for name, (collection, ids) in wanted.items():
             chunk = [*ids][: max(0, _MAX_ROWS - self._row_count)]
             self.has_left_out_rows |= len(chunk) < len(ids)

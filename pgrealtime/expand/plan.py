@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Final, TypeAlias
 from weakref import WeakValueDictionary
 
 from pgrealtime.auth.principal import AuthRecord, Superuser
+from pgrealtime.caches import WeightedCache
 from pgrealtime.changelog.row_history import LookupColumn
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, Field
@@ -25,7 +25,11 @@ from pgrealtime.rules.language.request import RuleRequest
 
 _BACK_RELATION = re.compile(r"(\w+)_via_(\w+)|(\w+)\((\w+)\)", re.ASCII)
 """``posts_via_author``, or in PocketBase's older spelling ``posts(author)``."""
-_MAX_PLANS = 4096
+_MAX_PLAN_CHARACTERS = 256 * 1024
+"""Length together of the option texts whose plans are cached: a URL may have one of 32 KB, which
+takes a hundred times as much once compiled."""
+_MIN_PLAN_CHARACTERS = 64
+"""As so many a shorter text counts."""
 MAX_EXPAND_DEPTH: Final = 6
 
 ExpandNames: TypeAlias = tuple[str, ...]
@@ -124,8 +128,7 @@ JunctionHops: TypeAlias = Mapping[str, Sequence[RelationHop]]
 class ExpandCompiler:
     """Compiles the option for subscribers; equal ones get the same viewer while it is in use.
 
-    ``hidden`` says whether clients may expand a hidden relation; ``max_plans`` bounds the option
-    texts whose plans are cached.
+    ``hidden`` says whether clients may expand a hidden relation.
     """
 
     def __init__(
@@ -134,13 +137,14 @@ class ExpandCompiler:
         compiler: RuleCompiler,
         *,
         hidden: HiddenFieldsMode = "strict",
-        max_plans: int = _MAX_PLANS,
     ) -> None:
         self._collections = collections
         self._compiler = compiler
         self._is_strict = hidden == "strict"
         self._by_folded_name = {c.name.casefold(): c for c in collections.values()}
-        self._cached_plan = lru_cache(maxsize=max_plans)(self._compile_plan)
+        self._plans: WeightedCache[tuple[str, str, bool], ExpandPlan | None] = WeightedCache(
+            _MAX_PLAN_CHARACTERS
+        )
         self._viewers: WeakValueDictionary[object, ExpandViewer] = WeakValueDictionary()
 
     def compile_expand(
@@ -197,11 +201,20 @@ class ExpandCompiler:
         except RuleError:
             return None
 
-    def _compile_plan(
+    def _cached_plan(
         self,
         collection_name: str,
         expand_option: str,
         follows_hidden: bool,  # noqa: FBT001 (cached)
+    ) -> ExpandPlan | None:
+        def make() -> tuple[ExpandPlan | None, int]:
+            plan = self._compile_plan(collection_name, expand_option, follows_hidden=follows_hidden)
+            return plan, max(len(expand_option), _MIN_PLAN_CHARACTERS)
+
+        return self._plans.get((collection_name, expand_option, follows_hidden), make)
+
+    def _compile_plan(
+        self, collection_name: str, expand_option: str, *, follows_hidden: bool
     ) -> ExpandPlan | None:
         collection = self._collections[collection_name]
         resolved = [

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from psycopg import sql
 
 from pgrealtime.catalog.model import Column, Table, native_key_type
+from pgrealtime.fairness import YieldTimer
 from pgrealtime.postgres.pool import DatabaseConnection
 
 TextRow: TypeAlias = tuple[str | None, ...]
@@ -64,10 +65,14 @@ async def fetch_texts(
     assert result is not None  # an executed query has one
     # Without the driver's loaders, which would make numbers and dates of the texts.
     get_value, columns = result.get_value, range(result.nfields)
-    return [
-        tuple([None if (v := get_value(row, n)) is None else v.decode() for n in columns])
-        for row in range(result.ntuples)
-    ]
+    rows: list[TextRow] = []
+    yield_timer = YieldTimer()
+    for row in range(result.ntuples):
+        values = [None if (v := get_value(row, n)) is None else v.decode() for n in columns]
+        rows.append(tuple(values))
+        if yield_timer.is_due():
+            await yield_timer.pause()
+    return rows
 
 
 def identifier(*names: str) -> sql.Identifier:

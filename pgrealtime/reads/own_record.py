@@ -29,9 +29,6 @@ from pgrealtime.rules.language.request import RuleRequest
 
 log = structlog.get_logger(__name__)
 
-_MAX_PLANS = 64
-"""Texts of ``expand`` whose plans are cached. Few, because in a URL they can be long."""
-
 
 class OwnRecordRenderer:
     """Renders accounts' own records, with the related records that they expand and may see.
@@ -56,9 +53,7 @@ class OwnRecordRenderer:
         """Use other collections from now on."""
         self._collections = collections
         self._compiler = RuleCompiler(collections)
-        self._expand_compiler = ExpandCompiler(
-            collections, self._compiler, hidden=self._hidden, max_plans=_MAX_PLANS
-        )
+        self._expand_compiler = ExpandCompiler(collections, self._compiler, hidden=self._hidden)
         self._related_loader = RelatedRecordLoader(self._sessions, collections, self._render_node)
 
     async def may_sign_in(

@@ -6,11 +6,10 @@ own, and its work on the event loop is done in short pieces.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Final, Literal
 
 import psycopg
@@ -18,6 +17,7 @@ import structlog
 from psycopg_pool import PoolTimeout
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
+from pgrealtime.caches import WeightedCache
 from pgrealtime.catalog.model import canonical_id
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, unpadded_id
@@ -43,8 +43,10 @@ from pgrealtime.snapshot import ReadPoint
 
 log = structlog.get_logger(__name__)
 
-_MAX_ENCODERS: Final = 1024
-_MAX_EXPAND_PLANS: Final = 1024
+_MAX_ENCODER_CHARACTERS: Final = 256 * 1024
+"""Length together of the options ``fields`` whose encoders are cached."""
+_MIN_ENCODER_CHARACTERS: Final = 256
+"""As so many a shorter text counts: an encoder without it takes some kilobytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,14 +248,14 @@ class _CollectionsView:
         }
         self.compiler = ListCompiler(collections)
         self._rule_compiler = RuleCompiler(collections)
-        self._expand_compiler = ExpandCompiler(
-            collections, self._rule_compiler, hidden=hidden, max_plans=_MAX_EXPAND_PLANS
-        )
+        self._expand_compiler = ExpandCompiler(collections, self._rule_compiler, hidden=hidden)
         self._junction_hops: JunctionHops = {
             collection.name: junction_hops(collections, collection)
             for collection in collections.values()
         }
-        self._encoder = lru_cache(_MAX_ENCODERS)(self._compile_encoder)
+        self._encoders: WeightedCache[tuple[str, View], RecordEncoder] = WeightedCache(
+            _MAX_ENCODER_CHARACTERS
+        )
 
     def find(self, name_or_id: str) -> Collection | None:
         """Return the collection of an id, or of a name whose case doesn't matter."""
@@ -307,7 +309,13 @@ class _CollectionsView:
             )
             for sees_email in (False, True)
         ]
-        return await _encode(nodes, encoders, shows_address, renderer, max_bytes)
+        try:
+            if renderer is not None:
+                await _run_in_pieces(renderer.find_paths())
+                await _run_in_pieces(renderer.write_related())
+            return await _encode(nodes, encoders, shows_address, renderer, max_bytes)
+        except ExpandTooLargeError as error:
+            raise ReadError("the answer is too large") from error
 
     def _viewer(
         self, collection: Collection, caller: Caller, request: RuleRequest
@@ -363,13 +371,23 @@ class _CollectionsView:
         if not isinstance(bound, BoundPredicate):
             return nobody
         evaluation: Evaluation[int, BoundPredicate] = Evaluation(MacroValues(datetime.now(UTC)))
+        yield_timer = YieldTimer()
         for index, node in enumerate(nodes):
             evaluation.add(index, collection, node.row, [bound])
+            if yield_timer.is_due():
+                await yield_timer.pause()
+        while not evaluation.run_in_process(yield_timer.is_due):
+            await yield_timer.pause()
         await session.answer_questions(evaluation)
         return [bound in evaluation.hits(index) for index in range(len(nodes))]
 
-    def _compile_encoder(self, collection_name: str, view: View) -> RecordEncoder:
-        return compile_encoder(self._collections[collection_name], nulls=self._nulls, view=view)
+    def _encoder(self, collection_name: str, view: View) -> RecordEncoder:
+        def make() -> tuple[RecordEncoder, int]:
+            collection = self._collections[collection_name]
+            encoder = compile_encoder(collection, nulls=self._nulls, view=view)
+            return encoder, max(len(view.fields or ""), _MIN_ENCODER_CHARACTERS)
+
+        return self._encoders.get((collection_name, view), make)
 
     def _render_node(self, node: RecordNode, view: View, expand: bytes | None) -> bytes:
         encode = self._encoder(node.collection.name, view)
@@ -385,19 +403,23 @@ async def _encode(
 ) -> list[bytes]:
     records: list[bytes] = []
     size, yield_timer = 0, YieldTimer()
-    try:
-        for node, is_shown in zip(nodes, shows_address, strict=True):
-            expand = None if renderer is None else renderer.render(node)
-            record = encoders[is_shown](node.row, node.junction_ids, expand)
-            records.append(record)
-            size += len(record)
-            if size > max_bytes:
-                raise ReadError("the answer is too large")
-            if yield_timer.is_due():
-                await yield_timer.pause()
-    except ExpandTooLargeError as error:
-        raise ReadError("the answer is too large") from error
+    for node, is_shown in zip(nodes, shows_address, strict=True):
+        expand = None if renderer is None else renderer.render(node)
+        record = encoders[is_shown](node.row, node.junction_ids, expand)
+        records.append(record)
+        size += len(record)
+        if size > max_bytes:
+            raise ReadError("the answer is too large")
+        if yield_timer.is_due():
+            await yield_timer.pause()
     return records
+
+
+async def _run_in_pieces(steps: Iterator[None]) -> None:
+    yield_timer = YieldTimer()
+    for _ in steps:
+        if yield_timer.is_due():
+            await yield_timer.pause()
 
 
 async def _fetch_rows(
@@ -408,7 +430,13 @@ async def _fetch_rows(
     if texts is None:
         return None
     names = bound.column_names
-    return [dict(zip(names, row, strict=True)) for row in texts]
+    rows: list[Row] = []
+    yield_timer = YieldTimer()
+    for values in texts:
+        rows.append(dict(zip(names, values, strict=True)))
+        if yield_timer.is_due():
+            await yield_timer.pause()
+    return rows
 
 
 def _require_rule(rule: str | None, request: RuleRequest) -> str:

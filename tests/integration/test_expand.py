@@ -668,4 +668,4 @@ async def test_taking_back_later_links_lets_others_have_their_turns(
     )
     await expander.load_for_events([event] * 20, range(20), [])
 
-    assert pauses == 40
+    assert pauses >= 40
