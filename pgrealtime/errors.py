@@ -191,9 +191,9 @@ class SubscriptionLimitError(SubscriptionError):
 class ReadError(PgRealtimeError):
     """A list, or one record, is not given.
 
-    Codes: ``read_locked`` (the rule is for superusers), ``read_reserved_request`` and
-    ``read_reserved_collection`` (words of rules in filter or sort), ``read_invalid`` (anything else
-    of a list), ``record_unknown``.
+    Codes: ``read_collection_unknown``, ``read_locked`` (the rule is for superusers),
+    ``read_reserved_request`` and ``read_reserved_collection`` (words of rules in filter or sort),
+    ``read_invalid`` (anything else of a list), ``record_unknown``.
     """
 
     code = "read_invalid"

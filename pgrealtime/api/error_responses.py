@@ -42,6 +42,7 @@ class ErrorResponse:
 BAD_REQUEST: Final = ErrorResponse(
     400, "Something went wrong while processing your request.", "处理请求时出错。"
 )
+COLLECTION_NOT_FOUND: Final = ErrorResponse(404, "Missing collection context.", "缺少集合上下文。")
 SUPERUSERS_ONLY: Final = ErrorResponse(
     403, "Only superusers can perform this action.", "只有超级用户可以执行此操作。"
 )
@@ -79,6 +80,7 @@ _RESPONSE_BY_CODE: Final = {
         "当前请求和之前的请求授权不匹配。",
     ),
     "guest_refused": TOKEN_REQUIRED,
+    "read_collection_unknown": COLLECTION_NOT_FOUND,
     "read_locked": SUPERUSERS_ONLY,
     "read_reserved_request": ErrorResponse(
         403, "Only superusers can filter by @request.", "只有超级用户可以按 @request 过滤。"

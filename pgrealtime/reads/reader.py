@@ -112,11 +112,12 @@ class RecordReader:
             ReadError: The request is refused.
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
+        view = self._view
+        collection = view.current(collection)
         rule, query = _require_rule(collection.list_rule, request), request.query
         filter_text, sort_text = query.get("filter", ""), query.get("sort", "")
         _refuse_reserved_words(filter_text, sort_text, request)
         page = parse_list_parameters(query)
-        view = self._view
         try:
             bound = await view.compiler.bind(
                 collection,
@@ -135,14 +136,17 @@ class RecordReader:
                 session, collection, rows, caller, request, max_bytes=self._limits.max_answer_bytes
             )
         pages = -1 if total < 0 else -(-total // page.per_page)
-        body = b'{"items":[%b],"page":%d,"perPage":%d,"totalItems":%d,"totalPages":%d}' % (
-            b",".join(items),
+        end = b'],"page":%d,"perPage":%d,"totalItems":%d,"totalPages":%d}' % (
             page.page,
             page.per_page,
             total,
             pages,
         )
-        return Answer(body, read_point, len(items))
+        # Joined at once: of an answer of the maximum size each copy takes some 20 ms.
+        parts = items or [b""]
+        parts[0] = b'{"items":[' + parts[0]
+        parts[-1] += end
+        return Answer(b",".join(parts), read_point, len(rows))
 
     async def view_record(
         self, collection: Collection, record_id: str, caller: Caller, request: RuleRequest
@@ -153,11 +157,12 @@ class RecordReader:
             ReadError: The request is refused, or there is no such record for the caller.
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
+        view = self._view
+        collection = view.current(collection)
         rule = _require_rule(collection.view_rule, request)
         key = canonical_id(record_id, collection.key.type)
         if key is None or key != record_id:
             raise _unknown_record()
-        view = self._view
         try:
             bound = await view.compiler.bind(collection, rule, request)
         except RuleError as error:
@@ -261,6 +266,17 @@ class _CollectionsView:
         """Return the collection of an id, or of a name whose case doesn't matter."""
         found = self._collections.find(name_or_id)
         return found or self._by_folded_name.get(name_or_id.casefold())
+
+    def current(self, collection: Collection) -> Collection:
+        """Return the collection as it is in force: a request may have waited before it reads.
+
+        Raises:
+            ReadError: There is none of the name any more.
+        """
+        found = self._collections.get(collection.name)
+        if found is None:
+            raise ReadError("there is no such collection any more", code="read_collection_unknown")
+        return found
 
     async def render(
         self,

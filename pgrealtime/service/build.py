@@ -217,7 +217,9 @@ def _build_parts(
             executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
         ),
         reads_pool=reads_pool,
-        record_reader=None if reads_pool is None else _make_reader(config, applied, reads_pool),
+        record_reader=None
+        if reads_pool is None
+        else _make_reader(config, applied, reads_pool, on_schema_mismatch),
     )
 
 
@@ -234,9 +236,14 @@ async def _open_reads_pool(config: Config) -> AsyncIterator[QueryPool | None]:
         yield pool
 
 
-def _make_reader(config: Config, applied: AppliedConfig, pool: QueryPool) -> RecordReader:
+def _make_reader(
+    config: Config,
+    applied: AppliedConfig,
+    pool: QueryPool,
+    on_schema_mismatch: Callable[[], None],
+) -> RecordReader:
     return RecordReader(
-        QueryExecutor(pool),
+        QueryExecutor(pool, on_schema_mismatch=on_schema_mismatch),
         applied.collections,
         nulls=config.records.nulls,
         hidden=config.records.hidden,

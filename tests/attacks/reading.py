@@ -15,20 +15,26 @@ import jwt
 import psycopg
 import yarl
 
+from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import Config
-from pgrealtime.service.build import run_service
+from pgrealtime.service.build import RunningService, run_service
 from tests.conformance.http_client import Address
 
 SECRET = "a secret of an attacked service, long enough"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reader:
     """Sends read requests, and may write to the database."""
 
     session: aiohttp.ClientSession
-    port: int
+    service: RunningService
     write: psycopg.AsyncConnection[Any]
+    config: Config
+
+    @property
+    def port(self) -> int:
+        return self.service.port
 
     @property
     def address(self) -> Address:
@@ -38,6 +44,11 @@ class Reader:
         """Return the URL of a path after ``/api/collections/``."""
         text = f"http://127.0.0.1:{self.port}/api/collections/{path}?{urlencode(query)}"
         return yarl.URL(text, encoded=True)
+
+    async def reload(self, config: Config) -> None:
+        """Apply another configuration."""
+        self.config = config
+        assert await self.service.reloader.reload()
 
     async def get(self, path: str, caller: str = "", **query: str) -> tuple[int, Any]:
         """Return status and body."""
@@ -53,11 +64,8 @@ class Reader:
         return [item["id"] for item in body["items"]]
 
 
-@asynccontextmanager
-async def reading(
-    database_url: str, schema: str, collections: Mapping[str, Any], **sections: Any
-) -> AsyncIterator[Reader]:
-    """Load a schema, run the program, and yield its client."""
+def configured(database_url: str, collections: Mapping[str, Any], **sections: Any) -> Config:
+    """Return a configuration."""
     settings = {
         "database": {"url": database_url},
         "server": {"host": "127.0.0.1", "port": 0},
@@ -65,10 +73,25 @@ async def reading(
         "collections": collections,
         **sections,
     }
+    return Config.model_validate(settings)
+
+
+@asynccontextmanager
+async def reading(
+    database_url: str, schema: str, collections: Mapping[str, Any], **sections: Any
+) -> AsyncIterator[Reader]:
+    """Load a schema, run the program, and yield its client."""
     async with (
         await psycopg.AsyncConnection.connect(database_url, autocommit=True) as write,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
     ):
         await write.execute(schema.encode())
-        async with run_service(Config.model_validate(settings)) as service:
-            yield Reader(session, service.port, write)
+        config = configured(database_url, collections, **sections)
+
+        def read_config() -> ParsedConfig:
+            locations = ConfigLocations(source="configuration")
+            return ParsedConfig(config=reader.config, locations=locations)
+
+        async with run_service(config, read_config=read_config) as service:
+            reader = Reader(session, service, write, config)
+            yield reader
