@@ -17,12 +17,14 @@ from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY
 from pgrealtime.api.error_responses import (
     COLLECTION_INVALID,
+    COLLECTION_NOT_FOUND,
     SUPERUSERS_ONLY,
     TOO_MANY_REQUESTS,
     ErrorResponse,
     RequestRefusedError,
 )
 from pgrealtime.api.json_response import headers_for_rules, query_values
+from pgrealtime.api.large_responses import LARGE_RESPONSE_BYTES, LargeResponses, send_large
 from pgrealtime.api.read_body import parse_read_body
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import RateLimiter
@@ -36,6 +38,8 @@ from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import ReadPoint
 
 POSITION_HEADER: Final = "Realtime-Position"
+_MAX_ANSWERS: Final = 4
+"""So many of the maximum size may be held for clients that read slowly."""
 
 
 class Stream(Protocol):
@@ -48,7 +52,6 @@ class Stream(Protocol):
         """Return up to where a snapshot saw every commit; None if that can't be told."""
 
 
-_COLLECTION_NOT_FOUND: Final = ErrorResponse(404, "Missing collection context.", "缺少集合上下文。")
 _UNSUPPORTED_TYPE: Final = ErrorResponse(400, "Unsupported collection type.", "不支持的集合类型。")
 
 
@@ -73,6 +76,7 @@ class RecordRoutes:
             RateLimiter(reads.requests_per_minute) if reads.requests_per_minute else None
         )
         self._throttle = GuessThrottle()
+        self._large_responses = LargeResponses(_MAX_ANSWERS * reads.max_answer_size)
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Add the routes."""
@@ -83,7 +87,7 @@ class RecordRoutes:
         router.add_patch(f"{records}/{{id}}", self.refuse_write)
         router.add_delete(f"{records}/{{id}}", self.refuse_write)
 
-    async def list_records(self, request: web.Request) -> web.Response:
+    async def list_records(self, request: web.Request) -> web.StreamResponse:
         """Respond with a page of records."""
         collection, address = self._requested_collection(request), self._address(request)
         caller, rule_request = await self._open_request(request, address)
@@ -97,9 +101,9 @@ class RecordRoutes:
             await asyncio.sleep(
                 self._throttle.delay_seconds(address, collection.name, time.monotonic())
             )
-        return await self._respond(answer)
+        return await self._respond(request, address, answer)
 
-    async def view_record(self, request: web.Request) -> web.Response:
+    async def view_record(self, request: web.Request) -> web.StreamResponse:
         """Respond with one record."""
         collection, address = self._requested_collection(request), self._address(request)
         caller, rule_request = await self._open_request(request, address)
@@ -107,14 +111,14 @@ class RecordRoutes:
         await self._stream.wait_for_delivered()
         async with self._permit(client_network(address)):
             answer = await self._reader.view_record(collection, record_id, caller, rule_request)
-        return await self._respond(answer)
+        return await self._respond(request, address, answer)
 
     async def refuse_write(self, request: web.Request) -> web.Response:
         """Refuse to write."""
         collection = self._reader.find_collection(request.match_info["collection"])
         if collection is None:
             is_delete = request.method == "DELETE"
-            raise RequestRefusedError(_COLLECTION_NOT_FOUND if is_delete else COLLECTION_INVALID)
+            raise RequestRefusedError(COLLECTION_NOT_FOUND if is_delete else COLLECTION_INVALID)
         if collection.is_view:
             raise RequestRefusedError(_UNSUPPORTED_TYPE)
         raise RequestRefusedError(SUPERUSERS_ONLY)
@@ -122,7 +126,7 @@ class RecordRoutes:
     def _requested_collection(self, request: web.Request) -> Collection:
         collection = self._reader.find_collection(request.match_info["collection"])
         if collection is None:
-            raise RequestRefusedError(_COLLECTION_NOT_FOUND)
+            raise RequestRefusedError(COLLECTION_NOT_FOUND)
         return collection
 
     def _address(self, request: web.Request) -> str:
@@ -161,7 +165,13 @@ class RecordRoutes:
             and not isinstance(request.principal, Superuser)
         )
 
-    async def _respond(self, answer: Answer) -> web.Response:
+    async def _respond(
+        self, request: web.Request, address: str, answer: Answer
+    ) -> web.StreamResponse:
+        with self._large_responses.holding(client_network(address), len(answer.body)):
+            return await self._send(request, answer)
+
+    async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         headers = {"Cache-Control": "no-store"}
         position = await self._stream.position_of(answer.read_point)
         if position is not None:
@@ -169,4 +179,9 @@ class RecordRoutes:
                 POSITION_HEADER: position,
                 "Access-Control-Expose-Headers": POSITION_HEADER,
             }
-        return web.Response(body=answer.body, content_type="application/json", headers=headers)
+        if request.method == "HEAD" or len(answer.body) < LARGE_RESPONSE_BYTES:
+            return web.Response(body=answer.body, content_type="application/json", headers=headers)
+        response = web.StreamResponse(headers=headers)
+        response.content_type = "application/json"
+        await send_large(request, response, answer.body)
+        return response
