@@ -5,16 +5,24 @@ callers' accounts, ``explain``. Values are returned as PostgreSQL prints them, w
 because rules and records are evaluated on texts of the same form as in the replication stream.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 from typing import TypeAlias
 
+import psycopg
 from psycopg import sql
+from psycopg.adapt import AdaptersMap
+from psycopg.types.string import TextLoader
 
 from pgrealtime.catalog.model import Column, Table, native_key_type
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.postgres.pool import DatabaseConnection
 
 TextRow: TypeAlias = tuple[str | None, ...]
+
+
+class RowsTooLargeError(Exception):
+    """A query's rows have more characters than wanted; its transaction has failed."""
 
 
 def rows_by_key_statement(
@@ -73,6 +81,55 @@ async def fetch_texts(
         if yield_timer.is_due():
             await yield_timer.pause()
     return rows
+
+
+async def stream_texts(
+    connection: DatabaseConnection,
+    statement: bytes,
+    params: Mapping[str, object],
+    *,
+    max_characters: int,
+) -> list[TextRow]:
+    """Return a query's rows as ``fetch_texts``, received one by one and not all at once.
+
+    It is planned each time: the driver prepares nothing that it streams.
+
+    Raises:
+        RowsTooLargeError: They have more than ``max_characters``; the query is cancelled.
+        psycopg.Error: The query fails.
+    """
+    rows: list[TextRow] = []
+    size, yield_timer = 0, YieldTimer()
+    stream = _TextCursor(connection).stream(statement, params)
+    assert isinstance(stream, AsyncGenerator)  # closing it cancels the query
+    async with aclosing(stream):
+        async for row in stream:
+            rows.append(row)
+            size += sum(len(text) for text in row if text is not None)
+            if size > max_characters:
+                raise RowsTooLargeError
+            if yield_timer.is_due():
+                await yield_timer.pause()
+    return rows
+
+
+def _adapters_for_texts() -> AdaptersMap:
+    adapters = AdaptersMap(psycopg.adapters)
+    for type_ in adapters.types:
+        for oid in filter(None, (type_.oid, type_.array_oid)):
+            adapters.register_loader(oid, TextLoader)
+    return adapters
+
+
+_TEXT_ADAPTERS = _adapters_for_texts()
+
+
+class _TextCursor(psycopg.AsyncCursor[TextRow]):
+    """Loads each value as its text, as the driver does only for types that it doesn't know."""
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        return _TEXT_ADAPTERS
 
 
 def identifier(*names: str) -> sql.Identifier:

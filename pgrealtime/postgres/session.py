@@ -13,7 +13,7 @@ from psycopg import sql
 
 from pgrealtime.lsn import LSN, Xid, parse_lsn
 from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
-from pgrealtime.postgres.rows import TextRow, fetch_texts
+from pgrealtime.postgres.rows import TextRow, fetch_texts, stream_texts
 from pgrealtime.snapshot import Snapshot, parse_snapshot
 
 TIMEOUT_ERRORS = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
@@ -119,6 +119,14 @@ class ReadTransaction:
     ) -> list[TextRow]:
         """Return a query's rows in the stream's text forms."""
         return await fetch_texts(self._connection, statement, params)
+
+    async def stream_texts(
+        self, statement: bytes, params: Mapping[str, object], *, max_characters: int
+    ) -> list[TextRow]:
+        """As ``fetch_texts``, within a size; see ``rows.stream_texts``."""
+        return await stream_texts(
+            self._connection, statement, params, max_characters=max_characters
+        )
 
     async def fetch_values(
         self, statement: str, params: Mapping[str, object]

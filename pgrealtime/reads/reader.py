@@ -28,6 +28,7 @@ from pgrealtime.expand.node import RecordNode
 from pgrealtime.expand.plan import ExpandCompiler, ExpandViewer, JunctionHops, junction_hops
 from pgrealtime.expand.render import ExpandRenderer, ExpandTooLargeError
 from pgrealtime.fairness import YieldTimer
+from pgrealtime.postgres.rows import RowsTooLargeError
 from pgrealtime.reads.compiler import BoundList, ListCompiler
 from pgrealtime.reads.list_parameters import ListParameters, parse_list_parameters
 from pgrealtime.records.encode import RecordEncoder, View, compile_encoder
@@ -43,6 +44,9 @@ from pgrealtime.snapshot import ReadPoint
 
 log = structlog.get_logger(__name__)
 
+_MAX_UNSTREAMED_ROWS: Final = 100
+"""Larger pages are read row by row, so that they can be given up. Others are prepared, which saves
+a fraction of a millisecond."""
 _MAX_ENCODER_CHARACTERS: Final = 256 * 1024
 """Length together of the options ``fields`` whose encoders are cached."""
 _MIN_ENCODER_CHARACTERS: Final = 256
@@ -189,6 +193,8 @@ class RecordReader:
                 yield session
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
             raise DatabaseUnreachableError("records can't be read now") from error
+        except RowsTooLargeError as error:
+            raise ReadError("the rows are too large") from error
 
     async def _fetch_page(
         self,
@@ -208,7 +214,15 @@ class RecordReader:
             }
             if bound.sql.joined_count is not None:
                 await self._require_few_joined_rows(session, bound, limits)
-            found = await _fetch_rows(session, bound, bound.sql.page, limits)
+            found = await _fetch_rows(
+                session,
+                bound,
+                bound.sql.page,
+                limits,
+                max_characters=(
+                    self._limits.max_answer_bytes if page.per_page > _MAX_UNSTREAMED_ROWS else None
+                ),
+            )
             if found is None:
                 raise ReadError("the query failed")
             rows = found
@@ -439,10 +453,17 @@ async def _run_in_pieces(steps: Iterator[None]) -> None:
 
 
 async def _fetch_rows(
-    session: ReadSession, bound: BoundList, statement: str, more: Mapping[str, object]
+    session: ReadSession,
+    bound: BoundList,
+    statement: str,
+    more: Mapping[str, object],
+    *,
+    max_characters: int | None = None,
 ) -> list[Row] | None:
     """Return a statement's rows; None if it fails."""
-    texts = await session.fetch_texts_once(statement.encode(), {**bound.params, **more})
+    texts = await session.fetch_texts_once(
+        statement.encode(), {**bound.params, **more}, max_characters=max_characters
+    )
     if texts is None:
         return None
     names = bound.column_names

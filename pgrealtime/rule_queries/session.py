@@ -5,9 +5,10 @@ them are of one moment. ``QueryExecutor.read_session`` opens it.
 """
 
 import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from collections.abc import Collection as Sized
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Protocol
 
 import psycopg
@@ -67,22 +68,37 @@ class ReadSession:
         may be gone the second time. Raises ``psycopg.Error`` if the connection broke,
         ``TimeoutError`` if the session's seconds are over.
         """
-        return await self._fetch(statement, params, attempts=1 if self._has_failed else 2)
+        attempts = 1 if self._has_failed else 2
+        return await self._fetch(
+            partial(self._transaction.fetch_texts, statement, params), attempts
+        )
 
     async def fetch_texts_once(
-        self, statement: bytes, params: Mapping[str, object]
+        self,
+        statement: bytes,
+        params: Mapping[str, object],
+        *,
+        max_characters: int | None = None,
     ) -> list[TextRow] | None:
-        """As ``fetch_texts``, but a query that times out is not run again."""
-        return await self._fetch(statement, params, attempts=1)
+        """As ``fetch_texts``, but a query that times out is not run again.
+
+        With ``max_characters`` the rows are streamed; more raise ``RowsTooLargeError``, and the
+        session has ended then.
+        """
+        transaction = self._transaction
+        if max_characters is None:
+            return await self._fetch(partial(transaction.fetch_texts, statement, params), 1)
+        stream = partial(transaction.stream_texts, statement, params, max_characters=max_characters)
+        return await self._fetch(stream, 1)
 
     async def _fetch(
-        self, statement: sql.Composed | bytes, params: Mapping[str, object], *, attempts: int
+        self, fetch: Callable[[], Awaitable[list[TextRow]]], attempts: int
     ) -> list[TextRow] | None:
         transaction = self._transaction
         for attempts_left in reversed(range(attempts)):
             began = time.perf_counter()
             try:
-                rows = await transaction.fetch_texts(statement, params)
+                rows = await fetch()
             except psycopg.Error as error:
                 if transaction.is_broken:
                     raise

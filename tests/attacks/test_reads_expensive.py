@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from itertools import product
 import pytest
 
 from tests.attacks.reading import reading
+from tests.bench.machine import resident_kilobytes
 
 SCHEMA = """
 CREATE TABLE a (id text PRIMARY KEY, n int NOT NULL, bs text[] NOT NULL, c text,
@@ -94,3 +96,24 @@ async def test_no_read_holds_the_event_loop(database_url: str, name: str) -> Non
 
     assert status == expected
     assert max(pauses.seconds) < MAX_PAUSE_SECONDS
+
+
+async def test_rows_that_are_much_larger_than_what_is_shown_of_them_fill_no_memory(
+    database_url: str,
+) -> None:
+    """A thousand megabytes of rows are given up after the first 64, whatever ``fields`` says."""
+    schema = """CREATE TABLE pages (id text PRIMARY KEY, html text NOT NULL);
+    INSERT INTO pages SELECT i, repeat('x', 1000000) FROM generate_series(1, 1000) i"""
+    collections = {"pages": {"table": "pages", "list_rule": ""}}
+    async with reading(database_url, schema, collections) as reader:
+        await reader.ids("pages", perPage="1")
+        before, highest = resident_kilobytes(os.getpid()), 0
+        listing = asyncio.create_task(reader.get("pages/records", perPage="1000", fields="id"))
+        while not listing.done():
+            highest = max(highest, resident_kilobytes(os.getpid()))
+            await asyncio.sleep(0.002)
+        status, _ = await listing
+        assert await reader.ids("pages", perPage="60", fields="id", skipTotal="1")
+
+    assert status == 400
+    assert highest - before < 250_000
