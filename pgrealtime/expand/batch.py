@@ -326,10 +326,12 @@ def _sorted_ids(ids: Iterable[str] | None) -> Ids | None:
     return None if ids is None else sorted(ids, key=id_sort_key)
 
 
-def id_sort_key(text: str) -> tuple[bool, int, str]:
+def id_sort_key(text: str) -> tuple[bool, int, str, str]:
     """Return what sorts ids: numbers by value, before texts. A table has no order of its own."""
     is_number = text.isascii() and text.isdigit()
-    return not is_number, int(text) if is_number else 0, text
+    # Not by ``int``, which refuses thousands of digits: a relation may hold any text.
+    digits = text.lstrip("0") if is_number else ""
+    return not is_number, len(digits), digits, text
 
 
 def creation_sort_key(collection: Collection, row: Row) -> str:

@@ -94,6 +94,12 @@ def test_numbers_come_in_their_order_and_before_texts() -> None:
     assert sorted(ids, key=id_sort_key) == ["007", "9", "10", "-1", "a", "b"]
 
 
+def test_an_id_of_thousands_of_digits_is_an_id_like_others() -> None:
+    """Whoever may write a relation without a foreign key would break the lists of all others."""
+    long = "9" * 5000
+    assert sorted(["a", long, "10"], key=id_sort_key) == ["10", long, "a"]
+
+
 def link(post: str, to: str) -> Row:
     return {"post": post, "id": to}
 
