@@ -38,6 +38,8 @@ from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import ReadPoint
 
 POSITION_HEADER: Final = "Realtime-Position"
+_MAX_BODY_BYTES: Final = 256 * 1024
+"""Of a read. It is held while the request waits, and many may wait."""
 _MAX_ANSWERS: Final = 4
 """So many of the maximum size may be held for clients that read slowly."""
 
@@ -99,7 +101,7 @@ class RecordRoutes:
             )
         if self._is_guess(collection, rule_request, answer):
             await asyncio.sleep(
-                self._throttle.delay_seconds(address, collection.name, time.monotonic())
+                self._throttle.delay_seconds(network, collection.name, time.monotonic())
             )
         return await self._respond(request, address, answer)
 
@@ -141,7 +143,9 @@ class RecordRoutes:
             key = (client_network(address),)
             if not self._limiter.try_acquire(key, time.monotonic()):
                 raise RequestRefusedError(TOO_MANY_REQUESTS)
-        body = await request.app[BODY_READER_KEY].read(request, address, parse_read_body)
+        body = await request.app[BODY_READER_KEY].read(
+            request, address, parse_read_body, max_bytes=_MAX_BODY_BYTES
+        )
         rule_request = RuleRequest(
             principal=caller.principal,
             query=query_values(request),

@@ -117,3 +117,17 @@ async def test_a_client_that_reads_too_slowly_is_disconnected(
                     pass
 
     assert received < MEBIBYTES * 1_000_000
+
+
+async def test_a_body_of_a_read_is_small(database_url: str) -> None:
+    """It is held while the request waits for its turn, and a hundred of an address may wait."""
+    async with reading(database_url, SCHEMA, COLLECTIONS) as reader:
+        statuses = []
+        for size in (1000, 1_000_000):
+            body = b'{"text": "%b"}' % (b"x" * size)
+            headers = {"Content-Type": "application/json"}
+            url = reader.url("pages/records", perPage="1")
+            async with reader.session.get(url, data=body, headers=headers) as response:
+                statuses.append(response.status)
+
+    assert statuses == [200, 413]
