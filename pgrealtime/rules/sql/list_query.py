@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sqlglot import exp
 
-from pgrealtime.catalog.model import native_key_type
+from pgrealtime.catalog.model import Column, native_key_type
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, FieldKind
 from pgrealtime.rules.language.list_query import ListQuery, SortKey, SortOrder
@@ -39,6 +39,7 @@ from pgrealtime.rules.sql.operands import translate_operand
 _FOUND_ALIAS = "x"
 _PAGE_ALIAS = "p"
 _JOINED_ALIAS = "w"
+_MILLISECOND_DIGITS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,8 +248,20 @@ class _Selected:
                     order += self._default_order(alias, is_reversed=key.is_descending)
                 case term:
                     order += _order_by_term(key, term, scope, is_alone=len(sort) == 1)
+                    if self._is_unique(term):
+                        return order  # no index would serve what follows
         # Always total: pages of an order with ties would repeat and lose rows.
         return order + self._default_order(alias)
+
+    def _is_unique(self, term: Term) -> bool:
+        """Return whether no two rows of the collection have the same value, or none."""
+        collection = self._collection
+        match term:
+            case FieldValue(path, field, Modifier.WHOLE):
+                is_key = path.is_scope_row and field.column == collection.key
+                return is_key and collection.has_unique_key
+            case _:
+                return False
 
     def _default_order(
         self, alias: str, *, is_reversed: bool = False
@@ -301,7 +314,7 @@ def _sort_expressions(term: Term, scope: Scope, *, is_alone: bool) -> tuple[list
                 case FieldKind.NUMBER | FieldKind.BOOL:
                     return [value.node], not_null
                 case FieldKind.DATE:
-                    date = value.node if is_alone else _in_milliseconds(value)
+                    date = value.node if is_alone else _in_milliseconds(value, column)
                     return [*_missing_row_first(path, scope), date], not_null
                 case FieldKind.RELATION:
                     text = nodes.sortable_text(value)
@@ -333,9 +346,11 @@ def _missing_row_first(path: RowPath, scope: Scope) -> list[Sql]:
     return [nodes.is_not_null(scope.row_id_at(path).node)]
 
 
-def _in_milliseconds(date: TypedSql) -> Sql:
+def _in_milliseconds(date: TypedSql, column: Column) -> Sql:
     """Return the date as PocketBase stores it: rows of one millisecond are a tie."""
-    if date.type.base.name == "date":
+    # The modifier of a time is its number of decimals; that of a domain is the type's below it.
+    is_rounded = column.type.domain_of is None and 0 <= column.type_modifier <= _MILLISECOND_DIGITS
+    if is_rounded or date.type.base.name == "date":
         return date.node
     return nodes.call("date_trunc", nodes.string("milliseconds"), date.node)
 
