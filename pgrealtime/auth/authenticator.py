@@ -24,14 +24,13 @@ from pgrealtime.auth.token import (
     Token,
     VerificationKey,
     check_issuer_and_audience,
-    check_signature,
     check_times,
     claim_values,
     id_from_claim,
     is_superuser,
     login_claims,
-    parse_token,
 )
+from pgrealtime.auth.verified_tokens import VerifiedTokens
 from pgrealtime.collections.model import Collections, derive_collection_id
 from pgrealtime.config.model import AuthConfig, CollectionLoginConfig, Config, IssuerConfig
 from pgrealtime.errors import AuthError, ConfigError, ConfigProblem
@@ -77,6 +76,7 @@ class Authenticator:
         self._unix_clock = unix_clock
         self._issuers: tuple[tuple[IssuerConfig, KeySource], ...] = ()
         self._issuers_replaced = asyncio.Event()
+        self._verified_tokens = VerifiedTokens()
         # Ids of collections that existed under any configuration so far.
         self._past_collection_ids: set[str] = set()
         self.checks_by_result: Counter[str] = Counter()
@@ -204,12 +204,12 @@ class Authenticator:
         Raises:
             AuthError: Why the token is invalid; of several issuers' errors the most specific one.
         """
-        token = parse_token(authorization)
+        token = self._verified_tokens.parse(authorization)
         refusals: list[AuthError] = []
         for issuer, source in self._issuers:
             try:
                 # The signature first: claims that anybody may have made up get no answer.
-                key = await _find_signing_key(token, source)
+                key = await self._find_signing_key(authorization, token, source)
                 check_issuer_and_audience(token.claims, issuer)
             except AuthError as refusal:
                 refusals.append(refusal)
@@ -226,7 +226,19 @@ class Authenticator:
             if error.error_code != "token_signature":
                 raise error
         if self._auth.login.enabled:
-            return await self._authenticate_login_token(token)
+            return await self._authenticate_login_token(authorization, token)
+        raise _unknown_signer_error()
+
+    async def _find_signing_key(
+        self, authorization: str | None, token: Token, source: KeySource
+    ) -> VerificationKey:
+        for key in await source.keys_for(token):
+            try:
+                self._verified_tokens.check_signature(authorization, token, key)
+            # Several keys may have no ``kid``: after a change of keys only one of them fits.
+            except AuthError:
+                continue
+            return key
         raise _unknown_signer_error()
 
     async def _caller_of_claims(
@@ -249,7 +261,9 @@ class Authenticator:
         caller = caller_of_account(account, expires_at)
         return replace(caller, principal=replace(account.record, claims=values))
 
-    async def _authenticate_login_token(self, token: Token) -> AuthenticatedCaller:
+    async def _authenticate_login_token(
+        self, authorization: str | None, token: Token
+    ) -> AuthenticatedCaller:
         """Verify a token of our login: its key is partly in the user's row, which is read first."""
         collection_name_or_id, record_id = login_claims(token)
         users = self.find_user_collection(collection_name_or_id)
@@ -265,7 +279,8 @@ class Authenticator:
         # As in PocketBase (protocol, 9.3): when the user's part changes, the user's tokens become
         # invalid.
         secret = self._auth.login.secret
-        check_signature(token, VerificationKey("HS256", account.token_key + secret))
+        key = VerificationKey("HS256", account.token_key + secret)
+        self._verified_tokens.check_signature(authorization, token, key)
         caller = replace(
             caller_of_account(account, expires_at),
             trust_digest=_login_trust_digest(secret, users),
@@ -323,17 +338,6 @@ def _digest(*parts: object) -> bytes:
     # As JSON: joined texts could be equal with other borders. A digest, so that no secret is kept
     # with each connection.
     return sha256(msgspec.json.encode(parts)).digest()
-
-
-async def _find_signing_key(token: Token, source: KeySource) -> VerificationKey:
-    for key in await source.keys_for(token):
-        try:
-            check_signature(token, key)
-        # Several keys may have no ``kid``: after a change of keys only one of them fits.
-        except AuthError:
-            continue
-        return key
-    raise _unknown_signer_error()
 
 
 def _unknown_signer_error() -> AuthError:

@@ -192,3 +192,34 @@ async def test_no_claims_raise(claims: dict[str, Any]) -> None:
 
     assert isinstance(caller, Caller)
     assert not isinstance(caller.principal, Superuser)
+
+
+async def test_a_verified_token_expires_all_the_same() -> None:
+    """Of a token that was seen before, only the signature is taken as checked."""
+    now = NOW
+    made = Authenticator(
+        AuthConfig(issuers=(APP,)),
+        Collections(()),
+        AccountLoader(QueryPool()),
+        unix_clock=lambda: now,
+    )
+    token = jwt.encode(CLAIMS, SECRET)
+
+    before = await made.authenticate(token)
+    now = NOW + 100
+    after = await made.authenticate(token)
+
+    assert (before.principal, after) == (record("u1"), Caller())
+
+
+async def test_a_verified_token_is_refused_once_the_secret_is_another() -> None:
+    """A reload with another secret ends all sessions of the old one."""
+    made = authenticator(APP)
+    token = jwt.encode(CLAIMS, SECRET)
+    before = await made.authenticate(token)
+
+    changed = APP.model_copy(update={"secret": OTHER})
+    made.replace_settings(AuthConfig(issuers=(changed,)), Collections(()))
+
+    assert before.principal == record("u1")
+    assert await made.authenticate(token) == Caller()
