@@ -1,5 +1,6 @@
 """WAL positions, cursors that order changes, and the positions that clients receive and submit."""
 
+import re
 from typing import NamedTuple, NewType
 
 LSN = NewType("LSN", int)
@@ -9,6 +10,7 @@ Xid = NewType("Xid", int)
 """A 32-bit transaction id: it wraps around, so it is neither ordered nor unique over time."""
 
 _LSN_LIMIT = 1 << 64
+_LSN_TEXT = re.compile(r"([0-9a-fA-F]{1,8})/([0-9a-fA-F]{1,8})")
 
 
 class Cursor(NamedTuple):
@@ -33,14 +35,10 @@ def parse_lsn(text: str) -> LSN:
     Raises:
         ValueError: The text has another form.
     """
-    high, slash, low = text.partition("/")
-    if not slash or not _is_half(high) or not _is_half(low):
+    halves = _LSN_TEXT.fullmatch(text)
+    if halves is None:
         raise ValueError(f"not an LSN: {text!r}")
-    return LSN(int(high, 16) << 32 | int(low, 16))
-
-
-def _is_half(text: str) -> bool:
-    return 0 < len(text) <= 8 and all(c in "0123456789abcdefABCDEF" for c in text)  # noqa: PLR2004 (32 bits)
+    return LSN(int(halves[1], 16) << 32 | int(halves[2], 16))
 
 
 def format_lsn(lsn: LSN) -> str:

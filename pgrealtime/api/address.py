@@ -1,12 +1,15 @@
 """The address of the client that sent a request, through trusted proxies. Used by all routes."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from aiohttp import web
 
 Network: TypeAlias = IPv4Network | IPv6Network
+
+_MAX_PEERS: Final = 4096
 
 
 def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> str:
@@ -25,6 +28,8 @@ def address_behind_proxies(
     ``peer`` is the TCP connection's, empty for a Unix socket; ``forwarded_for`` the values of the
     ``X-Forwarded-For`` headers, in order.
     """
+    if not trusted_proxies or not forwarded_for:
+        return _address_of_peer(peer)
     address = _parse_address(peer)
     entries = [entry.strip() for value in forwarded_for for entry in value.split(",")]
     # Each proxy appends the address of its own peer. Anything before that is the client's own text
@@ -36,6 +41,12 @@ def address_behind_proxies(
         if before is None:
             break
         address = before
+    return peer if address is None else address.exploded
+
+
+@lru_cache(_MAX_PEERS)
+def _address_of_peer(peer: str) -> str:
+    address = _parse_address(peer)
     return peer if address is None else address.exploded
 
 

@@ -1,6 +1,8 @@
 """JSON responses of the routes other than the stream, reduced by the query parameter ``fields``."""
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Final
 
 import msgspec
 from aiohttp import web
@@ -10,6 +12,10 @@ from pgrealtime.protocol.query_string import parse_query_string
 from pgrealtime.protocol.topic import snake_case
 from pgrealtime.records.fields import apply_projections, compile_projections, parse_fields
 from pgrealtime.records.values import Json
+
+_MAX_NAMES: Final = 1024
+_USUAL_CHARACTERS: Final = 64
+"""Of a header's name that is cached, so that few bytes are."""
 
 
 def respond_json(request: web.Request, members: Mapping[str, Json]) -> web.Response:
@@ -37,6 +43,13 @@ def headers_for_rules(request: web.Request) -> dict[str, str]:
     """Return the first value of each header but ``Host``, which Go keeps apart from headers."""
     headers: dict[str, str] = {}
     for name, value in request.headers.items():
-        headers.setdefault(snake_case(name), value)
+        headers.setdefault(_name_in_rules(name), value)
     headers.pop("host", None)
     return headers
+
+
+def _name_in_rules(name: str) -> str:
+    return _usual_name_in_rules(name) if len(name) <= _USUAL_CHARACTERS else snake_case(name)
+
+
+_usual_name_in_rules = lru_cache(_MAX_NAMES)(snake_case)

@@ -63,14 +63,30 @@ class _Texts(NamedTuple):
         return len(self.rule) + len(self.filter_text) + len(self.sort_text)
 
 
+class _HashedQuery:
+    """A query that is hashed once: that takes longer than all else for a query seen before."""
+
+    __slots__ = ("_hash", "query")
+
+    def __init__(self, query: ListQuery) -> None:
+        self.query = query
+        self._hash = hash(query)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HashedQuery) and self.query == other.query
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Resolved:
-    query: ListQuery
+    query: _HashedQuery
     literals: Literals
     parameters: tuple[Parameter, ...]
 
 
-_StatementKey: TypeAlias = tuple[ListQuery, tuple[ParameterClass, ...]]
+_StatementKey: TypeAlias = tuple[_HashedQuery, tuple[ParameterClass, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +154,8 @@ class ListCompiler:
         key = resolved.query, classes
         sql = self._statements.find(key)
         if sql is None:
-            translate = partial(self._translate, resolved.query, resolved.parameters, classes)
+            query = resolved.query.query
+            translate = partial(self._translate, query, resolved.parameters, classes)
             is_short = texts.length <= _TRANSLATED_ON_LOOP
             sql = translate() if is_short else await self._run_in_thread(translate, network)
             self._statements.put(key, sql, sql.length)
@@ -174,7 +191,7 @@ class ListCompiler:
             is_superuser=texts.is_superuser,
             has_body=texts.has_body,
         )
-        return _Resolved(query, literals, condition_parameters(query.where))
+        return _Resolved(_HashedQuery(query), literals, condition_parameters(query.where))
 
     def _translate(
         self,

@@ -210,9 +210,12 @@ _DATE = re.compile(
     r"(\d{4,})(-\d\d-\d\d)(?: (\d\d:\d\d:\d\d)(?:\.(\d+))?)?(?:\+00)?( BC)?", re.ASCII
 )
 _WITH_MILLISECONDS = len("YYYY-MM-DD hh:mm:ss.mmm")
+_WHOLE_SECONDS = len("YYYY-MM-DD hh:mm:ss")
 
 
 def _timestamptz(text: str) -> Json:
+    if len(text) == _WHOLE_SECONDS + len("+00") and text[4] == "-" and text[-3] == "+":
+        return text[:_WHOLE_SECONDS] + ".000Z"
     if len(text) >= _WITH_MILLISECONDS + len("+00") and text[4] == "-" and text[-3] == "+":
         return text[:_WITH_MILLISECONDS] + "Z"
     return _date(text)
