@@ -213,7 +213,7 @@ async def pgrealtime(
             )
         for number in range(users):
             await running.write.execute("INSERT INTO users VALUES (%s)", [user_id(number)])
-        _pin_sessions(database)
+        pin_sessions(database)
         yield PgRealtime(
             url=database,
             port=running.address.port,
@@ -288,7 +288,7 @@ def own_database(url: str) -> Iterator[str]:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-def _pin_sessions(database: str) -> None:
+def pin_sessions(database: str) -> None:
     """Keep the sessions of this database off the server's core, where the machine permits it."""
     with psycopg.connect(database) as connection:
         mine = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
