@@ -7,7 +7,7 @@ own, and its work on the event loop is done in short pieces.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -116,6 +116,12 @@ class RecordReader:
             ReadError: The request is refused.
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
+        with _refusals_logged(collection):
+            return await self._list_records(collection, caller, request, network)
+
+    async def _list_records(
+        self, collection: Collection, caller: Caller, request: RuleRequest, network: str
+    ) -> Answer:
         view = self._view
         collection = view.current(collection)
         rule, query = _require_rule(collection.list_rule, request), request.query
@@ -161,6 +167,12 @@ class RecordReader:
             ReadError: The request is refused, or there is no such record for the caller.
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
+        with _refusals_logged(collection):
+            return await self._view_record(collection, record_id, caller, request)
+
+    async def _view_record(
+        self, collection: Collection, record_id: str, caller: Caller, request: RuleRequest
+    ) -> Answer:
         view = self._view
         collection = view.current(collection)
         rule = _require_rule(collection.view_rule, request)
@@ -474,6 +486,21 @@ async def _fetch_rows(
         if yield_timer.is_due():
             await yield_timer.pause()
     return rows
+
+
+@contextmanager
+def _refusals_logged(collection: Collection) -> Iterator[None]:
+    """Log why a request is refused: its answer doesn't say, as PocketBase's doesn't."""
+    try:
+        yield
+    except ReadError as error:
+        log.debug(
+            "read.refused",
+            collection=collection.name,
+            code=error.error_code,
+            reason=error.message,
+        )
+        raise
 
 
 def _require_rule(rule: str | None, request: RuleRequest) -> str:

@@ -13,6 +13,7 @@ import aiohttp
 import jwt
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError
@@ -257,6 +258,20 @@ async def test_a_sort_that_joins_too_many_rows_is_refused(database_url: str) -> 
         connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     async with serving(database_url, reads={"max_joined_rows": 75}) as api:
         assert (await api.get("tasks/records?sort=watchers.name"))[0] == 200
+
+
+async def test_the_log_says_why_a_list_is_refused(database_url: str) -> None:
+    """The answer doesn't, as PocketBase's doesn't."""
+    async with serving(database_url) as api:
+        with capture_logs() as logged:
+            status, body = await api.get("tasks/records?filter=nope%20%3D%201")
+
+    assert (status, body["message"]) == (
+        400,
+        "Something went wrong while processing your request.",
+    )
+    (refused,) = [entry for entry in logged if entry["event"] == "read.refused"]
+    assert (refused["collection"], refused["reason"]) == ("tasks", 'there is no field "nope"')
 
 
 async def test_an_answer_that_is_too_large_is_refused(database_url: str) -> None:

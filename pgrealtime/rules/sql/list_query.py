@@ -139,6 +139,19 @@ class _Selected:
         return nodes.to_text(self._select(self._columns(ROW_ALIAS), scope, [is_wanted, *where]))
 
     def _page_of_first_rows(self) -> tuple[str, str]:
+        """Return the statements where a sort key can have several values for one record.
+
+        The key of a record is that of its first combination of joined rows that meets all
+        conditions; ``o0``, ``o1`` number the combinations, ``k0``, ``k1`` are the sort keys::
+
+            SELECT p.* FROM (
+              SELECT DISTINCT ON (w.id) w.id, w.k0 FROM (
+                SELECT r.id, j1.name AS k0, j0.ordinal AS o0 FROM posts r LEFT JOIN ... WHERE ...
+                LIMIT max_joined_rows) w
+              ORDER BY w.id, w.o0) x
+            JOIN posts p ON p.id = x.id
+            ORDER BY x.k0 NULLS FIRST, ... LIMIT ... OFFSET ...
+        """
         scope = self._scope(numbers_rows=True)
         where = [translate_condition(part, scope) for part in self._query.where.conditions]
         keys = self._order(scope, ROW_ALIAS)
