@@ -13,6 +13,7 @@ import aiohttp
 import jwt
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from structlog.testing import capture_logs
 
 from pgrealtime.config.model import Config
@@ -39,6 +40,10 @@ INSERT INTO things (created, name) VALUES ('2024-01-02', 'b'), ('2024-01-01', 'c
                                           ('2024-01-03', 'a');
 CREATE VIEW totals AS SELECT owner AS id, count(*)::int AS n FROM tasks GROUP BY owner;
 CREATE MATERIALIZED VIEW kept AS SELECT id::text AS id, title FROM tasks WHERE id < 4;
+CREATE TABLE measures (id bigint NOT NULL, day date NOT NULL, value int, UNIQUE (id, day))
+  PARTITION BY RANGE (day);
+CREATE TABLE measures_2024 PARTITION OF measures FOR VALUES FROM ('2024-01-01') TO ('2025-01-01');
+INSERT INTO measures VALUES (1, '2024-05-01', 7), (2, '2024-04-01', 9);
 CREATE VIEW slow AS SELECT id::text AS id, pg_sleep(20)::text AS waited FROM tasks WHERE id = 1;
 """
 
@@ -53,6 +58,7 @@ COLLECTIONS: Mapping[str, Mapping[str, Any]] = {
     "things": {"table": "things", "list_rule": "", "view_rule": ""},
     "totals": {"table": "totals", "id": "id", "stream": False, "list_rule": "", "view_rule": ""},
     "kept": {"table": "kept", "id": "id", "stream": False, "list_rule": ""},
+    "measures": {"table": "measures", "id": "id", "stream": False, "list_rule": ""},
     "slow": {"table": "slow", "id": "id", "stream": False, "list_rule": "", "view_rule": ""},
 }
 
@@ -187,6 +193,37 @@ async def test_views_are_listed_and_read(database_url: str) -> None:
             400,
             {"data": {}, "message": "Unsupported collection type.", "status": 400},
         )
+
+
+async def test_a_partitioned_table_whose_key_has_the_partition_column_is_listed(
+    database_url: str,
+) -> None:
+    """PostgreSQL forces that column into the constraint: the id is unique in fact, not by it."""
+    async with serving(database_url) as api:
+        assert await api.ids("measures/records?sort=day") == ["2", "1"]
+        status, body = await api.get("measures/records?filter=value%20%3E%208")
+        assert (status, body["totalItems"]) == (200, 1)
+
+
+async def test_a_foreign_table_is_listed(database_url: str) -> None:
+    """By postgres_fdw, from the same server."""
+    at = conninfo_to_dict(database_url)
+    remote = {"table": "remote", "id": "id", "stream": False, "list_rule": "n > 0"}
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            f"""
+            CREATE TABLE source (id text PRIMARY KEY, n int NOT NULL);
+            INSERT INTO source VALUES ('a', 1), ('b', 0), ('c', 2);
+            CREATE EXTENSION postgres_fdw;
+            CREATE SERVER loop FOREIGN DATA WRAPPER postgres_fdw
+              OPTIONS (host '{at["host"]}', port '{at["port"]}', dbname '{at["dbname"]}');
+            CREATE USER MAPPING FOR CURRENT_USER SERVER loop OPTIONS (user '{at["user"]}');
+            CREATE FOREIGN TABLE remote (id text NOT NULL, n int NOT NULL) SERVER loop
+              OPTIONS (table_name 'source');
+            """.encode()
+        )
+    async with serving(database_url, collections={**COLLECTIONS, "remote": remote}) as api:
+        assert await api.ids("remote/records?sort=-n") == ["c", "a"]
 
 
 async def test_a_topic_of_a_collection_that_can_be_read_only_is_accepted_and_mute(
