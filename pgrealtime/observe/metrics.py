@@ -46,6 +46,8 @@ class MetricValues(Struct, kw_only=True):
     """By result."""
     login_results: Mapping[str, int]
     """Logins by password, by result."""
+    read_outcomes: Mapping[tuple[str, str], int]
+    """Lists and single records, by kind and result."""
     changes_received: int
     """Changes received from the stream."""
     stream_breaks: Mapping[str, int]
@@ -107,6 +109,7 @@ _HELP = {
     "rule_query_errors": "Rule statements that failed or were not sent.",
     "auth_checks": "Authentications of callers by token.",
     "logins": "Password logins: ok, or the error code.",
+    "reads": "Lists and single records on request: ok, or the error code.",
     "replication_changes": "Changes received from the stream.",
     "replication_breaks": "Times that the stream was interrupted or could not be opened.",
     "changelog_bytes": "Size of the changes in the changelog.",
@@ -131,6 +134,7 @@ def _families(values: MetricValues) -> Iterable[Metric]:
     yield _counter("rule_query_errors", values.rule_query_errors, "collection", "reason")
     yield _counter("auth_checks", values.auth_checks, "result")
     yield _counter("logins", values.login_results, "result")
+    yield _counter("reads", values.read_outcomes, "kind", "result")
     yield _counter("replication_changes", values.changes_received)
     yield _counter("replication_breaks", values.stream_breaks, "code")
     yield _gauge("changelog_bytes", values.changelog_bytes)

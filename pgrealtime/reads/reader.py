@@ -6,6 +6,7 @@ own, and its work on the event loop is done in short pieces.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pgrealtime.catalog.model import canonical_id
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, Collections, unpadded_id
 from pgrealtime.config.model import HiddenFieldsMode
-from pgrealtime.errors import DatabaseUnreachableError, ReadError, RuleError
+from pgrealtime.errors import DatabaseUnreachableError, PgRealtimeError, ReadError, RuleError
 from pgrealtime.expand.batch import LoadBatch
 from pgrealtime.expand.node import RecordNode
 from pgrealtime.expand.plan import ExpandCompiler, ExpandViewer, JunctionHops, junction_hops
@@ -95,6 +96,8 @@ class RecordReader:
         self._nulls: Literal["null", "zero"] = nulls
         self._hidden: HiddenFieldsMode = hidden
         self._limits = limits
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        """Requests by kind, ``list`` or ``view``, and result: ok, or the error code."""
         self.replace_collections(collections)
 
     def replace_collections(self, collections: Collections) -> None:
@@ -116,7 +119,7 @@ class RecordReader:
             ReadError: The request is refused.
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
-        with _refusals_logged(collection):
+        with self._outcome_counted("list", collection):
             return await self._list_records(collection, caller, request, network)
 
     async def _list_records(
@@ -167,7 +170,7 @@ class RecordReader:
             ReadError: The request is refused, or there is no such record for the caller.
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
-        with _refusals_logged(collection):
+        with self._outcome_counted("view", collection):
             return await self._view_record(collection, record_id, caller, request)
 
     async def _view_record(
@@ -197,6 +200,18 @@ class RecordReader:
                 max_bytes=self._limits.max_answer_bytes,
             )
         return Answer(record, read_point, 1)
+
+    @contextmanager
+    def _outcome_counted(self, kind: str, collection: Collection) -> Iterator[None]:
+        """Count how a request ends, and log why it is refused: its answer doesn't say."""
+        try:
+            yield
+        except PgRealtimeError as error:
+            code = error.error_code
+            self.outcomes[kind, code] += 1
+            log.debug("read.refused", collection=collection.name, code=code, reason=error.message)
+            raise
+        self.outcomes[kind, "ok"] += 1
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[ReadSession]:
@@ -486,21 +501,6 @@ async def _fetch_rows(
         if yield_timer.is_due():
             await yield_timer.pause()
     return rows
-
-
-@contextmanager
-def _refusals_logged(collection: Collection) -> Iterator[None]:
-    """Log why a request is refused: its answer doesn't say, as PocketBase's doesn't."""
-    try:
-        yield
-    except ReadError as error:
-        log.debug(
-            "read.refused",
-            collection=collection.name,
-            code=error.error_code,
-            reason=error.message,
-        )
-        raise
 
 
 def _require_rule(rule: str | None, request: RuleRequest) -> str:

@@ -30,6 +30,7 @@ class StatusReader:
         """Return the counters and gauges of this moment."""
         lag_bytes, retained_bytes = await self._read_slot_lag()
         hub, counters = self._parts.hub, self._parts.hub.counters
+        reader = self._parts.record_reader
         return MetricValues(
             open_connections=len(hub.connections),
             subscription_counts=hub.subscription_counts,
@@ -43,6 +44,7 @@ class StatusReader:
             rule_query_errors=self._parts.executor.unanswered_counts,
             auth_checks=self._parts.authenticator.checks_by_result,
             login_results=self._parts.login_service.attempts_by_result,
+            read_outcomes={} if reader is None else reader.outcomes,
             changes_received=self._parts.intake.changes_received,
             stream_breaks=self._parts.replication_reader.stream_breaks,
             changelog_bytes=self._parts.changelog.size_bytes,

@@ -107,6 +107,23 @@ async def test_metrics_say_what_happened(database_url: str, tmp_path: Path) -> N
     assert during["process_resident_memory_bytes"] > 0
 
 
+async def test_lists_and_records_are_counted_by_result(database_url: str, tmp_path: Path) -> None:
+    at, sections = admin()
+    async with service(
+        database_url, tmp_path, sections=sections, collections=COLLECTIONS
+    ) as running:
+        for path in ("posts/records", "posts/records?sort=nope", "posts/records/nope"):
+            target = Request(method="GET", path=f"/api/collections/{path}", headers={})
+            await send(target, running.address)
+        found = await scrape(at)
+
+    assert {name: count for name, count in found.items() if name.startswith("reads_total")} == {
+        "reads_total{list}{ok}": 1,
+        "reads_total{list}{read_invalid}": 1,
+        "reads_total{view}{read_locked}": 1,
+    }
+
+
 async def test_why_connections_end_is_counted(database_url: str, tmp_path: Path) -> None:
     """A connection that the service ends doesn't count as closed by the client."""
     at, sections = admin()
