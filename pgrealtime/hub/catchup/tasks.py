@@ -6,7 +6,8 @@ which ends when the connection has reached the dispatcher's head and is LIVE.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import structlog
 from msgspec import Struct
@@ -50,6 +51,9 @@ class _CatchUpState(Struct):
     """A slice whose first change is too large for one write and not sent completely."""
     oversized_message_bytes: int = 0
     """Size of the next message, if there was no room for it."""
+    awaited_key: CatchUpCacheKey | None = None
+    """The key of the evaluation that it waited for last. It waits for one only: not every result
+    may be sent to others."""
 
 
 class CatchUpTasks:
@@ -82,6 +86,8 @@ class CatchUpTasks:
         # One of its own: slow filters hold a place for seconds, and would take all of the others'.
         self._isolated_semaphore = asyncio.Semaphore(max(1, max_concurrent // 2))
         self._cache = CatchUpCache(clock)
+        self._evaluations: dict[CatchUpCacheKey, asyncio.Event] = {}
+        """Those in progress or waiting for a place; set when they end."""
         self._caught_up: dict[Connection, bool] = {}
         """Connections that have read everything and wait: for the end of the slice being
         evaluated, or (True) because they must stay isolated."""
@@ -181,6 +187,7 @@ class CatchUpTasks:
 
     async def _deliver_next(self, connection: Connection, state: _CatchUpState) -> bool:
         """Deliver what is next for the connection; return whether there may be more."""
+        await self._wait_for_same_evaluation(connection, state)
         # A slice at a time, so that a subscribe call waits for one slice and not for the end.
         async with connection.lock:
             if not connection.is_catching_up() or self._notify_pending_gap(connection):
@@ -193,15 +200,55 @@ class CatchUpTasks:
                 return False
             # Read once: the evaluation below may isolate it, and the place is that of before.
             is_isolated = connection.is_isolated
-            async with self._isolated_semaphore if is_isolated else self._semaphore:
-                # Again: while it waited, another may have read on from the same cursor.
-                if self._has_more(connection) and not self._deliver_cached(connection):
-                    await self._deliver_slice(connection, state)
-                    # Without a time limit now, at once: those that wait to ask the same queries
-                    # find the answer in the cache.
-                    if is_isolated and not state.is_limited and self._has_more(connection):
-                        await self._deliver_slice(connection, state)
+            with self._evaluation_announced(connection):
+                async with self._isolated_semaphore if is_isolated else self._semaphore:
+                    await self._deliver_uncached(connection, state, is_isolated=is_isolated)
             return True
+
+    async def _deliver_uncached(
+        self, connection: Connection, state: _CatchUpState, *, is_isolated: bool
+    ) -> None:
+        # Again: while it waited, another may have read on from the same cursor.
+        if not self._has_more(connection) or self._deliver_cached(connection):
+            return
+        await self._deliver_slice(connection, state)
+        # Without a time limit now, at once: those that wait to ask the same queries find the
+        # answer in the cache.
+        if is_isolated and not state.is_limited and self._has_more(connection):
+            await self._deliver_slice(connection, state)
+
+    async def _wait_for_same_evaluation(self, connection: Connection, state: _CatchUpState) -> None:
+        """Wait while another connection's task evaluates what this one would: it may be cached.
+
+        Isolated connections don't wait: whether a filter is slow, each finds out by itself.
+        """
+        key = self._cache_key(connection)
+        if key is None or key == state.awaited_key or connection.is_isolated:
+            return
+        evaluation = self._evaluations.get(key)
+        if evaluation is not None:
+            state.awaited_key = key
+            await evaluation.wait()
+
+    @contextmanager
+    def _evaluation_announced(self, connection: Connection) -> Iterator[None]:
+        """Let the others with the same key wait, unless they wait for another's already."""
+        key = self._cache_key(connection)
+        if key is None or key in self._evaluations or connection.is_isolated:
+            yield
+            return
+        evaluation = self._evaluations[key] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._evaluations[key]
+            evaluation.set()
+
+    def _cache_key(self, connection: Connection) -> CatchUpCacheKey | None:
+        """Return the key of what is next for the connection; None if that is its own."""
+        if connection.is_amid_change():
+            return None
+        return catch_up_cache_key(connection, self._progress.revision)
 
     def _has_more(self, connection: Connection) -> bool:
         return connection.is_catching_up() and connection.cursor < self._progress.evaluation_target
@@ -223,8 +270,7 @@ class CatchUpTasks:
         the next time. The same goes for what was evaluated by an older revision.
         """
         revision = self._progress.revision
-        # Before the evaluation, which may change its caller and so its group.
-        key = None if connection.is_amid_change() else catch_up_cache_key(connection, revision)
+        key = self._cache_key(connection)  # before the evaluation may change its caller and group
         evaluated, state.unsent = state.unsent, None
         if evaluated is None or not evaluated.continues(connection, revision):
             evaluated = await self._evaluate(connection, state)
@@ -334,9 +380,7 @@ class CatchUpTasks:
 
     def _deliver_cached(self, connection: Connection) -> bool:
         """Deliver what another connection at the same cursor was just sent, if there is any."""
-        if connection.is_amid_change():
-            return False
-        key = catch_up_cache_key(connection, self._progress.revision)
+        key = self._cache_key(connection)
         cached = None if key is None else self._cache.get(key)
         if (
             cached is None
