@@ -22,7 +22,13 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+)
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -49,6 +55,7 @@ from tests.bench.servers import (
     PocketBase,
     own_database,
     pin_sessions,
+    pocketbase_of,
     user_id,
 )
 from tests.bench.writing import paced
@@ -59,7 +66,6 @@ from tests.conformance.fixtures import (
     Fixtures,
     SuperuserAccount,
 )
-from tests.conformance.pocketbase_server import PocketBaseTemplate
 from tests.e2e.service import service, token
 
 _USERS = 1000
@@ -464,27 +470,13 @@ def _filling(notes: int) -> str:
     return sql.SQL(_FILL).format(**{k: sql.Literal(v) for k, v in values.items()}).as_string()
 
 
-@asynccontextmanager
-async def _pocketbase(notes: int) -> AsyncIterator[PocketBase]:
-    with tempfile.TemporaryDirectory() as directory:
-        template = Path(directory) / "template"
-        made = await PocketBaseTemplate.build(_fixtures(), template)
-        _fill_sqlite(template / "data" / "data.db", notes)
-        async with AsyncExitStack() as stack:
-            with pinned(SERVER_CORE):
-                running = await stack.enter_async_context(made.running(Path(directory) / "data"))
-            await running.api.call("PATCH", "/api/collections/notes", {"indexes": list(_INDEXES)})
-            tokens = [
-                await running.api.impersonate("users", user_id(number), 36_000)
-                for number in range(_USERS)
-            ]
-            yield PocketBase(
-                port=running.address.port,
-                pid=running.process.pid,
-                tokens=tokens,
-                root=running.api.token,
-                numbers=count(1),
-            )
+def _pocketbase(notes: int) -> AbstractAsyncContextManager[PocketBase]:
+    return pocketbase_of(
+        _fixtures(),
+        _USERS,
+        {"/api/collections/notes": {"indexes": list(_INDEXES)}},
+        fill=lambda data: _fill_sqlite(data, notes),
+    )
 
 
 def _fixtures() -> Fixtures:

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -231,14 +231,37 @@ async def pocketbase(*, rule: str, users: int = 0) -> AsyncIterator[PocketBase]:
         rule: The notes' list and view rule.
         users: Number of users.
     """
+    batch = {"enabled": True, "maxRequests": MOST_IN_A_COMMIT, "timeout": 600}
+    patches = {"/api/settings": {"batch": batch}}
+    async with pocketbase_of(_fixtures(rule, users), users, patches) as running:
+        yield running
+
+
+@asynccontextmanager
+async def pocketbase_of(
+    fixtures: Fixtures,
+    users: int,
+    patches: Mapping[str, object],
+    *,
+    fill: Callable[[Path], None] = lambda _data: None,
+) -> AsyncIterator[PocketBase]:
+    """Start it with these collections in a directory of its own.
+
+    Args:
+        fixtures: The collections and their first records.
+        users: Number of users, who are among the records.
+        patches: Bodies of PATCH requests by path, for settings and indexes.
+        fill: Adds to the database file before the start.
+    """
     with tempfile.TemporaryDirectory() as directory:
         template = Path(directory) / "template"
-        made = await PocketBaseTemplate.build(_fixtures(rule, users), template)
+        made = await PocketBaseTemplate.build(fixtures, template)
+        fill(template / "data" / "data.db")
         async with AsyncExitStack() as stack:
             with pinned(SERVER_CORE):
                 running = await stack.enter_async_context(made.running(Path(directory) / "data"))
-            batch = {"enabled": True, "maxRequests": MOST_IN_A_COMMIT, "timeout": 600}
-            await running.api.call("PATCH", "/api/settings", {"batch": batch})
+            for path, body in patches.items():
+                await running.api.call("PATCH", path, body)
             tokens = [
                 await running.api.impersonate("users", user_id(number), 36_000)
                 for number in range(users)

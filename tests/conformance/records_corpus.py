@@ -10,7 +10,6 @@ import asyncio
 import json
 import re
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,23 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jwt
 import psycopg
 
 from pgrealtime.config.model import (
-    AuthConfig,
     CollectionConfig,
     Config,
     DatabaseConfig,
     HiddenFieldsMode,
-    IssuerConfig,
     RecordsConfig,
     ServerConfig,
 )
 from pgrealtime.service.build import run_service
 from tests.conformance import rules_corpus
 from tests.conformance.http_client import Address, Answer, Request, send
-from tests.e2e.service import SECRET
+from tests.conformance.issuers import auth_config, signed_token
 from tests.lacking import lacking
 
 CORPUS = Path(__file__).parent.parent / "records-corpus"
@@ -92,18 +88,7 @@ async def serving(
         database=DatabaseConfig(url=database_url),
         server=ServerConfig(host="127.0.0.1", port=0),
         records=RecordsConfig(nulls="zero", hidden=hidden),
-        auth=AuthConfig(
-            issuers=tuple(
-                IssuerConfig(
-                    name=name,
-                    secret=f"{SECRET} {name}",
-                    collection=name,
-                    superuser_when={"role": "admin"},
-                )
-                for name, one in described.items()
-                if one["kind"] == "auth"
-            )
-        ),
+        auth=auth_config(name for name, one in described.items() if one["kind"] == "auth"),
         collections={name: _configured(one, rules) for name, one in described.items()},
     )
     async with run_service(config) as service:
@@ -131,14 +116,9 @@ def token_of(caller: str) -> str:
     if caller == "guest":
         return ""
     if caller == "superuser":
-        return _signed("users", "root", role="admin")
+        return signed_token("users", "root", role="admin")
     collection, record_id = caller.split("/")
-    return _signed(collection, record_id)
-
-
-def _signed(collection: str, record_id: str, **claims: object) -> str:
-    made = {"sub": record_id, "exp": time.time() + 3600, **claims}
-    return jwt.encode(made, f"{SECRET} {collection}", algorithm="HS256")
+    return signed_token(collection, record_id)
 
 
 _TOKEN = re.compile(r"\{(superuser|\w+/\w+)\}")

@@ -18,7 +18,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import jwt
 import psycopg
 from psycopg import sql
 
@@ -26,12 +25,10 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import (
-    AuthConfig,
     CollectionConfig,
     Config,
     DatabaseConfig,
     FieldsConfig,
-    IssuerConfig,
     ReadsConfig,
     RecordsConfig,
     RelationConfig,
@@ -42,6 +39,7 @@ from pgrealtime.rules.sql.reference import check_rule
 from pgrealtime.service.build import run_service
 from tests.conformance.fixtures import FixtureField, SuperuserAccount
 from tests.conformance.http_client import Address, Answer, Request, send
+from tests.conformance.issuers import auth_config, signed_token
 from tests.conformance.natural_schema import AUTH_FIELDS
 from tests.conformance.pocketbase_server import (
     PocketBaseApi,
@@ -63,7 +61,6 @@ from tests.conformance.random_records import (
 )
 from tests.conformance.records_corpus import difference_of
 from tests.conformance.target import RefusedError
-from tests.e2e.service import SECRET
 
 ROOT = SuperuserAccount(email="root@example.com", password="1234567890")
 
@@ -480,18 +477,7 @@ async def serving(
         server=ServerConfig(host="127.0.0.1", port=0),
         records=RecordsConfig(nulls="zero", hidden="pocketbase"),
         reads=ReadsConfig(statement_timeout=POCKETBASE_TIMEOUT),
-        auth=AuthConfig(
-            issuers=tuple(
-                IssuerConfig(
-                    name=name,
-                    secret=f"{SECRET} {name}",
-                    collection=name,
-                    superuser_when={"role": "admin"},
-                )
-                for name, one in world.collections.items()
-                if one.type == "auth"
-            )
-        ),
+        auth=auth_config(name for name, one in world.collections.items() if one.type == "auth"),
         collections=configured(world, rules),
     )
     async with run_service(config) as service:
@@ -499,11 +485,9 @@ async def serving(
 
 
 def _token_here(caller: str) -> str:
-    name, record_id, claims = "people", "root", {"role": "admin"}
-    if caller != SUPERUSER:
-        (name, record_id), claims = caller.split("/"), {}
-    made = {"sub": record_id, "exp": time.time() + 3600, **claims}
-    return jwt.encode(made, f"{SECRET} {name}", algorithm="HS256")
+    if caller == SUPERUSER:
+        return signed_token("people", "root", role="admin")
+    return signed_token(*caller.split("/"))
 
 
 # --- both
