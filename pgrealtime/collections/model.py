@@ -145,7 +145,7 @@ class Collections(Mapping[str, Collection]):
     """All collections, by name, id and table.
 
     ``claim_names`` are those under which rules read claims of tokens: ``@request.auth.NAME``. With
-    ``hides_addresses`` no filter or sort finds out an address that isn't shown
+    ``hides_emails`` no filter or sort finds out an e-mail address that isn't shown
     (``records.hidden``).
     """
 
@@ -155,14 +155,15 @@ class Collections(Mapping[str, Collection]):
         *,
         server_encoding: str = "UTF8",
         claim_names: frozenset[str] = frozenset(),
-        hides_addresses: bool = False,
+        hides_emails: bool = False,
     ) -> None:
         self.server_encoding = server_encoding
         self.claim_names = claim_names
-        self.hides_addresses = hides_addresses
+        self.hides_emails = hides_emails
         self._by_name = {c.name: c for c in collections}
         self._by_id = {c.id: c for c in collections}
         self._by_table = {c.table.name: c for c in collections}
+        self._by_folded_name = {c.name.casefold(): c for c in collections}
 
     def __getitem__(self, name: str) -> Collection:
         return self._by_name[name]
@@ -181,6 +182,13 @@ class Collections(Mapping[str, Collection]):
         """Return the collection of that name or id, case sensitive as in topics."""
         return self._by_name.get(name_or_id) or self._by_id.get(name_or_id)
 
+    def find_ignoring_case(self, name_or_id: str) -> Collection | None:
+        """Return the collection of that id, or of a name whose case doesn't matter.
+
+        So paths of requests and ``expand`` name collections.
+        """
+        return self.find(name_or_id) or self._by_folded_name.get(name_or_id.casefold())
+
     def find_streamed(self, name_or_id: str) -> Collection | None:
         """Return the collection of a topic: like ``find``, but none that can be read only."""
         collection = self.find(name_or_id)
@@ -192,7 +200,7 @@ class Collections(Mapping[str, Collection]):
             collections,
             server_encoding=self.server_encoding,
             claim_names=self.claim_names,
-            hides_addresses=self.hides_addresses,
+            hides_emails=self.hides_emails,
         )
 
     def find_by_table(self, table: TableName) -> Collection | None:

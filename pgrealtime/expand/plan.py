@@ -141,7 +141,6 @@ class ExpandCompiler:
         self._collections = collections
         self._compiler = compiler
         self._is_strict = hidden == "strict"
-        self._by_folded_name = {c.name.casefold(): c for c in collections.values()}
         self._plans: WeightedCache[tuple[str, str, bool], ExpandPlan | None] = WeightedCache(
             _MAX_PLAN_CHARACTERS
         )
@@ -250,9 +249,8 @@ class ExpandCompiler:
 
     def _resolve_hop(self, source: Collection, name: str) -> RelationHop | None:
         if back := _BACK_RELATION.fullmatch(name):
-            # Unlike in topics and rules, the collection's name is matched without case.
             of, field_name = back[1] or back[3], back[2] or back[4]
-            owner = self._collections.find(of) or self._by_folded_name.get(of.casefold())
+            owner = self._collections.find_ignoring_case(of)
             field = None if owner is None else owner.fields_by_name.get(field_name)
             if owner is None or field is None or field.relation is None:
                 return None

@@ -1,9 +1,8 @@
 """Explains whether a caller would receive an event of a record on a topic, and why.
 
-``cli.explain`` calls it; whether the caller would find the record on request explains ``read``. The
-verdict is the rule engine's, as in the service, and must
-equal that of the reference query. Each part of a rule is also evaluated as a rule of its own. All
-statements run in one read-only snapshot.
+``cli.explain`` calls it. The verdict is the rule engine's, as in the service, and must equal that
+of the reference query. Each part of a rule is also evaluated as a rule of its own. All statements
+run in one read-only snapshot. ``read`` explains whether the caller would find the record.
 """
 
 from contextlib import suppress
@@ -11,33 +10,32 @@ from dataclasses import dataclass
 
 import psycopg
 
-from pgrealtime.auth.principal import Caller, Guest, Superuser
+from pgrealtime.auth.principal import Guest
 from pgrealtime.changes import Row
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
-from pgrealtime.collections.model import Collection, Collections, unpadded_id
+from pgrealtime.collections.model import Collection
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError, RuleError
 from pgrealtime.explain import text
 from pgrealtime.explain.caller import CallerSpec, resolve_caller
-from pgrealtime.explain.parts import PartsExplainer, RuleOutcome, labelled_lines
+from pgrealtime.explain.parts import RuleOutcome, labelled_lines
 from pgrealtime.explain.read import ReadExplainer
-from pgrealtime.explain.session import ExplainSession, open_explain_session
+from pgrealtime.explain.record import RecordExplainer
+from pgrealtime.explain.session import open_explain_session
 from pgrealtime.explain.text import ConditionVerdict
 from pgrealtime.hub.evaluation.matcher import Matcher
 from pgrealtime.postgres.connect import open_query_pool
-from pgrealtime.protocol.topic import Topic, parse_topic
+from pgrealtime.protocol.topic import parse_topic
 from pgrealtime.rules.engine.evaluation import Evaluation
 from pgrealtime.rules.engine.index import PredicateIndex
 from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
-from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter
 from pgrealtime.rules.rule_set import rule_problems
 from pgrealtime.rules.sql.reference import ReferenceQuery, auth_collection_of, reference_query
-from pgrealtime.spelling import nearest_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ async def _explain(
             config.collections,
             catalog,
             config.auth.claim_names,
-            hides_addresses=config.records.hidden == "strict",
+            hides_emails=config.records.hidden == "strict",
         )
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)
@@ -123,7 +121,7 @@ async def _explain(
         elif is_read and not config.reads.enabled:
             reason = "nothing can be read (reads.enabled)"
         else:
-            make_explainer = ReadExplainer if is_read else _Explainer
+            make_explainer = ReadExplainer if is_read else _DeliveryExplainer
             async with open_explain_session(pool) as session:
                 explainer = make_explainer(
                     session, collections, caller, parsed_topic, lines, with_sql=with_sql
@@ -134,63 +132,28 @@ async def _explain(
     return Explanation(not reason, tuple(map(text.escape_unprintable, (*lines, verdict))))
 
 
-class _Explainer:
-    """Explains whether one caller receives events of one record on one topic, in lines."""
+class _DeliveryExplainer(RecordExplainer):
+    """Explains whether the caller receives events of the record on the topic."""
 
-    def __init__(
-        self,
-        session: ExplainSession,
-        collections: Collections,
-        caller: Caller,
-        topic: Topic,
-        lines: list[str],
-        *,
-        with_sql: bool,
-    ) -> None:
-        self._session = session
-        self._lines = lines
-        self._collections = collections
-        self._caller = caller
-        self._topic = topic
-        self._with_sql = with_sql
-        self._request = RuleRequest(
-            principal=caller.principal, query=topic.query, headers=topic.headers
-        )
-        self._parts = PartsExplainer(session, collections, self._request, lines)
+    label = topic_noun = "topic"
+    rule_context = "realtime"
 
-    async def explain_record(self, record_id: str) -> str:
-        """Return why the caller doesn't receive the record's events; empty if it does."""
-        topic = self._topic
-        collection = self._collections.find(topic.collection_name_or_id)
-        if collection is None:
-            return self._explain_no_collection()
-        self._parts.add_lines("topic", *text.topic_lines(topic, collection))
-        if not collection.is_streamed:
-            return f'"{collection.name}" can only be read (stream: false)'
-        row = await self._session.fetch_row_by_id(collection, record_id)
-        if row is None:
-            missing = f'there is no row whose {collection.key.name} is "{record_id}" now'
-            self._parts.add_lines("record", missing)
-            return f'"{collection.name}" has no record "{record_id}"'
-        found_id = unpadded_id(collection, row[collection.key.name] or "")
-        if topic.record_id not in {None, found_id}:
-            self._parts.add_lines("record", f"{collection.name}/{found_id}")
-            return f'the topic is for record "{topic.record_id}", not for "{found_id}"'
-        return await self._explain_row(collection, row)
+    def _find_collection(self, name_or_id: str) -> Collection | None:
+        return self._collections.find(name_or_id)
 
-    def _explain_no_collection(self) -> str:
-        name = self._topic.collection_name_or_id
-        suggestion = nearest_name(name, self._collections)
-        self._parts.add_lines(
-            "topic",
-            f'there is no collection "{name}"'
-            + (f'; perhaps "{suggestion}"' if suggestion else ""),
-            "such a subscription is accepted and receives nothing, as in PocketBase",
-        )
-        return "the topic names no collection"
+    def _no_collection(self, name: str) -> tuple[list[str], str]:
+        del name
+        accepted = "such a subscription is accepted and receives nothing, as in PocketBase"
+        return [accepted], "the topic names no collection"
 
-    async def _explain_row(self, collection: Collection, row: Row) -> str:
+    def _collection_refusal(self, collection: Collection) -> str:
+        if collection.is_streamed:
+            return ""
+        return f'"{collection.name}" can only be read (stream: false)'
+
+    async def _explain_row(self, collection: Collection, row: Row, record_id: str) -> str:
         """Evaluate by parts, with the reference query and with the engine; report a difference."""
+        del record_id  # the engine gets the row
         is_whole = self._topic.record_id is None
         key = "list_rule" if is_whole else "view_rule"
         rule = collection.list_rule if is_whole else collection.view_rule
@@ -216,11 +179,12 @@ class _Explainer:
         if not wanted:
             return ConditionVerdict(True), ""
         self._parts.add_lines("filter", *wanted.splitlines())
-        is_superuser = isinstance(self._caller.principal, Superuser)
         auth = auth_collection_of(self._collections, self._request)
         try:
-            filter_text(self._topic.query, is_superuser=is_superuser)
-            resolve_filter(wanted, self._collections, collection, auth, is_superuser=is_superuser)
+            filter_text(self._topic.query, is_superuser=self._is_superuser)
+            resolve_filter(
+                wanted, self._collections, collection, auth, is_superuser=self._is_superuser
+            )
         except RuleError as error:
             self._lines += text.refusal_lines(wanted, error)
             return ConditionVerdict(False), f"the filter is refused: {error.message}"

@@ -5,88 +5,47 @@ also evaluated by parts, and each key of the sort by itself, because a sort thro
 the list rule of what it joins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
-from pgrealtime.auth.principal import Caller, Superuser
 from pgrealtime.catalog.model import canonical_id
 from pgrealtime.changes import Row
-from pgrealtime.collections.model import Collection, Collections, unpadded_id
+from pgrealtime.collections.model import Collection
 from pgrealtime.errors import ReadError, RuleError
 from pgrealtime.explain import text
-from pgrealtime.explain.parts import PartsExplainer, RuleOutcome
-from pgrealtime.explain.session import ExplainSession
+from pgrealtime.explain.parts import RuleOutcome
+from pgrealtime.explain.record import RecordExplainer
 from pgrealtime.explain.text import ConditionVerdict
-from pgrealtime.protocol.topic import Topic
 from pgrealtime.reads.compiler import ListCompiler
 from pgrealtime.reads.list_parameters import parse_list_parameters
 from pgrealtime.records.fields import parse_fields
 from pgrealtime.rules.language.list_query import reserved_word
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import reference_query
-from pgrealtime.spelling import nearest_name
 
 
-class ReadExplainer:
+class ReadExplainer(RecordExplainer):
     """Explains one request for one record: a list, or the view of the record the topic names."""
 
-    def __init__(
-        self,
-        session: ExplainSession,
-        collections: Collections,
-        caller: Caller,
-        topic: Topic,
-        lines: list[str],
-        *,
-        with_sql: bool,
-    ) -> None:
-        self._session = session
-        self._collections = collections
-        self._topic = topic
-        self._lines = lines
-        self._with_sql = with_sql
-        self._is_superuser = isinstance(caller.principal, Superuser)
-        self._request = RuleRequest(
-            principal=caller.principal,
-            query=topic.query,
-            headers=topic.headers,
-            context="default",
-        )
-        self._parts = PartsExplainer(session, collections, self._request, lines)
-        self._compiler = ListCompiler(collections)
+    label = "read"
+    topic_noun = "request"
+    rule_context = "default"
 
-    async def explain_record(self, record_id: str) -> str:
-        """Return why the caller doesn't find the record; empty if it does."""
-        topic = self._topic
-        collection = self._find_collection(topic.collection_name_or_id)
-        if collection is None:
-            return self._explain_no_collection()
-        self._parts.add_lines("read", *text.topic_lines(topic, collection))
-        row = await self._session.fetch_row_by_id(collection, record_id)
-        if row is None:
-            missing = f'there is no row whose {collection.key.name} is "{record_id}" now'
-            self._parts.add_lines("record", missing)
-            return f'"{collection.name}" has no record "{record_id}"'
-        found_id = unpadded_id(collection, row[collection.key.name] or "")
-        if topic.record_id not in {None, found_id}:
-            self._parts.add_lines("record", f"{collection.name}/{found_id}")
-            return f'the request is for record "{topic.record_id}", not for "{found_id}"'
-        if topic.record_id is None:
+    def _find_collection(self, name_or_id: str) -> Collection | None:
+        return self._collections.find_ignoring_case(name_or_id)
+
+    def _no_collection(self, name: str) -> tuple[list[str], str]:
+        return [], f'there is no collection "{name}"'
+
+    async def _explain_row(self, collection: Collection, row: Row, record_id: str) -> str:
+        """Explain a list or a view."""
+        if self._topic.record_id is None:
             return await self._explain_list(collection, row, record_id)
         return await self._explain_view(collection, row, record_id)
 
-    def _find_collection(self, name_or_id: str) -> Collection | None:
-        """Return the collection of an id, or of a name whose case doesn't matter here."""
-        names = {name.casefold(): found for name, found in self._collections.items()}
-        return self._collections.find(name_or_id) or names.get(name_or_id.casefold())
-
-    def _explain_no_collection(self) -> str:
-        name = self._topic.collection_name_or_id
-        suggestion = nearest_name(name, self._collections)
-        perhaps = f'; perhaps "{suggestion}"' if suggestion else ""
-        self._parts.add_lines("read", f'there is no collection "{name}"{perhaps}')
-        return f'there is no collection "{name}"'
+    @cached_property
+    def _compiler(self) -> ListCompiler:
+        return ListCompiler(self._collections)
 
     # -- lists
 

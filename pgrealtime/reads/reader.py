@@ -1,4 +1,4 @@
-"""Answers list and view requests: rows, total, related records and addresses in one snapshot.
+"""Answers list and view requests: rows, total and related records in one snapshot.
 
 ``api.records`` calls it. Nothing of it waits for realtime or keeps it waiting: it has a pool of its
 own, and its work on the event loop is done in short pieces.
@@ -79,7 +79,7 @@ class RecordReader:
         sessions: Opens the snapshots to read in.
         collections: The collections in force.
         nulls: How NULL is shown.
-        hidden: Whether clients may expand hidden relations and sort by hidden addresses.
+        hidden: Whether clients may expand hidden relations.
         limits: Bounds of one request.
     """
 
@@ -102,11 +102,11 @@ class RecordReader:
 
     def replace_collections(self, collections: Collections) -> None:
         """Use other collections from now on; requests under way end by those before."""
-        self._view = _CollectionsView(collections, nulls=self._nulls, hidden=self._hidden)
+        self._compiled = _CompiledCollections(collections, nulls=self._nulls, hidden=self._hidden)
 
     def find_collection(self, name_or_id: str) -> Collection | None:
         """Return the collection of an id, or of a name whose case doesn't matter."""
-        return self._view.find(name_or_id)
+        return self._compiled.collections.find_ignoring_case(name_or_id)
 
     async def list_records(
         self, collection: Collection, caller: Caller, request: RuleRequest, *, network: str = ""
@@ -120,86 +120,53 @@ class RecordReader:
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
         with self._outcome_counted("list", collection):
-            return await self._list_records(collection, caller, request, network)
-
-    async def _list_records(
-        self, collection: Collection, caller: Caller, request: RuleRequest, network: str
-    ) -> Answer:
-        view = self._view
-        collection = view.current(collection)
-        rule, query = _require_rule(collection.list_rule, request), request.query
-        filter_text, sort_text = query.get("filter", ""), query.get("sort", "")
-        _refuse_reserved_words(filter_text, sort_text, request)
-        page = parse_list_parameters(query)
-        try:
-            bound = await view.compiler.bind(
-                collection,
-                rule,
-                request,
-                filter_text=filter_text,
-                sort_text=sort_text,
-                network=network,
-            )
-        except RuleError as error:
-            raise ReadError(error.message, hint=error.hint) from error
-        async with self._session() as session:
-            rows, total = await self._fetch_page(session, collection, bound, page)
-            read_point = ReadPoint(session.snapshot, session.insert_lsn)
-            items = await view.render(
-                session, collection, rows, caller, request, max_bytes=self._limits.max_answer_bytes
-            )
-        pages = -1 if total < 0 else -(-total // page.per_page)
-        end = b'],"page":%d,"perPage":%d,"totalItems":%d,"totalPages":%d}' % (
-            page.page,
-            page.per_page,
-            total,
-            pages,
-        )
-        # Joined at once: of an answer of the maximum size each copy takes some 20 ms.
-        parts = items or [b""]
-        parts[0] = b'{"items":[' + parts[0]
-        parts[-1] += end
-        return Answer(b",".join(parts), read_point, len(rows))
+            compiled = self._compiled
+            collection = compiled.current(collection)
+            bound = await compiled.bind_list(collection, request, network)
+            page = parse_list_parameters(request.query)
+            async with self._session() as session:
+                rows, total = await self._fetch_page(session, collection, bound, page)
+                read_point = ReadPoint(session.snapshot, session.insert_lsn)
+                items = await compiled.encode_records(
+                    session,
+                    collection,
+                    rows,
+                    caller,
+                    request,
+                    max_bytes=self._limits.max_answer_bytes,
+                )
+            return Answer(_list_body(items, page, total), read_point, len(rows))
 
     async def view_record(
         self, collection: Collection, record_id: str, caller: Caller, request: RuleRequest
     ) -> Answer:
-        """Return one record.
+        """Return one record; there is none either if the database fails to evaluate the rule.
 
         Raises:
             ReadError: The request is refused, or there is no such record for the caller.
             DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
         """
         with self._outcome_counted("view", collection):
-            return await self._view_record(collection, record_id, caller, request)
-
-    async def _view_record(
-        self, collection: Collection, record_id: str, caller: Caller, request: RuleRequest
-    ) -> Answer:
-        view = self._view
-        collection = view.current(collection)
-        rule = _require_rule(collection.view_rule, request)
-        key = canonical_id(record_id, collection.key.type)
-        if key is None or key != record_id:
-            raise _unknown_record()
-        try:
-            bound = await view.compiler.bind(collection, rule, request)
-        except RuleError as error:
-            raise _unknown_record() from error
-        async with self._session() as session:
-            rows = await _fetch_rows(session, bound, bound.sql.row, {"id": key})
-            if not rows:
+            compiled = self._compiled
+            collection = compiled.current(collection)
+            bound = await compiled.bind_view(collection, request)
+            key = canonical_id(record_id, collection.key.type)
+            if key is None or key != record_id:
                 raise _unknown_record()
-            read_point = ReadPoint(session.snapshot, session.insert_lsn)
-            (record, *_) = await view.render(
-                session,
-                collection,
-                rows[:1],
-                caller,
-                request,
-                max_bytes=self._limits.max_answer_bytes,
-            )
-        return Answer(record, read_point, 1)
+            async with self._session() as session:
+                rows = await _fetch_rows(session, bound, bound.sql.row, {"id": key})
+                if not rows:
+                    raise _unknown_record()
+                read_point = ReadPoint(session.snapshot, session.insert_lsn)
+                (record,) = await compiled.encode_records(
+                    session,
+                    collection,
+                    rows[:1],
+                    caller,
+                    request,
+                    max_bytes=self._limits.max_answer_bytes,
+                )
+            return Answer(record, read_point, 1)
 
     @contextmanager
     def _outcome_counted(self, kind: str, collection: Collection) -> Iterator[None]:
@@ -277,8 +244,8 @@ class RecordReader:
             raise ReadError("the sort joins too many rows")
 
 
-class _CollectionsView:
-    """What is compiled of one generation's collections."""
+class _CompiledCollections:
+    """One generation's collections, and what is compiled for reading their records."""
 
     def __init__(
         self,
@@ -287,12 +254,9 @@ class _CollectionsView:
         nulls: Literal["null", "zero"],
         hidden: HiddenFieldsMode,
     ) -> None:
-        self._collections = collections
+        self.collections = collections
         self._nulls: Literal["null", "zero"] = nulls
-        self._by_folded_name = {
-            name.casefold(): collection for name, collection in collections.items()
-        }
-        self.compiler = ListCompiler(collections)
+        self._list_compiler = ListCompiler(collections)
         self._rule_compiler = RuleCompiler(collections)
         self._expand_compiler = ExpandCompiler(collections, self._rule_compiler, hidden=hidden)
         self._junction_hops: JunctionHops = {
@@ -303,23 +267,53 @@ class _CollectionsView:
             _MAX_ENCODER_CHARACTERS
         )
 
-    def find(self, name_or_id: str) -> Collection | None:
-        """Return the collection of an id, or of a name whose case doesn't matter."""
-        found = self._collections.find(name_or_id)
-        return found or self._by_folded_name.get(name_or_id.casefold())
-
     def current(self, collection: Collection) -> Collection:
         """Return the collection as it is in force: a request may have waited before it reads.
 
         Raises:
             ReadError: There is none of the name any more.
         """
-        found = self._collections.get(collection.name)
+        found = self.collections.get(collection.name)
         if found is None:
             raise ReadError("there is no such collection any more", code="read_collection_unknown")
         return found
 
-    async def render(
+    async def bind_list(
+        self, collection: Collection, request: RuleRequest, network: str
+    ) -> BoundList:
+        """Return the statements of a list under its rule, filter and sort.
+
+        Raises:
+            ReadError: One of them is refused.
+        """
+        rule, query = _require_rule(collection.list_rule, request), request.query
+        filter_text, sort_text = query.get("filter", ""), query.get("sort", "")
+        _refuse_reserved_words(filter_text, sort_text, request)
+        try:
+            return await self._list_compiler.bind(
+                collection,
+                rule,
+                request,
+                filter_text=filter_text,
+                sort_text=sort_text,
+                network=network,
+            )
+        except RuleError as error:
+            raise ReadError(error.message, hint=error.hint) from error
+
+    async def bind_view(self, collection: Collection, request: RuleRequest) -> BoundList:
+        """Return the statements of a list under the view rule.
+
+        Raises:
+            ReadError: Only superusers may view, or the rule can't be compiled for the request.
+        """
+        rule = _require_rule(collection.view_rule, request)
+        try:
+            return await self._list_compiler.bind(collection, rule, request)
+        except RuleError as error:
+            raise _unknown_record() from error
+
+    async def encode_records(
         self,
         session: ReadSession,
         collection: Collection,
@@ -349,7 +343,7 @@ class _CollectionsView:
             await batch.load_expands([(node, viewer) for node in nodes])
             if batch.has_left_out_rows:
                 raise ReadError("expand leads to too many records")
-        shows_address = await self._addresses_shown(session, collection, nodes, caller, request)
+        shows_email = await self._emails_shown(session, collection, nodes, caller, request)
         renderer = (
             None
             if viewer is None
@@ -370,7 +364,7 @@ class _CollectionsView:
             if renderer is not None:
                 await _run_in_pieces(renderer.find_paths())
                 await _run_in_pieces(renderer.write_related())
-            return await _encode(nodes, encoders, shows_address, renderer, max_bytes)
+            return await _encode(nodes, encoders, shows_email, renderer, max_bytes)
         except ExpandTooLargeError as error:
             raise ReadError("the answer is too large") from error
 
@@ -381,7 +375,7 @@ class _CollectionsView:
             return None
         return self._expand_compiler.compile_expand(collection, request, caller.own_row)
 
-    async def _addresses_shown(
+    async def _emails_shown(
         self,
         session: ReadSession,
         collection: Collection,
@@ -440,7 +434,7 @@ class _CollectionsView:
 
     def _encoder(self, collection_name: str, view: View) -> RecordEncoder:
         def make() -> tuple[RecordEncoder, int]:
-            collection = self._collections[collection_name]
+            collection = self.collections[collection_name]
             encoder = compile_encoder(collection, nulls=self._nulls, view=view)
             return encoder, max(len(view.fields or ""), _MIN_ENCODER_CHARACTERS)
 
@@ -454,13 +448,13 @@ class _CollectionsView:
 async def _encode(
     nodes: Sequence[RecordNode],
     encoders: Sequence[RecordEncoder],
-    shows_address: Sequence[bool],
+    shows_email: Sequence[bool],
     renderer: ExpandRenderer | None,
     max_bytes: int,
 ) -> list[bytes]:
     records: list[bytes] = []
     size, yield_timer = 0, YieldTimer()
-    for node, is_shown in zip(nodes, shows_address, strict=True):
+    for node, is_shown in zip(nodes, shows_email, strict=True):
         expand = None if renderer is None else renderer.render(node)
         record = encoders[is_shown](node.row, node.junction_ids, expand)
         records.append(record)
@@ -501,6 +495,21 @@ async def _fetch_rows(
         if yield_timer.is_due():
             await yield_timer.pause()
     return rows
+
+
+def _list_body(items: list[bytes], page: ListParameters, total: int) -> bytes:
+    pages = -1 if total < 0 else -(-total // page.per_page)
+    end = b'],"page":%d,"perPage":%d,"totalItems":%d,"totalPages":%d}' % (
+        page.page,
+        page.per_page,
+        total,
+        pages,
+    )
+    # Joined at once: of an answer of the maximum size each copy takes some 20 ms.
+    parts = items or [b""]
+    parts[0] = b'{"items":[' + parts[0]
+    parts[-1] += end
+    return b",".join(parts)
 
 
 def _require_rule(rule: str | None, request: RuleRequest) -> str:

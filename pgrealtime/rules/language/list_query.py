@@ -116,7 +116,7 @@ def resolve_list(
             )
         conditions.append(_usable(client, filter_text))
     sort = _resolve_sort(
-        client, sort_text, hides_addresses=collections.hides_addresses and not is_superuser
+        client, sort_text, hides_emails=collections.hides_emails and not is_superuser
     )
     conditions += client.list_rule_conditions()
     predicate, literals = lift_literals(
@@ -146,16 +146,16 @@ def _usable(resolver: Resolver, text: str) -> Condition:
     return condition
 
 
-def _resolve_sort(resolver: Resolver, text: str, *, hides_addresses: bool) -> tuple[SortKey, ...]:
+def _resolve_sort(resolver: Resolver, text: str, *, hides_emails: bool) -> tuple[SortKey, ...]:
     keys = text.split(",") if text else []
     if len(keys) > MAX_SORT_KEYS:
         raise RuleSyntaxError(
             f"a list is sorted by at most {MAX_SORT_KEYS} keys", start=0, end=len(text)
         )
-    return tuple(_resolve_sort_key(resolver, key, hides_addresses=hides_addresses) for key in keys)
+    return tuple(_resolve_sort_key(resolver, key, hides_emails=hides_emails) for key in keys)
 
 
-def _resolve_sort_key(resolver: Resolver, text: str, *, hides_addresses: bool) -> SortKey:
+def _resolve_sort_key(resolver: Resolver, text: str, *, hides_emails: bool) -> SortKey:
     name = text.strip(_GO_SPACE)
     is_descending = name.startswith("-")
     if name[:1] in {"-", "+"}:
@@ -171,4 +171,4 @@ def _resolve_sort_key(resolver: Resolver, text: str, *, hides_addresses: bool) -
             return SortKey(SortOrder.DEFAULT, is_descending)
         case _:
             term, is_shown = resolver.resolve_sort_path(name)
-            return SortKey(term, is_descending, is_shown if hides_addresses else None)
+            return SortKey(term, is_descending, is_shown if hides_emails else None)

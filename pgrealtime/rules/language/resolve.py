@@ -480,7 +480,7 @@ class Resolver:
         visible = collection.fields_by_name.get("emailVisibility")
         visible_term: Term = Keyword(False) if visible is None else FieldValue(path, visible)
         self.email_conditions.append(Comparison(visible_term, syntax.Op.EQ, True, Keyword(True)))
-        return visible if path.is_multiple and self.collections.hides_addresses else None
+        return visible if path.is_multiple and self.collections.hides_emails else None
 
     # --- names
 

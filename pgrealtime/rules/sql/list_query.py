@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlglot import exp
 
@@ -91,6 +92,13 @@ def translate_list(
     )
 
 
+class _OrderKey(NamedTuple):
+    expression: Sql
+    is_descending: bool
+    not_null: bool
+    """Whether the expression is never NULL, so that an index of either NULL order serves it."""
+
+
 class _Selected:
     """The rows that a query shows."""
 
@@ -115,8 +123,8 @@ class _Selected:
         scope = self._scope()
         where = self._where(scope)
         order = [
-            nodes.ordered(expression, is_descending=is_descending, not_null=not_null)
-            for expression, is_descending, not_null in self._order(scope, ROW_ALIAS)
+            nodes.ordered(key.expression, is_descending=key.is_descending, not_null=key.not_null)
+            for key in self._order(scope, ROW_ALIAS)
         ]
         page = self._select(self._columns(ROW_ALIAS), scope, where)
         return nodes.to_text(_paged(page, order)), None
@@ -161,7 +169,10 @@ class _Selected:
         joined = self._select(
             [
                 _named(key, "id"),
-                *(_named(key[0], name) for name, key in zip(names, keys, strict=True)),
+                *(
+                    _named(sort_key.expression, name)
+                    for name, sort_key in zip(names, keys, strict=True)
+                ),
                 *(
                     _named(order.this, name)
                     for name, order in zip(numbers, scope.row_order, strict=True)
@@ -210,8 +221,8 @@ class _Selected:
             ],
         )
         order = [
-            nodes.ordered(nodes.column(_FOUND_ALIAS, name), is_descending=is_descending)
-            for name, (_, is_descending, _) in zip(names, keys, strict=True)
+            nodes.ordered(nodes.column(_FOUND_ALIAS, name), is_descending=sort_key.is_descending)
+            for name, sort_key in zip(names, keys, strict=True)
         ]
         return nodes.to_text(_paged(page, order)), nodes.to_text(counted)
 
@@ -249,14 +260,15 @@ class _Selected:
 
     # --- order
 
-    def _order(self, scope: Scope, alias: str) -> list[tuple[Sql, bool, bool]]:
-        """Return what sorts the rows, whether it descends, and whether it is never NULL."""
-        order: list[tuple[Sql, bool, bool]] = []
+    def _order(self, scope: Scope, alias: str) -> list[_OrderKey]:
+        order: list[_OrderKey] = []
         sort = self._query.sort
         for key in sort:
             match key.by:
                 case SortOrder.RANDOM:
-                    order.append((nodes.call("random"), False, True))
+                    order.append(
+                        _OrderKey(nodes.call("random"), is_descending=False, not_null=True)
+                    )
                 case SortOrder.DEFAULT:
                     order += self._default_order(alias, is_reversed=key.is_descending)
                 case term:
@@ -276,11 +288,9 @@ class _Selected:
             case _:
                 return False
 
-    def _default_order(
-        self, alias: str, *, is_reversed: bool = False
-    ) -> list[tuple[Sql, bool, bool]]:
+    def _default_order(self, alias: str, *, is_reversed: bool = False) -> list[_OrderKey]:
         return [
-            (
+            _OrderKey(
                 nodes.column(alias, ordered.column.name),
                 ordered.is_descending != is_reversed,
                 ordered.column.not_null,
@@ -289,22 +299,20 @@ class _Selected:
         ]
 
 
-def _order_by_term(
-    key: SortKey, term: Term, scope: Scope, *, is_alone: bool
-) -> list[tuple[Sql, bool, bool]]:
+def _order_by_term(key: SortKey, term: Term, scope: Scope, *, is_alone: bool) -> list[_OrderKey]:
     expressions, not_null = _sort_expressions(term, scope, is_alone=is_alone)
     if key.is_shown is not None:
         shown = _shown_or_empty(key.is_shown, expressions, scope)
         expressions, not_null = [shown], False
-    return [(expression, key.is_descending, not_null) for expression in expressions]
+    return [_OrderKey(expression, key.is_descending, not_null) for expression in expressions]
 
 
 def _shown_or_empty(is_shown: Comparison, expressions: Sequence[Sql], scope: Scope) -> Sql:
-    (address,) = expressions
+    (email,) = expressions
     return nodes.in_byte_order(
         nodes.case(
-            (translate_condition(is_shown, scope), address),
-            (nodes.is_not_null(address), nodes.string("")),
+            (translate_condition(is_shown, scope), email),
+            (nodes.is_not_null(email), nodes.string("")),
         )
     )
 
