@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.errors import ChangelogError
+from pgrealtime.history import Era
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, format_lsn
 
 
@@ -54,6 +55,7 @@ class Changelog:
     Attributes:
         floor: The oldest cursor that ``read`` accepts.
         end_cursor: The cursor after the last entry.
+        era: What the newest entries belong to; None before the first stream.
     """
 
     def __init__(self, start: LSN, *, max_bytes: int, max_age_seconds: float) -> None:
@@ -64,6 +66,7 @@ class Changelog:
         self._total_bytes = 0
         self._trimmed_bytes = 0
         self.floor = self.end_cursor = Cursor(start, END_ORDINAL)
+        self.era: Era | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -92,6 +95,10 @@ class Changelog:
         self.end_cursor = Cursor(end_lsn, END_ORDINAL)
         while self.size_bytes > self._max_bytes and len(self) > 1 and self._oldest_ends_by(upto):
             self._trim()
+
+    def begin_era(self, era: Era) -> None:
+        """All entries from now on belong to an era."""
+        self.era = era
 
     def restart(self, start: LSN) -> None:
         """Remove all entries; the stream begins anew at ``start``, which may be a lower LSN."""

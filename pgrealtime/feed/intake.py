@@ -1,7 +1,7 @@
-"""Appends entries to the changelog, waits while it is full, and wakes the follower.
+"""Appends entries to a window, waits while it is full, and wakes the follower.
 
-The reader of the replication stream hands its transactions over here; nothing else appends to the
-changelog. Knows neither streams nor connections.
+Where transactions arrive, from the replication stream or from another process, they are handed over
+here; nothing else appends to the window. Knows neither streams nor connections.
 """
 
 import asyncio
@@ -11,15 +11,47 @@ from typing import Protocol
 
 import structlog
 
-from pgrealtime.changelog.memory import Changelog, Entry, Gap, Watermark
+from pgrealtime.changelog.memory import Entry, Gap, Watermark
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
+from pgrealtime.history import Era
 from pgrealtime.lsn import LSN, Cursor, format_lsn
 
 log = structlog.get_logger(__name__)
 
 
+class Window(Protocol):
+    """Keeps recent entries, as ``Changelog`` does in memory."""
+
+    @property
+    def era(self) -> Era | None:
+        """What the newest entries belong to; None before the first stream."""
+
+    @property
+    def floor(self) -> Cursor:
+        """What ends up to here need not be kept any more; the stream's server may forget it."""
+
+    @property
+    def end_cursor(self) -> Cursor:
+        """The cursor after the last entry."""
+
+    def begin_era(self, era: Era) -> None:
+        """All entries from now on belong to an era."""
+
+    def append(self, entry: Entry, now: float, upto: Cursor) -> None:
+        """Append an entry; what ends after ``upto`` is not removed for it."""
+
+    def restart(self, start: LSN) -> None:
+        """Remove all entries; those that follow belong to another history."""
+
+    def expire(self, now: float, upto: Cursor) -> None:
+        """Remove old entries that end by ``upto``."""
+
+    def bytes_after(self, cursor: Cursor) -> int:
+        """Return the bytes of the entries that end after the cursor."""
+
+
 class Follower(Protocol):
-    """Reads the changelog and delivers it."""
+    """Reads the window and delivers it."""
 
     @property
     def head(self) -> Cursor:
@@ -30,7 +62,7 @@ class Follower(Protocol):
         """Set whenever the head advanced."""
 
     def wake(self) -> None:
-        """Read on: the changelog has new entries."""
+        """Read on: the window has new entries."""
 
     def stream_started(self, epoch: str) -> None:
         """A stream is being read."""
@@ -43,15 +75,15 @@ class Follower(Protocol):
 
 
 class Intake:
-    """Appends to the changelog, which nothing else does.
+    """Appends to the window, which nothing else does.
 
-    ``max_size`` bytes may wait in the changelog for the follower. Beyond them ``append`` waits, and
+    ``max_size`` bytes may wait in the window for the follower. Beyond them ``append`` waits, and
     the stream is closed after its ``max_pause``: a gap.
     """
 
-    def __init__(self, changelog: Changelog, follower: Follower, *, max_size: int) -> None:
-        self.changelog = changelog
-        self.follower = follower
+    def __init__(self, window: Window, follower: Follower, *, max_size: int) -> None:
+        self._window = window
+        self._follower = follower
         self.changes_received = 0
         self._max_size = max_size
         self._appended_at = time.monotonic()
@@ -59,7 +91,48 @@ class Intake:
     @property
     def end_lsn(self) -> LSN:
         """The end of the last entry."""
-        return self.changelog.end_cursor.lsn
+        return self._window.end_cursor.lsn
+
+    @property
+    def floor_lsn(self) -> LSN:
+        """What ends up to here need not be sent again."""
+        return self._window.floor.lsn
+
+    @property
+    def era(self) -> Era | None:
+        """What the newest entries belong to; None before the first stream."""
+        return self._window.era
+
+    # -- streams
+
+    def restart(self, start_lsn: LSN) -> None:
+        """Remove all entries: another history begins, whose era the caller starts next."""
+        self._window.restart(start_lsn)
+
+    def start_era(self, era: Era) -> None:
+        """A stream is being read; its first entry follows the last one, or a gap."""
+        self._window.begin_era(era)
+        self._follower.stream_started(era.epoch)
+        self._follower.wake()
+
+    def continue_era(self, era: Era) -> None:
+        """Another stream continues exactly where the last one ended."""
+        self._window.begin_era(era)
+        self._follower.stream_continued(era.epoch)
+
+    def lose_stream(self) -> None:
+        """No stream is being read."""
+        self._follower.stream_lost()
+
+    def wake(self) -> None:
+        """Let the follower read what was appended."""
+        self._follower.wake()
+
+    def expire(self, now: float) -> None:
+        """Remove old entries that the follower has delivered."""
+        self._window.expire(now, self._follower.head)
+
+    # -- entries
 
     async def append(self, entry: Transaction | OversizedTransaction) -> None:
         """Append a transaction once there is room for it. The caller wakes the follower.
@@ -67,7 +140,7 @@ class Intake:
         A transaction larger than ``max_size`` is appended when nothing else waits.
         """
         size = entry.size_bytes if isinstance(entry, Transaction) else 0
-        bytes_after, follower = self.changelog.bytes_after, self.follower
+        bytes_after, follower = self._window.bytes_after, self._follower
         while (waiting := bytes_after(follower.head)) and waiting + size > self._max_size:
             # Cleared before the follower is woken: its progress in between would be missed.
             follower.progressed.clear()
@@ -85,7 +158,7 @@ class Intake:
         end_lsn = LSN(self.end_lsn + 1)
         self._append(Gap(end_lsn, reason, tables), time.monotonic())
         _log_gap(reason, tables)
-        self.follower.wake()
+        self._follower.wake()
 
     def append_lost_slot(self, start_lsn: LSN) -> None:
         """Append a gap of all tables, up to where a new slot begins."""
@@ -97,12 +170,12 @@ class Intake:
         if lsn <= self.end_lsn or now - self._appended_at < min_interval_seconds:
             return False
         self._append(Watermark(lsn), now)
-        self.follower.wake()
+        self._follower.wake()
         return True
 
     def _append(self, entry: Entry, now: float) -> None:
         # What the follower has yet to deliver is not trimmed.
-        self.changelog.append(entry, now, self.follower.head)
+        self._window.append(entry, now, self._follower.head)
         self._appended_at = now
 
 

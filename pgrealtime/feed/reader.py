@@ -15,14 +15,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
 import structlog
 
 from pgrealtime.changes import OversizedTransaction, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
-from pgrealtime.feed.history import RepeatCheck, epoch_of
 from pgrealtime.feed.intake import Intake
+from pgrealtime.feed.repeats import RepeatCheck
+from pgrealtime.history import Era, make_era
 from pgrealtime.lsn import LSN, format_lsn
-from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
@@ -84,11 +85,7 @@ class ReplicationReader:
         self._advance_slot = advance_slot
         self._intake = intake
         self._tables = tuple(tables)
-        self._epoch = ""
-        self._system: SystemIdentity | None = None
-        self._restore_count = 0
-        """How often another history began under the same system identity."""
-        self._read_upto = LSN(0)
+        self._read_upto = intake.end_lsn
         """The end of the last transaction or of the last watermark."""
         self._repeats = RepeatCheck()
         self._reopening: asyncio.Future[None] | None = None
@@ -139,8 +136,8 @@ class ReplicationReader:
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     def _on_stream_started(self, stream: WalStream) -> None:
-        self._epoch = self._join_to_changelog(stream)
-        self._system, self.stream = stream.system, stream
+        era = self._join_to_changelog(stream)
+        self.stream = stream
         log.info(
             "replication.started",
             plugin=stream.slot.plugin,
@@ -148,15 +145,15 @@ class ReplicationReader:
             slot=stream.slot.name,
             lsn=format_lsn(stream.slot.start_lsn),
         )
-        self._intake.follower.stream_started(self._epoch)
-        self._intake.follower.wake()
+        self._intake.start_era(era)
         if self._reopening is not None and not self._reopening.done():
             self._reopening.set_result(None)
         self._reopening = None
 
-    def _join_to_changelog(self, stream: WalStream) -> str:
-        """Return the stream's epoch; continue the changelog, leave a gap in it or restart it."""
-        epoch = self._epoch_of(stream)
+    def _join_to_changelog(self, stream: WalStream) -> Era:
+        """Return the stream's era; continue the changelog, leave a gap in it or restart it."""
+        before, era = self._intake.era, self._era_of(stream)
+        is_same_epoch = before is not None and era.epoch == before.epoch
         head_lsn, start_lsn = self._intake.end_lsn, stream.slot.start_lsn
         # Only a durable slot begins before the head: at what it was last confirmed. A restored
         # server's WAL may end before what was read from it.
@@ -164,25 +161,35 @@ class ReplicationReader:
         is_restored = self._repeats.begin_stream()
         if self._reopening is not None:
             self._repeats.forget()  # the last transaction may have nothing of the new tables
-        if begins_within and stream.system == self._system and not is_restored:
-            if epoch != self._epoch:
-                self._intake.follower.stream_continued(epoch)
+        if (
+            before is not None
+            and stream.system == before.system
+            and begins_within
+            and not is_restored
+        ):
+            if not is_same_epoch:
+                self._intake.continue_era(era)
             self._repeats.expect_from(start_lsn)
-        elif epoch != self._epoch or start_lsn < head_lsn or is_restored:
+        elif not is_same_epoch or start_lsn < head_lsn or is_restored:
             # Another history (first start, failover, restore): its LSNs may have been used before.
-            if epoch == self._epoch:
-                self._restore_count += 1
-                epoch = self._epoch_of(stream)
+            if is_same_epoch:
+                era = msgspec.structs.replace(era, restore_count=era.restore_count + 1)
             self._read_upto = start_lsn
             self._repeats.forget()
             self._timed_out_lsn = LSN(0)
-            self._intake.changelog.restart(start_lsn)
+            self._intake.restart(start_lsn)
         elif start_lsn > head_lsn:
             self._intake.append_lost_slot(start_lsn)
-        return epoch
+        return era
 
-    def _epoch_of(self, stream: WalStream) -> str:
-        return epoch_of(stream.system, self._tables, self._restore_count)
+    def _era_of(self, stream: WalStream) -> Era:
+        before = self._intake.era
+        return make_era(
+            stream.system,
+            self._tables,
+            restore_count=0 if before is None else before.restore_count,
+            plugin=stream.slot.plugin,
+        )
 
     def _on_stream_broken(self, error: PgRealtimeError) -> None:
         if self._reopening is not None and not self._reopening.done():
@@ -190,7 +197,7 @@ class ReplicationReader:
         self._reopening = None
         if self.stream is not None:
             self.stream = None
-            self._intake.follower.stream_lost()
+            self._intake.lose_stream()
         self.stream_breaks[error.error_code] += 1
         log.warning(
             "replication.broken", code=error.error_code, reason=error.message, detail=error.detail
@@ -275,14 +282,14 @@ class ReplicationReader:
             await has_taken_over.wait()
 
     def _on_stream_continued(self, stream: WalStream) -> None:
-        self._epoch, self.stream = self._epoch_of(stream), stream
+        self.stream = stream
         log.info(
             "replication.continued",
             plugin=stream.slot.plugin,
             slot=stream.slot.name,
             lsn=format_lsn(stream.slot.start_lsn),
         )
-        self._intake.follower.stream_continued(self._epoch)
+        self._intake.continue_era(self._era_of(stream))
 
     # -- reading
 
@@ -322,7 +329,7 @@ class ReplicationReader:
                     self._release_expired(stream)
                 else:
                     stream.feedback.confirm(batch[-1].end_lsn)
-                self._intake.follower.wake()
+                self._intake.wake()
             if successor is not None and wal_end >= successor.stream.slot.start_lsn:
                 return successor
 
@@ -356,7 +363,7 @@ class ReplicationReader:
         while True:
             await asyncio.sleep(_EXPIRE_SECONDS)
             now = time.monotonic()
-            self._intake.changelog.expire(now, self._intake.follower.head)
+            self._intake.expire(now)
             if self.stream is not None and self.stream.slot.is_durable:
                 self._append_watermark(self.stream, now)
                 self._release_expired(self.stream)
@@ -372,7 +379,7 @@ class ReplicationReader:
         # A gap that was appended on its own ends inside the record that follows, perhaps a commit;
         # and a commit that begins before the released LSN isn't sent again. Records begin at
         # multiples of 8 (MAXALIGN).
-        floor = self._intake.changelog.floor.lsn
+        floor = self._intake.floor_lsn
         stream.feedback.release(LSN(floor - floor % 8))
 
     # -- waiting for an LSN

@@ -22,6 +22,7 @@ from pgrealtime.errors import (
     SlotBusyError,
     WalError,
 )
+from pgrealtime.history import SystemIdentity
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.url import DEAD_NETWORK_SETTINGS, parse_database_url
@@ -31,15 +32,6 @@ _PINNED_SETTINGS = SQL(
     " SET IntervalStyle = postgres; SET extra_float_digits = 1; SET bytea_output = hex;"
     " SET client_encoding = UTF8"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SystemIdentity:
-    """Identifies the WAL that positions belong to: cluster, timeline and database."""
-
-    system_id: str
-    timeline: int
-    database_name: str
 
 
 @dataclass(frozen=True, slots=True)

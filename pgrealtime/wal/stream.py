@@ -27,6 +27,7 @@ from pgrealtime.errors import (
     StreamInterruptedError,
     UnexpectedMessageError,
 )
+from pgrealtime.history import SystemIdentity
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.redact import is_free_of_row_values
 from pgrealtime.wal import pgoutput, server, wal2json
@@ -34,7 +35,7 @@ from pgrealtime.wal import slot as slots
 from pgrealtime.wal.assembler import RecordKeys, TransactionAssembler, default_record_keys
 from pgrealtime.wal.feedback import CONFIRM_SECONDS, Feedback
 from pgrealtime.wal.message import Commit, Decoder
-from pgrealtime.wal.server import ServerFacts, SystemIdentity
+from pgrealtime.wal.server import ServerFacts
 from pgrealtime.wal.slot import Plugin, Slot, SlotWait
 from pgrealtime.wal.visible_lsn import may_match_standby_names, watch_visible_lsn
 from pgrealtime.wal.wire import PrimaryKeepalive, StandbyStatusUpdate, format_status, parse_message

@@ -16,7 +16,7 @@ import pgrealtime
 _PACKAGE = Path(pgrealtime.__file__).parent
 
 _FLOOR = (
-    *("errors", "lsn", "changes", "snapshot", "text_forms", "spelling", "caches"),
+    *("errors", "lsn", "changes", "history", "snapshot", "text_forms", "spelling", "caches"),
     *("fairness", "config"),
 )
 """What every room stands on."""
@@ -45,6 +45,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "fairness": (),
     "changes": ("lsn",),
     "snapshot": ("lsn",),
+    "history": ("changes",),
     "config": ("errors", "spelling"),
     "catalog": _FLOOR,
     "postgres": (*_FLOOR, "catalog"),
@@ -158,7 +159,7 @@ _PURE = (
     *("hub.evaluation.matcher", "hub.state.callers", "hub.state.gaps"),
     "hub.state.progress",
     *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
-    *("rule_queries.slow_queries", "explain.text", "feed.history"),
+    *("rule_queries.slow_queries", "explain.text", "feed.repeats"),
     *("expand.plan", "expand.node", "expand.render", "expand.undo", "expand.link_history"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""

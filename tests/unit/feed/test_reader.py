@@ -17,9 +17,9 @@ from pgrealtime.changes import Insert, TableName, Transaction
 from pgrealtime.errors import PgRealtimeError, SlotBusyError, StreamInterruptedError
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import OpenStream, ReplicationReader
+from pgrealtime.history import SystemIdentity
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 from pgrealtime.wal.feedback import Feedback
-from pgrealtime.wal.server import SystemIdentity
 from pgrealtime.wal.slot import Slot
 from pgrealtime.wal.stream import WalStream
 from tests.feed_follower import Follower

@@ -1,25 +1,10 @@
-"""Distinguishes a server's histories: by epochs, and by transactions sent again. Pure."""
+"""Distinguishes a server's histories by the transactions that are sent again. Pure."""
 
-import hashlib
-from collections.abc import Iterable
 from typing import NamedTuple
 
-from pgrealtime.changes import OversizedTransaction, TableName, Transaction
+from pgrealtime.changes import OversizedTransaction, Transaction
 from pgrealtime.errors import StreamInterruptedError
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.wal.server import SystemIdentity
-
-
-def epoch_of(system: SystemIdentity, tables: Iterable[TableName], restore_count: int = 0) -> str:
-    """Return the six hexadecimal digits that all positions of one history of the tables share.
-
-    ``restore_count`` is how often the history changed while the system identity didn't.
-    """
-    names = sorted(f"{table.schema}\0{table.name}" for table in tables)
-    text = "\n".join([system.system_id, str(system.timeline), system.database_name, *names])
-    for _ in range(restore_count + 1):
-        text = hashlib.blake2s(text.encode(), digest_size=3).hexdigest()
-    return text
 
 
 class _TransactionIdentity(NamedTuple):
