@@ -130,6 +130,12 @@ class UnexpectedMessageError(WalError):
     retryable = True
 
 
+class FrameError(PgRealtimeError):
+    """Bytes of another process's feed can't be read."""
+
+    code = "frame_undecodable"
+
+
 class RuleError(PgRealtimeError):
     """A rule or filter can't be used; ``start`` and ``end`` are offsets in its characters."""
 

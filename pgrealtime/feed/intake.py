@@ -134,8 +134,8 @@ class Intake:
 
     # -- entries
 
-    async def append(self, entry: Transaction | OversizedTransaction) -> None:
-        """Append a transaction once there is room for it. The caller wakes the follower.
+    async def append(self, entry: Entry) -> None:
+        """Append an entry once there is room for it. The caller wakes the follower.
 
         A transaction larger than ``max_size`` is appended when nothing else waits.
         """
@@ -147,10 +147,15 @@ class Intake:
             follower.wake()
             await follower.progressed.wait()
         self._append(entry, time.monotonic())
-        if isinstance(entry, Transaction):
-            self.changes_received += len(entry.changes)
-        else:
-            _log_gap("too_large", entry.tables)
+        match entry:
+            case Transaction():
+                self.changes_received += len(entry.changes)
+            case OversizedTransaction():
+                _log_gap("too_large", entry.tables)
+            case Gap():
+                _log_gap(entry.reason, entry.tables)
+            case Watermark():
+                pass
 
     def append_gap(self, reason: str, tables: frozenset[TableName]) -> None:
         """Append a gap: changes of the tables may be missing up to here."""
@@ -163,7 +168,7 @@ class Intake:
     def append_lost_slot(self, start_lsn: LSN) -> None:
         """Append a gap of all tables, up to where a new slot begins."""
         self._append(Gap(start_lsn, "slot_lost"), time.monotonic())
-        log.warning("replication.gap", reason="slot_lost", lsn=format_lsn(start_lsn))
+        _log_gap("slot_lost", None, lsn=format_lsn(start_lsn))
 
     def append_watermark(self, lsn: LSN, now: float, *, min_interval_seconds: float) -> bool:
         """Record that no table had a commit up to an LSN; return whether that was due."""
@@ -179,5 +184,6 @@ class Intake:
         self._appended_at = now
 
 
-def _log_gap(reason: str, tables: Iterable[TableName]) -> None:
-    log.warning("replication.gap", reason=reason, tables=sorted(map(str, tables)))
+def _log_gap(reason: str, tables: Iterable[TableName] | None, lsn: str | None = None) -> None:
+    names = None if tables is None else sorted(map(str, tables))
+    log.warning("replication.gap", reason=reason, tables=names, lsn=lsn)

@@ -159,7 +159,7 @@ _PURE = (
     *("hub.evaluation.matcher", "hub.state.callers", "hub.state.gaps"),
     "hub.state.progress",
     *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
-    *("rule_queries.slow_queries", "explain.text", "feed.repeats"),
+    *("rule_queries.slow_queries", "explain.text", "feed.repeats", "feed.wire"),
     *("expand.plan", "expand.node", "expand.render", "expand.undo", "expand.link_history"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""
