@@ -35,7 +35,7 @@ def build_collections(
     catalog: Catalog,
     claim_names: frozenset[str] = frozenset(),
     *,
-    hides_emails: bool = False,
+    is_strict: bool = False,
 ) -> Collections:
     """Return the configured collections, with the settings that ``Collections`` explains.
 
@@ -43,7 +43,7 @@ def build_collections(
         ConfigError: With every problem found, under paths such as ``collections.posts.table``.
     """
     collections, problems = build_with_problems(
-        configured, catalog, claim_names, hides_emails=hides_emails
+        configured, catalog, claim_names, is_strict=is_strict
     )
     if problems:
         raise ConfigError(problems)
@@ -55,7 +55,7 @@ def build_with_problems(
     catalog: Catalog,
     claim_names: frozenset[str] = frozenset(),
     *,
-    hides_emails: bool = False,
+    is_strict: bool = False,
 ) -> tuple[Collections, tuple[ConfigProblem, ...]]:
     """Return the collections whose table and key are found, and every problem.
 
@@ -72,7 +72,7 @@ def build_with_problems(
         built,
         server_encoding=catalog.server_encoding,
         claim_names=claim_names,
-        hides_emails=hides_emails,
+        is_strict=is_strict,
     )
     return collections, tuple(problems)
 

@@ -145,8 +145,8 @@ class Collections(Mapping[str, Collection]):
     """All collections, by name, id and table.
 
     ``claim_names`` are those under which rules read claims of tokens: ``@request.auth.NAME``. With
-    ``hides_emails`` no filter or sort finds out an e-mail address that isn't shown
-    (``records.hidden``).
+    ``is_strict`` no filter or sort finds out an e-mail address that isn't shown, or a value of a
+    row that isn't listed (``records.hidden``).
     """
 
     def __init__(
@@ -155,11 +155,11 @@ class Collections(Mapping[str, Collection]):
         *,
         server_encoding: str = "UTF8",
         claim_names: frozenset[str] = frozenset(),
-        hides_emails: bool = False,
+        is_strict: bool = False,
     ) -> None:
         self.server_encoding = server_encoding
         self.claim_names = claim_names
-        self.hides_emails = hides_emails
+        self.is_strict = is_strict
         self._by_name = {c.name: c for c in collections}
         self._by_id = {c.id: c for c in collections}
         self._by_table = {c.table.name: c for c in collections}
@@ -200,7 +200,7 @@ class Collections(Mapping[str, Collection]):
             collections,
             server_encoding=self.server_encoding,
             claim_names=self.claim_names,
-            hides_emails=self.hides_emails,
+            is_strict=self.is_strict,
         )
 
     def find_by_table(self, table: TableName) -> Collection | None:

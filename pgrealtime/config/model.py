@@ -176,9 +176,10 @@ class RecordsConfig(Section):
     nulls: Annotated[Literal["null", "zero"], BeforeValidator(lambda v: v or "null")] = "null"
     """``null``, or PocketBase's zero value of the field's type."""
     hidden: HiddenFieldsMode = "strict"
-    """``strict``: only superusers can expand a hidden relation, and lists sort addresses that
-    aren't shown as empty ones. ``pocketbase``: every caller can expand what leads to records that
-    the caller may see, and lists are sorted by all addresses, as in PocketBase."""
+    """``strict``: only superusers can expand a hidden relation, lists sort addresses that aren't
+    shown as empty ones, and a filter over several rows asks only those that are listed.
+    ``pocketbase``: every caller can expand what leads to records that the caller may see, lists are
+    sorted by all addresses, and filters ask all rows, as in PocketBase."""
 
 
 Algorithm: TypeAlias = Literal["HS256", "RS256", "ES256", "EdDSA"]

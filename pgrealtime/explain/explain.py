@@ -105,7 +105,7 @@ async def _explain(
             config.collections,
             catalog,
             config.auth.claim_names,
-            hides_emails=config.records.hidden == "strict",
+            is_strict=config.records.hidden == "strict",
         )
         if problems := tuple(rule_problems(collections)):
             raise ConfigError(problems)

@@ -59,7 +59,7 @@ def fit_to_schema(config: Config, catalog: Catalog) -> AppliedConfig:
         config.collections,
         catalog,
         config.auth.claim_names,
-        hides_emails=config.records.hidden == "strict",
+        is_strict=config.records.hidden == "strict",
     )
     problems = (*problems, *rule_problems(collections))
     with_problem = {collection_name_of(problem) for problem in problems}

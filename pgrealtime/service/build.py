@@ -145,7 +145,7 @@ async def _apply_at_start(config: Config, pool: QueryPool) -> AppliedConfig:
         config.collections,
         catalog,
         config.auth.claim_names,
-        hides_emails=config.records.hidden == "strict",
+        is_strict=config.records.hidden == "strict",
     )
     if problems := tuple(rule_problems(collections)):
         raise ConfigError(problems)

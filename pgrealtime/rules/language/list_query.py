@@ -115,9 +115,7 @@ def resolve_list(
                 f"a filter takes at most {MAX_FILTER_BYTES} bytes", start=0, end=len(filter_text)
             )
         conditions.append(_usable(client, filter_text))
-    sort = _resolve_sort(
-        client, sort_text, hides_emails=collections.hides_emails and not is_superuser
-    )
+    sort = _resolve_sort(client, sort_text, hides_emails=collections.is_strict and not is_superuser)
     conditions += client.list_rule_conditions()
     predicate, literals = lift_literals(
         Predicate(collection_name=collection.name, where=Conjunction(tuple(conditions)))

@@ -248,6 +248,9 @@ class Comparison:
     right: Term
     start: int = field(compare=False, default=0)
     end: int = field(compare=False, default=0)
+    listed: tuple[NestedRule, ...] = ()
+    """Of a client's filter: list rules of the rows on its multiple paths. Where all values must
+    agree, only those of listed rows are asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,8 +305,8 @@ class DenyAll:
 def comparisons(condition: Condition) -> tuple[Comparison, ...]:
     """Return every comparison, those of nested rules included, from left to right."""
     match condition:
-        case Comparison():
-            return (condition,)
+        case Comparison(listed=listed):
+            return (condition, *(comparison for rule in listed for comparison in comparisons(rule)))
         case Conjunction(parts) | Disjunction(parts):
             return tuple(comparison for part in parts for comparison in comparisons(part))
         case NestedRule(_, where):
@@ -312,22 +315,26 @@ def comparisons(condition: Condition) -> tuple[Comparison, ...]:
 
 def terms(condition: Condition) -> list[Term]:
     """Return every operand, each followed by its arguments."""
-    found: list[Term] = []
-    for comparison in comparisons(condition):
-        for term in (comparison.left, comparison.right):
-            found.append(term)
-            if isinstance(term, Strftime) and term.time is not None:
-                found.append(term.time)
-            if isinstance(term, GeoDistance):
-                found += term.args
-    return found
+    return [term for comparison in comparisons(condition) for term in _own_terms(comparison)]
+
+
+def _own_terms(comparison: Comparison) -> Iterator[Term]:
+    for term in (comparison.left, comparison.right):
+        yield term
+        if isinstance(term, Strftime) and term.time is not None:
+            yield term.time
+        if isinstance(term, GeoDistance):
+            yield from term.args
 
 
 def paths_read(condition: Condition, *, is_nested_included: bool) -> Iterator[RowPath]:
     """Yield every path that is read; of a nested rule that to its row, and those in it or not."""
     match condition:
-        case Comparison():
-            yield from filter(None, map(row_path_of, terms(condition)))
+        case Comparison(listed=listed):
+            yield from filter(None, map(row_path_of, _own_terms(condition)))
+            if is_nested_included:
+                for rule in listed:
+                    yield from paths_read(rule, is_nested_included=True)
         case Conjunction(parts) | Disjunction(parts):
             for part in parts:
                 yield from paths_read(part, is_nested_included=is_nested_included)
@@ -462,11 +469,16 @@ def _lift(
     def lift(part: Condition) -> Condition:
         match part:
             case Comparison(left, _, _, right):
-                return replace(part, left=lift_term(left), right=lift_term(right))
+                sides = lift_term(left), lift_term(right)
+                listed = tuple(map(lift_rule, part.listed))
+                return replace(part, left=sides[0], right=sides[1], listed=listed)
             case Conjunction(parts) | Disjunction(parts):
                 return replace(part, conditions=tuple(map(lift, parts)))
-            case NestedRule(_, where):
-                return replace(part, where=lift(where))
+            case NestedRule():
+                return lift_rule(part)
+
+    def lift_rule(rule: NestedRule) -> NestedRule:
+        return replace(rule, where=lift(rule.where))
 
     return lift(condition), lifted
 

@@ -177,6 +177,7 @@ class Resolver:
     aliases: dict[str, str] = field(default_factory=dict)
     joined_paths: dict[RowPath, None] = field(default_factory=dict)
     email_conditions: list[Comparison] = field(default_factory=list)
+    list_rules: dict[RowPath, NestedRule] = field(default_factory=dict)
     current_operand: syntax.OperandNode = field(init=False)
 
     # --- expressions
@@ -209,25 +210,47 @@ class Resolver:
     def list_rule_conditions(self) -> list[Condition]:
         """Return the list rules of the rows joined so far; a missing row needs to meet none."""
         conditions: list[Condition] = []
-        for path in self.joined_paths:
+        for rule in self._list_rules(self.joined_paths):
+            path = rule.row_path
+            id_field = FieldValue(path, self.collections[path.collection_name].fields_by_name["id"])
+            missing = Comparison(id_field, syntax.Op.EQ, True, ParameterTerm(LiteralParameter("")))
+            conditions.append(Disjunction((missing, rule)))
+        return conditions
+
+    def _list_rules(self, paths: Iterable[RowPath]) -> list[NestedRule]:
+        """Return the list rules of the rows at the paths, as far as not all rows meet them."""
+        rules: list[NestedRule] = []
+        for path in paths:
             collection = self.collections[path.collection_name]
             if not collection.list_rule:
                 continue
-            inner = Resolver(
-                self.collections, collection, self.auth_collection, has_body=self.has_body
-            )
-            where = inner.resolve_condition(syntax.parse_expression(collection.list_rule))
-            id_field = FieldValue(path, collection.fields_by_name["id"])
-            missing = Comparison(id_field, syntax.Op.EQ, True, ParameterTerm(LiteralParameter("")))
-            conditions.append(Disjunction((missing, NestedRule(path, where))))
-        return conditions
+            if path not in self.list_rules:
+                inner = Resolver(
+                    self.collections, collection, self.auth_collection, has_body=self.has_body
+                )
+                where = inner.resolve_condition(syntax.parse_expression(collection.list_rule))
+                self.list_rules[path] = NestedRule(path, where)
+            rules.append(self.list_rules[path])
+        return rules
 
     def _resolve_comparison(self, node: syntax.ComparisonNode) -> Condition:
         self.email_conditions = []
         left, right = self._resolve_operand(node.left), self._resolve_operand(node.right)
-        resolved = Comparison(left, node.op, node.is_any, right, node.start, node.end)
+        listed = () if node.is_any else self._listed(left, right)
+        resolved = Comparison(left, node.op, node.is_any, right, node.start, node.end, listed)
         conditions = resolved, *self.email_conditions
         return Conjunction(conditions) if self.email_conditions else resolved
+
+    def _listed(self, *terms: Term) -> tuple[NestedRule, ...]:
+        """Return what rows must meet to be a counter-example of a client's comparison.
+
+        In PocketBase any row is one, so that the answer tells values of rows that aren't listed.
+        """
+        if not (self.is_filter and self.collections.is_strict):
+            return ()
+        paths = (path for path in map(row_path_of, terms) if path is not None and path.is_multiple)
+        joined = dict.fromkeys(row for path in paths for row in path.joined_rows())
+        return tuple(self._list_rules(joined))
 
     def _resolve_operand(self, operand: syntax.OperandNode) -> Term:
         self.current_operand = operand
@@ -480,7 +503,7 @@ class Resolver:
         visible = collection.fields_by_name.get("emailVisibility")
         visible_term: Term = Keyword(False) if visible is None else FieldValue(path, visible)
         self.email_conditions.append(Comparison(visible_term, syntax.Op.EQ, True, Keyword(True)))
-        return visible if path.is_multiple and self.collections.hides_emails else None
+        return visible if path.is_multiple and self.collections.is_strict else None
 
     # --- names
 

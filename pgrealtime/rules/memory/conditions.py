@@ -115,6 +115,8 @@ def _compile_verdict(
 def _compile_comparison(
     comparison: predicate.Comparison, scope: ListScope, checks: list[_ForAll]
 ) -> _VerdictFunction:
+    if comparison.listed:
+        raise NotInProcessError
     plan = plan_comparison(comparison, scope.compile_context.parameter_classes)
     shared = _compile_values(plan.shared, scope, scope)
     if plan.searched is None:

@@ -7,7 +7,7 @@ means is decided by ``language.comparison``; here it is only rendered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sqlglot import exp
@@ -35,6 +35,7 @@ from pgrealtime.rules.language.predicate import (
     ParameterTerm,
     Predicate,
     Term,
+    row_path_of,
 )
 from pgrealtime.rules.language.syntax import Op
 from pgrealtime.rules.sql import nodes
@@ -221,8 +222,23 @@ def _translate_comparison(comparison: Comparison, scope: Scope) -> Sql:
     counterexample = negation(_compare_values(plan.searched, *sides, is_strict=True))
     for side in sides:
         if side.planned.is_searched:
-            counterexample = side.scope.exists(counterexample)
+            listed = _rows_listed(comparison.listed, side)
+            counterexample = side.scope.exists(all_of(counterexample, *listed))
     return all_of(condition, negation(counterexample))
+
+
+def _rows_listed(rules: Sequence[NestedRule], side: _Side) -> list[Sql]:
+    """Return that the rows joined for a side meet the rules; a missing row needs to meet none."""
+    path = row_path_of(side.planned.term)
+    joined = () if path is None else tuple(path.joined_rows())
+    return [
+        any_of(
+            nodes.is_null(side.scope.row_id_at(rule.row_path).node),
+            translate_condition(rule, side.scope),
+        )
+        for rule in rules
+        if rule.row_path in joined
+    ]
 
 
 def _compare_values(plan: ValueComparison, left: _Side, right: _Side, *, is_strict: bool) -> Sql:

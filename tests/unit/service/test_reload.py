@@ -383,7 +383,7 @@ def test_settings_of_collections_outlive_a_change_of_the_schema() -> None:
     collections = fit_to_schema(config, CATALOG).collections
 
     assert collections.claim_names == {"tenant"}
-    assert not collections.hides_emails
+    assert not collections.is_strict
 
 
 # Reading the schema for a row that doesn't fit it
