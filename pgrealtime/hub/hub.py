@@ -129,7 +129,7 @@ class Hub:
 
     def stream_continued(self, epoch: str) -> None:
         """Continue under another epoch: a new stream continues exactly where the last one ended."""
-        self._epochs.continue_epoch(epoch, self._progress.head)
+        self._epochs.continue_epoch(epoch)
         for connection in self._registry.connections:
             connection.continue_epoch(epoch)
 

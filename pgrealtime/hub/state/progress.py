@@ -110,11 +110,13 @@ class ResumableEpochs:
         self._resumable_from = {epoch: _START}
         self._past_epochs = {epoch}
 
-    def continue_epoch(self, epoch: str, head: Cursor) -> None:
-        """Continue from the head under another epoch: nothing was missed or repeated."""
+    def continue_epoch(self, epoch: str) -> None:
+        """Continue from the changelog's end under another epoch: nothing was missed or repeated."""
         if epoch == self.epoch:
             return  # the same tables with other columns
-        since = head if epoch in self._past_epochs else _START
+        # Not the hub's head: another process that has the same stream may be further on, and have
+        # given out positions of the epoch's first time that lie behind it.
+        since = self._changelog.end_cursor if epoch in self._past_epochs else _START
         self._resumable_from = {self.epoch: self._resumable_from[self.epoch], epoch: since}
         self._past_epochs.add(epoch)
         self.epoch = epoch

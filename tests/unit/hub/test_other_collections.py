@@ -230,6 +230,22 @@ async def test_positions_of_a_continued_stream_stay_valid(epochs: Sequence[str])
         assert sink.events()[-1][0].split(".")[1].startswith(f"{epochs[-1]}-")
 
 
+async def test_an_epoch_that_returns_is_resumed_from_its_return_only() -> None:
+    """In between its tables weren't all read; the position is another process's, further on."""
+    async with open_harness() as harness:
+        await harness.until_delivered()
+        # Appended, and not delivered by this hub yet: no await until the connection is made.
+        read_elsewhere = harness.commit(insert("1"))
+        harness.hub.stream_continued("fedcba")
+        harness.commit(insert("2"))
+        harness.hub.stream_continued("abcdef")
+        connection, sink = harness.connect(last_event_id="x." + at(read_elsewhere, 1))
+        await harness.subscribe(connection, "posts/*")
+        await sink.wait_for(2)
+
+        assert [name for _, name, _ in sink.events()][:2] == ["PB_CONNECT", "PB_RESYNC"]
+
+
 async def test_positions_of_another_history_do_not_come_back_with_a_switch() -> None:
     """Continuing the stream with other tables doesn't validate positions of a lost history."""
     async with open_harness() as harness:
