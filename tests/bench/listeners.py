@@ -39,6 +39,10 @@ class Listeners:
         """Open a stream per list of topics and subscribe it, with the tokens in turn."""
         return Opened(**self._ask("open", port=port, topics=topics, tokens=list(tokens)))
 
+    def connect(self, port: int, count: int) -> list[str]:
+        """Open streams without subscribing them; return their client ids."""
+        return list(self._ask("connect", port=port, count=count)["client_ids"])
+
     def aim(self, messages: int, *, notes: bool = False) -> None:
         """Reset the counter, and expect so many messages on all streams together."""
         self._ask("aim", messages=messages, notes=notes)

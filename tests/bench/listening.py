@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 _BUFFER = 256 * 1024
@@ -62,21 +63,28 @@ class Listening:
     ) -> dict[str, float]:
         """Open a stream per list of topics and subscribe it; tokens belong to them in turn."""
         began = time.perf_counter()
-        opened: list[Stream] = []
-        for first in range(0, len(topics), _AT_ONCE):
-            opened += _opened(port, len(topics[first : first + _AT_ONCE]))
+        opened = _opened(port, len(topics))
         connected = time.perf_counter()
         calls = [
-            _call(port, stream.client_id, names, tokens[place % len(tokens)] if tokens else "")
-            for place, (stream, names) in enumerate(zip(opened, topics, strict=True))
+            subscribe_call(port, stream.client_id, names, token)
+            for stream, names, token in zip(opened, topics, cycle(tokens or [""]), strict=False)
         ]
         _send_all(port, calls)
         subscribed = time.perf_counter()
+        self._watch(opened)
+        return {"connect_seconds": connected - began, "subscribe_seconds": subscribed - connected}
+
+    def connect(self, port: int, count: int) -> dict[str, list[str]]:
+        """Open streams without subscribing them; return their client ids."""
+        opened = _opened(port, count)
+        self._watch(opened)
+        return {"client_ids": [stream.client_id for stream in opened]}
+
+    def _watch(self, opened: Sequence[Stream]) -> None:
         for stream in opened:
             stream.socket.setblocking(False)
             self._streams[stream.socket.fileno()] = stream
             self._epoll.register(stream.socket, select.EPOLLIN)
-        return {"connect_seconds": connected - began, "subscribe_seconds": subscribed - connected}
 
     def aim(self, messages: int, *, notes: bool) -> dict[str, int]:
         """Reset the counter, and expect so many messages.
@@ -151,7 +159,15 @@ class Listening:
         stream.socket.close()
 
 
-def _opened(port: int, count: int) -> Iterator[Stream]:
+def _opened(port: int, count: int) -> list[Stream]:
+    return [
+        stream
+        for first in range(0, count, _AT_ONCE)
+        for stream in _opened_at_once(port, min(_AT_ONCE, count - first))
+    ]
+
+
+def _opened_at_once(port: int, count: int) -> Iterator[Stream]:
     request = b"GET /api/realtime HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n"
     sockets = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(count)]
     for connected in sockets:
@@ -168,7 +184,8 @@ def _opened(port: int, count: int) -> Iterator[Stream]:
         yield Stream(connected, found[1].decode())
 
 
-def _call(port: int, client_id: str, topics: Sequence[str], token: str) -> bytes:
+def subscribe_call(port: int, client_id: str, topics: Sequence[str], token: str) -> bytes:
+    """Return the request that subscribes a stream to topics."""
     body = json.dumps({"clientId": client_id, "subscriptions": topics})
     authorization = f"Authorization: {token}\r\n" if token else ""
     head = (
@@ -202,6 +219,7 @@ def main() -> None:
     listening = Listening()
     commands: dict[str, Any] = {
         "open": listening.open,
+        "connect": listening.connect,
         "aim": listening.aim,
         "expect": listening.expect,
         "wait": listening.wait,

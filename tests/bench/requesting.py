@@ -54,6 +54,8 @@ class Caller:
             head, found, body = self._head.partition(_HEAD_END)
             if not found:
                 return False
+            if head.startswith(b"HTTP/1.1 204"):
+                return True
             if not head.startswith(b"HTTP/1.1 200"):
                 raise ConnectionError(f"the answer was {bytes(self._head[:2000])!r}")
             length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]

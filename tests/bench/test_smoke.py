@@ -16,6 +16,7 @@ SMALL = {
     "fanout": "--connections 5 --writes 20 --their-writes 20 --rounds 1",
     "expand": "--connections 5 --writes 20 --rounds 1 --least 0",
     "matching": "--connections 1000 --changes 300 --single 20 --their-changes 2 --rounds 1",
+    "subscribing": "--connections 50 --rounds 1",
     "reads": "--notes 20000 --rounds 1 --seconds 0.2 --writes 20",
 }
 
