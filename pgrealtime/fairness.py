@@ -50,6 +50,24 @@ class BackgroundYieldTimer(YieldTimer):
         self._deadline = perf_counter() + YIELD_AFTER_SECONDS
 
 
+_JOIN_SECONDS = 0.002
+_QUIET_PASSES = 2
+"""A request that was received takes two passes of the loop to reach its query."""
+
+
+async def wait_while_growing(size: Callable[[], int]) -> None:
+    """Return once two passes of the event loop have added nothing to a batch, or after 2 ms.
+
+    A batch that is sent at once holds only its first member: the requests that the loop is about to
+    read would each share the next one. On an idle loop this takes some microseconds.
+    """
+    deadline, quiet_passes, before = perf_counter() + _JOIN_SECONDS, 0, size()
+    while quiet_passes < _QUIET_PASSES and perf_counter() < deadline:
+        await asyncio.sleep(0)
+        now = size()
+        quiet_passes, before = (quiet_passes + 1 if now == before else 0), now
+
+
 class FairQueue:
     """Waiting tasks in one queue per key; the keys take turns.
 

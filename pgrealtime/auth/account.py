@@ -4,8 +4,11 @@ Used by ``auth.authenticator`` (by id) and ``auth.login`` (by identity).
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import psycopg
@@ -19,9 +22,16 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
+from pgrealtime.fairness import wait_while_growing
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.rows import fetch_texts, identifier, rows_by_key_statement
+from pgrealtime.postgres.rows import (
+    TextRow,
+    fetch_texts,
+    identifier,
+    iterate_texts,
+    rows_by_key_statement,
+)
 from pgrealtime.snapshot import ReadPoint, parse_read_point
 
 _BATCH_IDS = 500
@@ -35,7 +45,7 @@ _PLAIN_FIELDS = ("email", "emailVisibility", "verified")
 _NO_LOGIN = CollectionLoginConfig()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class UserCollection:
     """A collection whose records tokens may name, and how its users log in."""
 
@@ -43,13 +53,21 @@ class UserCollection:
     login: CollectionLoginConfig = _NO_LOGIN
     rule_columns: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def column_names(self) -> tuple[str, ...]:
         """The columns that are read to make a caller: the key first, each once."""
         columns = (self.collection.column_of(name) for name in _PLAIN_FIELDS)
         plain = (column.name for column in columns if column is not None)
         names = (self.collection.key.name, *plain, *self.login.secret_columns, *self.rule_columns)
         return tuple(dict.fromkeys(names))
+
+    @cached_property
+    def rows_query(self) -> str:
+        """The query of these columns, with ``%(ids)s`` for a literal of the ids."""
+        table, key = self.collection.table, self.collection.key
+        return rows_by_key_statement(
+            table, key, self.column_names, _SNAPSHOT, _INSERT_LSN
+        ).as_string()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,12 +151,14 @@ class AccountLoader:
         try:
             # Without a unique index "lower" could find several users, and would read the whole
             # table.
-            folds = await self._select(users, _FOLDS_CASE_QUERY, parameters, ["is_unique"])
+            folds = await self._select(users, _FOLDS_CASE_QUERY, parameters)
             statement = statement_by_value(users, columns, column, folds_case=bool(folds))
-            rows = await self._select(users, statement, {"value": value}, columns)
+            rows = await self._select(users, statement, {"value": value})
         except (psycopg.DataError, UnicodeEncodeError):
             return None
-        return _account_of_row(users, rows[0]) if len(rows) == 1 else None
+        if len(rows) != 1:
+            return None
+        return _account_of_row(users, dict(zip(columns, rows[0], strict=True)))
 
     async def sample_password_hashes(self, users: UserCollection) -> list[str]:
         """Return some of the stored password hashes; none if they can't be read now."""
@@ -149,10 +169,10 @@ class AccountLoader:
             most=sql.Literal(_SAMPLED_HASHES),
         )
         try:
-            rows = await self._select(users, statement, {}, [name])
+            rows = await self._select(users, statement, {})
         except (DatabaseUnreachableError, SetupError, psycopg.DataError):
             return []
-        return [text for row in rows if (text := row[name])]
+        return [text for (text,) in rows if text]
 
     def _join_batch(self, users: UserCollection, record_id: str) -> _AccountBatch:
         # Keyed by id(): hashing a collection hashes its whole table. The batch keeps the object
@@ -170,18 +190,31 @@ class AccountLoader:
         # While the lock is waited for, the batch takes further ids; once it is held, the batch is
         # closed.
         async with self._query_locks.setdefault(users_id, asyncio.Lock()):
+            await wait_while_growing(lambda: len(batch.ids))
             if self._open_batches.get(users_id) is batch:
                 del self._open_batches[users_id]
-            return await self._select_by_id(batch.users, [*batch.ids], batch.users.column_names)
+            return await self._select_batch(batch.users, [*batch.ids])
+
+    async def _select_batch(self, users: UserCollection, ids: Sequence[str]) -> dict[str, Account]:
+        literal = _array_literal(ids)
+        if literal is None or not users.rows_query.isascii():
+            return await self._select_by_id(users, ids, users.column_names)
+        # In one round trip, where a statement with parameters takes three with its transaction.
+        try:
+            with self._database_errors(users):
+                result = await self._pool.run_query(users.rows_query % {"ids": literal})
+        except psycopg.DataError:
+            return await self._select_by_id(users, ids, users.column_names)  # one by one
+        rows = list(iterate_texts(result))
+        return _accounts_of_rows(users, rows, users.column_names)
 
     async def _select_by_id(
         self, users: UserCollection, ids: Sequence[str], columns: Sequence[str]
     ) -> dict[str, Account]:
         table, key = users.collection.table, users.collection.key
         statement = rows_by_key_statement(table, key, columns, _SNAPSHOT, _INSERT_LSN)
-        names = [*columns, _SNAPSHOT_KEY, _INSERT_LSN_KEY]
         try:
-            rows = await self._select(users, statement, {"ids": ids}, names)
+            rows = await self._select(users, statement, {"ids": ids})
         except (psycopg.DataError, UnicodeEncodeError):
             # One of the ids can't be encoded in the database's encoding. It has no row; the other
             # ids must be read all the same.
@@ -189,19 +222,22 @@ class AccountLoader:
             for record_id in ids if len(ids) > 1 else ():
                 found |= await self._select_by_id(users, [record_id], columns)
             return found
-        accounts = [_account_of_row(users, row) for row in rows]
-        return {account.record.id: account for account in accounts}
+        return _accounts_of_rows(users, rows, columns)
 
     async def _select(
         self,
         users: UserCollection,
         statement: sql.SQL | sql.Composed,
         values: Mapping[str, Any],
-        names: Sequence[str],
-    ) -> list[Row]:
-        try:
+    ) -> list[TextRow]:
+        with self._database_errors(users):
             async with self._pool.connection() as connection:
-                rows = await fetch_texts(connection, statement, values)
+                return await fetch_texts(connection, statement, values)
+
+    @contextmanager
+    def _database_errors(self, users: UserCollection) -> Iterator[None]:
+        try:
+            yield
         except psycopg.DataError:
             raise
         except (psycopg.OperationalError, PoolTimeout) as error:
@@ -212,20 +248,49 @@ class AccountLoader:
                 f'table "{users.collection.table.name}" can\'t be read as users',
                 detail=message_without_values(error),
             ) from error
-        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-_SNAPSHOT_KEY, _INSERT_LSN_KEY = "\0snapshot", "\0insert_lsn"
-"""Keys in a row for its read point; no column can have such a name."""
 _SNAPSHOT = sql.SQL("pg_catalog.pg_current_snapshot()")
 _INSERT_LSN = sql.SQL("pg_catalog.pg_current_wal_insert_lsn()")
 
 
-def _account_of_row(users: UserCollection, row: Row) -> Account:
-    snapshot, insert_lsn = row.pop(_SNAPSHOT_KEY, None), row.pop(_INSERT_LSN_KEY, None)
-    read_point = parse_read_point(snapshot, insert_lsn) if snapshot and insert_lsn else None
+def _accounts_of_rows(
+    users: UserCollection, rows: Sequence[TextRow], columns: Sequence[str]
+) -> dict[str, Account]:
+    """Return the accounts by id of rows that have the columns, then the read point's two texts."""
+    if not rows:
+        return {}
+    # They are of one statement, which has one snapshot. The insert LSN may move while it runs: the
+    # first row's is read soonest after the snapshot.
+    snapshot, insert_lsn = rows[0][-2:]
+    assert snapshot is not None
+    assert insert_lsn is not None
+    read_point = parse_read_point(snapshot, insert_lsn)
+    accounts = [
+        _account_of_row(users, dict(zip(columns, row, strict=False)), read_point) for row in rows
+    ]
+    return {account.record.id: account for account in accounts}
+
+
+def _account_of_row(
+    users: UserCollection, row: Row, read_point: ReadPoint | None = None
+) -> Account:
     record = auth_record_of(users.collection, row)
     return Account(users=users, record=record, row=row, read_point=read_point)
+
+
+_PLAIN_ID = re.compile(r"[A-Za-z0-9_.:@+-]+")
+
+
+def _array_literal(ids: Sequence[str]) -> str | None:
+    """Return a literal of an array of these texts; None if any has other than plain characters.
+
+    Plain ones need no escapes, neither of the array nor of the literal, so they mean the same
+    whatever the session's ``standard_conforming_strings`` and encoding.
+    """
+    if not all(map(_PLAIN_ID.fullmatch, ids)):
+        return None
+    return "'{" + ",".join(f'"{one}"' for one in ids) + "}'"
 
 
 def _retrieve_exception(task: asyncio.Task[Mapping[str, Account]]) -> None:

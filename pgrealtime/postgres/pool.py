@@ -20,7 +20,11 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 import psycopg
+from psycopg import generators
 from psycopg.abc import PQGen
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
 from psycopg.rows import TupleRow
 from psycopg.sql import Composed, Literal
 from psycopg_pool import AsyncConnectionPool
@@ -195,6 +199,25 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         """
         async with super().connection(timeout) as connection:
             yield connection
+
+    async def run_query(self, query: str) -> PGresult:
+        """Return the result of a query without parameters, in one round trip and without a cursor.
+
+        The query is ASCII: what sets the encoding is in the same message, and read too late for it.
+
+        Raises:
+            PoolTimeout: No connection became free in time.
+            psycopg.Error: There is no answer.
+        """
+        script = f"{self.begin_sql()}; {query}; COMMIT".encode("ascii")
+        async with self.session() as connection, connection.lock:
+            connection.pgconn.send_query(script)
+            results: list[PGresult]
+            results = await connection.wait(generators.execute(connection.pgconn))
+            if results[-1].status == ExecStatus.FATAL_ERROR:
+                raise error_from_result(results[-1], encoding=connection.info.encoding)
+            # The last result is that of COMMIT.
+            return results[-2]
 
     async def fetch_row(self, query: LiteralString | Composed) -> TupleRow:
         """Return the row of a query without parameters, in one round trip.

@@ -5,13 +5,14 @@ callers' accounts, ``explain``. Values are returned as PostgreSQL prints them, w
 because rules and records are evaluated on texts of the same form as in the replication stream.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import TypeAlias
 
 import psycopg
 from psycopg import sql
 from psycopg.adapt import AdaptersMap
+from psycopg.pq.abc import PGresult
 from psycopg.types.string import TextLoader
 
 from pgrealtime.catalog.model import Column, Table, native_key_type
@@ -71,16 +72,21 @@ async def fetch_texts(
     """
     result = (await connection.execute(statement, params)).pgresult
     assert result is not None  # an executed query has one
-    # Without the driver's loaders, which would make numbers and dates of the texts.
-    get_value, columns = result.get_value, range(result.nfields)
     rows: list[TextRow] = []
     yield_timer = YieldTimer()
-    for row in range(result.ntuples):
-        values = [None if (v := get_value(row, n)) is None else v.decode() for n in columns]
-        rows.append(tuple(values))
+    for row in iterate_texts(result):
+        rows.append(row)
         if yield_timer.is_due():
             await yield_timer.pause()
     return rows
+
+
+def iterate_texts(result: PGresult) -> Iterator[TextRow]:
+    """Yield a result's rows as PostgreSQL prints them."""
+    # Without the driver's loaders, which would make numbers and dates of the texts.
+    get_value, columns = result.get_value, range(result.nfields)
+    for row in range(result.ntuples):
+        yield tuple([None if (v := get_value(row, n)) is None else v.decode() for n in columns])
 
 
 async def stream_texts(

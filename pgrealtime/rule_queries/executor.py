@@ -7,15 +7,12 @@ rows.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from collections.abc import Collection as Sized
-from contextlib import asynccontextmanager
-from typing import LiteralString
+from contextlib import asynccontextmanager, contextmanager
 
 import psycopg
 import structlog
-from psycopg import sql
-from psycopg.rows import TupleRow
 from psycopg_pool import PoolTimeout
 
 from pgrealtime.catalog.assumptions import CatalogAssumptions
@@ -23,6 +20,7 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.lsn import Xid
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.postgres.rows import iterate_texts
 from pgrealtime.postgres.session import DatabaseOutage
 from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow, LiveRowReader
 from pgrealtime.rule_queries.rounds import (
@@ -65,21 +63,18 @@ class QueryExecutor:
 
     async def fetch_snapshot(self) -> tuple[str, str, bool]:
         """Return the row of ``SNAPSHOT_QUERY``; raises ``DatabaseUnreachableError``."""
-        snapshot, insert_lsn, is_in_recovery = await self._fetch_row(SNAPSHOT_QUERY)
-        return snapshot, insert_lsn, is_in_recovery
+        with _database_errors():
+            (row,) = iterate_texts(await self._pool.run_query(SNAPSHOT_QUERY))
+        snapshot, insert_lsn, is_in_recovery = row
+        assert snapshot is not None
+        assert insert_lsn is not None
+        return snapshot, insert_lsn, is_in_recovery == "t"
 
     async def verify_assumptions(self, assumptions: CatalogAssumptions) -> bool:
         """Return whether the catalogue confirms them; raises ``DatabaseUnreachableError``."""
-        roots, attributes = await self._fetch_row(assumptions.statement())
+        with _database_errors():
+            roots, attributes = await self._pool.fetch_row(assumptions.statement())
         return assumptions.is_confirmed_by(roots, attributes)
-
-    async def _fetch_row(self, query: LiteralString | sql.Composed) -> TupleRow:
-        try:
-            return await self._pool.fetch_row(query)
-        except (psycopg.Error, PoolTimeout) as error:
-            raise DatabaseUnreachableError(
-                "the database did not answer", detail=message_without_values(error)
-            ) from error
 
     async def has_synchronous_standbys(self) -> bool:
         """Whether commits may wait for a standby, and so be decoded long before they are visible.
@@ -167,6 +162,16 @@ class QueryExecutor:
     ) -> tuple[dict[tuple[str, str], LiveRow], frozenset[str]]:
         """Return the columns that row images lack, as they are now; see ``LiveRowReader.fetch``."""
         return await self._live_rows.fetch(images)
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    try:
+        yield
+    except (psycopg.Error, PoolTimeout) as error:
+        raise DatabaseUnreachableError(
+            "the database did not answer", detail=message_without_values(error)
+        ) from error
 
 
 def _lift_timeout(timeout: asyncio.Timeout) -> None:

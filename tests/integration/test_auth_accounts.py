@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from uuid import UUID
 
 import jwt
@@ -15,6 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.pq.abc import PGresult
 
 from pgrealtime.auth.account import AccountLoader, UserCollection
 from pgrealtime.auth.authenticator import Authenticator
@@ -26,7 +26,7 @@ from pgrealtime.collections.model import Collection, Collections, Field, FieldKi
 from pgrealtime.config.model import AuthConfig, IssuerConfig
 from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.lsn import Xid, parse_lsn
-from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
+from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.postgres.rows import rows_by_key_statement
 
 SECRET = "a-secret-of-thirty-two-characters"
@@ -235,6 +235,28 @@ async def test_loads_at_the_same_time_share_a_query(database_url: str, pool: Que
     assert pool.get_stats()["requests_num"] - asked == 2
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ["null", "NULL", "it's", 'a"b', "a\\b", "a,b", "{}", "", " ", "%s", "%(ids)s", "\u00e9", "a;b"],
+)
+async def test_any_id_is_found_among_others(database_url: str, pool: QueryPool, odd: str) -> None:
+    """Ids that need no quotes are sent within the statement, others as a parameter."""
+    users = await users_of(database_url, 'CREATE TABLE public."Users" (id text PRIMARY KEY);')
+    ids = [odd, "u1", "ann@example.com", "2f1-a.b:c+d_e"]
+    with psycopg.connect(database_url, autocommit=True) as writer:
+        for one in ids:
+            writer.execute('INSERT INTO public."Users" VALUES (%s)', [one])
+    accounts = AccountLoader(pool)
+
+    alone = await accounts.load(users, odd)
+    together = await asyncio.gather(*(accounts.load(users, one) for one in [*ids, "nobody"]))
+
+    assert alone is not None
+    assert alone.record.id == odd
+    assert [a and a.record.id for a in together] == [*ids, None]
+    assert len({account.read_point for account in together if account}) == 1
+
+
 class HeldUp(QueryPool):
     """A pool that delays its answers until the test releases them."""
 
@@ -243,12 +265,11 @@ class HeldUp(QueryPool):
         self.gate = asyncio.Event()
         self.answered = asyncio.Event()
 
-    @asynccontextmanager
-    async def connection(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
-        async with super().connection(timeout) as connection:
-            yield connection
-            self.answered.set()
-            await self.gate.wait()
+    async def run_query(self, query: str) -> PGresult:
+        result = await super().run_query(query)
+        self.answered.set()
+        await self.gate.wait()
+        return result
 
 
 async def test_a_load_is_answered_by_a_query_sent_after_it(database_url: str) -> None:

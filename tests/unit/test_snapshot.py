@@ -51,17 +51,18 @@ async def test_who_asks_meanwhile_shares_the_next_snapshot_and_not_the_running_o
     """A snapshot that began before a call came may miss what that call's reader sees."""
     gates = [asyncio.Event(), asyncio.Event()]
     started: list[int] = []
+    is_started = asyncio.Event()
 
     async def fetch() -> tuple[str, str, bool]:
         number = len(started)
         started.append(number)
+        is_started.set()
         await gates[number].wait()
         return f"{number + 1}:{number + 1}:", "0/10", False
 
     snapshots = SnapshotSource(fetch)
     first = asyncio.create_task(snapshots.fetch())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await is_started.wait()
     late = [asyncio.create_task(snapshots.fetch()) for _ in range(3)]
     gates[0].set()
     assert (await first).snapshot.xmin == 1
@@ -69,6 +70,25 @@ async def test_who_asks_meanwhile_shares_the_next_snapshot_and_not_the_running_o
 
     assert [(await task).snapshot.xmin for task in late] == [2, 2, 2]
     assert started == [0, 1]
+
+
+async def test_who_asks_within_a_few_passes_of_the_loop_shares_the_first_snapshot() -> None:
+    """Requests are read one by one: a query for the first of them would answer it alone."""
+    queries = 0
+
+    async def fetch() -> tuple[str, str, bool]:
+        nonlocal queries
+        queries += 1
+        return "5:5:", "0/10", False
+
+    snapshots = SnapshotSource(fetch)
+    asking = []
+    for _ in range(5):
+        asking.append(asyncio.create_task(snapshots.fetch()))
+        await asyncio.sleep(0)
+    await asyncio.gather(*asking)
+
+    assert queries == 1
 
 
 async def test_a_failed_snapshot_fails_its_askers_and_not_the_next() -> None:

@@ -15,6 +15,7 @@ import structlog
 from pgrealtime.changelog.memory import Entry
 from pgrealtime.changes import OversizedTransaction, Transaction
 from pgrealtime.errors import PgRealtimeError, SubscriptionError
+from pgrealtime.fairness import wait_while_growing
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.snapshot import ReadPoint, Snapshot, parse_read_point
@@ -177,6 +178,8 @@ class SnapshotSource:
         self._run_query = run_query
         self._running: asyncio.Task[ReadPoint] | None = None
         self._next: asyncio.Task[ReadPoint] | None = None
+        self._waiting_count = 0
+        """How many wait for the next."""
 
     async def fetch(self) -> ReadPoint:
         """Return a read point whose snapshot was taken entirely after this call."""
@@ -184,6 +187,7 @@ class SnapshotSource:
             self._next = asyncio.create_task(self._fetch_after(self._running), name="snapshot")
             # asyncio would log an error that nobody retrieves: all who asked may be cancelled.
             self._next.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._waiting_count += 1
         # Not the running one: its snapshot may have been taken before this call. Shielded, as other
         # callers may await the same.
         return await asyncio.shield(self._next)
@@ -191,7 +195,8 @@ class SnapshotSource:
     async def _fetch_after(self, running: asyncio.Task[ReadPoint] | None) -> ReadPoint:
         if running is not None:
             await asyncio.wait([running])  # returns also if that one failed
+        await wait_while_growing(lambda: self._waiting_count)
         # Before the query: calls from here on must get a later snapshot.
-        self._running, self._next = self._next, None
+        self._running, self._next, self._waiting_count = self._next, None, 0
         snapshot, insert_lsn, _in_recovery = await self._run_query()
         return parse_read_point(snapshot, insert_lsn)
