@@ -194,6 +194,27 @@ class SubscriptionLimitError(SubscriptionError):
         self.maximum = maximum
 
 
+class BusError(PgRealtimeError):
+    """A subscribe call can't be passed on, or its answer can't be used."""
+
+    code = "bus"
+
+
+class HolderGoneError(BusError):
+    """No process has the tag of the client id."""
+
+    code = "holder_gone"
+
+    def __init__(self, tag: str) -> None:
+        super().__init__(f'no process has the tag "{tag}"')
+
+
+class HolderSilentError(BusError):
+    """The process that holds the connection doesn't answer, or can't be asked."""
+
+    code = "holder_silent"
+
+
 class ReadError(PgRealtimeError):
     """A list, or one record, is not given.
 

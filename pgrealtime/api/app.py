@@ -14,6 +14,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from pgrealtime.api import error_responses
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY, MAX_BODY_BYTES, BodyReader
+from pgrealtime.api.call_router import CallRouter
 from pgrealtime.api.cors import AllowedOrigins
 from pgrealtime.api.json_response import respond_json
 from pgrealtime.api.realtime import RUNNER_KEY, SHUTDOWN_SECONDS, RealtimeRoutes
@@ -61,13 +62,15 @@ _HTML_ESCAPES: Final = str.maketrans(
 _PROXY_HEADERS: Final = ("CF-Connecting-IP", "Fly-Client-IP", "X-Forwarded-For")
 
 
-def build_app(hub: Hub, authenticator: Authenticator, config: Config) -> web.Application:
+def build_app(
+    hub: Hub, authenticator: Authenticator, calls: CallRouter, config: Config
+) -> web.Application:
     """Return the application, to be served by ``build_runner``, which sets its limits."""
     middleware = ResponseMiddleware(config.server)
     app = web.Application(middlewares=[_redirect_to_clean_path, middleware.handle])
     app[BODY_READER_KEY] = BodyReader()
     app.on_response_prepare.append(middleware.add_headers)
-    realtime = RealtimeRoutes(hub, authenticator, config.server, config.realtime)
+    realtime = RealtimeRoutes(hub, calls, config.server, config.realtime)
     app.on_shutdown.append(realtime.close_streams)
     path = f"{config.server.base_path}/api/realtime"
     app.router.add_get(path, realtime.handle_connect)

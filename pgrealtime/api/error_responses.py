@@ -92,6 +92,7 @@ _RESPONSE_BY_CODE: Final = {
     "record_unknown": ROUTE_NOT_FOUND,
     "stream_away": _UNAVAILABLE,
     "database_unreachable": _UNAVAILABLE,
+    "holder_silent": _UNAVAILABLE,
 }
 
 

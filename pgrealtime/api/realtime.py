@@ -9,6 +9,7 @@ from aiohttp import web
 
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY
+from pgrealtime.api.call_router import CallRouter
 from pgrealtime.api.error_responses import RequestRefusedError, invalid_members, limit_reached
 from pgrealtime.api.sse_transport import (
     EventStreamResponse,
@@ -17,8 +18,7 @@ from pgrealtime.api.sse_transport import (
     take_over_connection,
 )
 from pgrealtime.api.subscribe_body import SubscribeBody, find_call_faults, parse_subscribe_body
-from pgrealtime.auth.authenticator import Authenticator
-from pgrealtime.auth.principal import Caller, Guest
+from pgrealtime.bus.calls import SubscribeCall
 from pgrealtime.config.model import RealtimeConfig, ServerConfig
 from pgrealtime.errors import SubscriptionLimitError
 from pgrealtime.hub.connections.connection import Connection
@@ -43,10 +43,10 @@ class RealtimeRoutes:
     """The two handlers."""
 
     def __init__(
-        self, hub: Hub, authenticator: Authenticator, server: ServerConfig, config: RealtimeConfig
+        self, hub: Hub, calls: CallRouter, server: ServerConfig, config: RealtimeConfig
     ) -> None:
         self._hub = hub
-        self._authenticator = authenticator
+        self._calls = calls
         self._trusted_proxies = server.trusted_proxies
         self._stall_timeout = config.stall_timeout
         self._transports: set[SseTransport] = set()
@@ -100,33 +100,31 @@ class RealtimeRoutes:
             transport.abort()
 
     async def handle_subscribe(self, request: web.Request) -> web.StreamResponse:
-        """Carry out a subscribe call.
+        """Check a subscribe call and have it carried out.
 
         Errors have PocketBase's order: body, its members, client id, address, authorization.
         Guests, where they aren't allowed, are refused after the body was checked.
         """
         address = client_address(request, self._trusted_proxies)
         reader = request.app[BODY_READER_KEY]
-        call = await reader.read(request, address, parse_subscribe_body) or SubscribeBody()
-        if faults := find_call_faults(call):
+        body = await reader.read(request, address, parse_subscribe_body) or SubscribeBody()
+        if faults := find_call_faults(body):
             raise RequestRefusedError(invalid_members(faults))
-        authorization = request.headers.get("Authorization")
-        caller = await self._authenticator.authenticate_subscriber(authorization)
+        call = SubscribeCall(
+            client_id=body.client_id,
+            address=address,
+            authorization=request.headers.get("Authorization"),
+            topic_texts=body.topic_texts,
+            wants_outcome=OUTCOME_HEADER in request.headers,
+        )
         try:
-            await self._hub.subscribe(call.client_id, call.topic_texts, caller, address)
+            outcome = await self._calls.submit(call)
         except SubscriptionLimitError as error:
             index = str(call.topic_texts.index(error.topic))
             fault = limit_reached(error.limit_name, error.maximum)
             refusal = invalid_members({"subscriptions": {index: fault}})
             raise RequestRefusedError(refusal) from error
-        headers = self._outcome_header(call, caller) if OUTCOME_HEADER in request.headers else {}
-        return web.Response(status=204, headers=headers)
-
-    def _outcome_header(self, call: SubscribeBody, caller: Caller) -> dict[str, str]:
-        unmatchable = self._hub.unmatchable_topics(call.client_id)
-        indexes = [str(n) for n, name in enumerate(call.topic_texts) if name in unmatchable]
-        kind = "guest" if isinstance(caller.principal, Guest) else "known"
-        return {OUTCOME_HEADER: f"caller={kind}; mute={','.join(indexes)}"}
+        return web.Response(status=204, headers={OUTCOME_HEADER: outcome} if outcome else {})
 
 
 def _truncate_position(text: str | None) -> str | None:

@@ -14,11 +14,13 @@ from typing import Any
 from aiohttp import web
 
 from pgrealtime.api.app import build_app
+from pgrealtime.api.call_router import CallRouter
 from pgrealtime.api.login import LoginRoutes
 from pgrealtime.api.records import RecordRoutes
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
+from pgrealtime.bus.base import NoBus, draw_tag
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
@@ -116,7 +118,7 @@ async def run_service(
         )
         await stack.enter_async_context(background_tasks(coroutines))
         await stack.enter_async_context(serve_admin(config.admin, StatusReader(parts), metrics))
-        app = build_app(parts.hub, parts.authenticator, config)
+        app = build_app(parts.hub, parts.authenticator, parts.calls, config)
         LoginRoutes(
             parts.login_service, parts.authenticator, config.server, parts.own_records
         ).add_routes(app.router)
@@ -170,12 +172,14 @@ def _build_parts(
     changelog = Changelog(
         LSN(0), max_bytes=config.changelog.max_size, max_age_seconds=config.changelog.max_age
     )
+    bus = NoBus(draw_tag())
     settings = HubSettings(
         limits=config.realtime,
         logins=applied.logins,
         allows_guests=config.auth.allow_guests,
         nulls=config.records.nulls,
         hidden_fields=config.records.hidden,
+        tag=bus.tag,
         can_resume=config.changelog.max_age > 0,
         # What catch-ups ask of PostgreSQL must leave connections to the dispatcher.
         max_concurrent_catch_ups=max(1, config.database.pool_size // 2),
@@ -198,6 +202,13 @@ def _build_parts(
         is_durable=config.replication.slot.durable,
     )
     accounts = AccountLoader(pool, on_schema_mismatch=on_schema_mismatch)
+    authenticator = Authenticator(
+        config.auth,
+        collections,
+        accounts,
+        logins=applied.logins,
+        rule_columns=caller_columns_read_by_rules(collections),
+    )
     return ServiceParts(
         pool=pool,
         executor=executor,
@@ -205,13 +216,8 @@ def _build_parts(
         intake=intake,
         replication_reader=reader,
         hub=hub,
-        authenticator=Authenticator(
-            config.auth,
-            collections,
-            accounts,
-            logins=applied.logins,
-            rule_columns=caller_columns_read_by_rules(collections),
-        ),
+        authenticator=authenticator,
+        calls=CallRouter(hub, authenticator, bus),
         login_service=LoginService(config.auth.login, accounts),
         own_records=OwnRecordRenderer(
             executor, collections, nulls=config.records.nulls, hidden=config.records.hidden

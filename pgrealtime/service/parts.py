@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pgrealtime.api.call_router import CallRouter
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
 from pgrealtime.changelog.memory import Changelog
@@ -25,6 +26,7 @@ class ServiceParts:
     replication_reader: ReplicationReader
     hub: Hub
     authenticator: Authenticator
+    calls: CallRouter
     login_service: LoginService
     own_records: OwnRecordRenderer
     reads_pool: QueryPool | None = None

@@ -52,6 +52,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "protocol": _FLOOR,
     "changelog": _FLOOR,
     "observe": _FLOOR,
+    "bus": (*_FLOOR, "postgres.url", "observe.redact"),
     "collections": (*_FLOOR, "catalog"),
     "collections.load": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact"),
     "auth.principal": ("lsn", "snapshot"),
@@ -107,7 +108,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "hub": (*_FLOOR, *_BELOW_HUB),
     # Answers are trimmed by the same "fields" as records.
     "api": (
-        *(*_FLOOR, "protocol", "records", "auth", "reads", "observe.metrics"),
+        *(*_FLOOR, "protocol", "records", "auth", "reads", "bus", "observe.metrics"),
         *("collections.model", "rules.language.request"),
         *("hub.hub", "hub.connections.connection"),
     ),
@@ -158,6 +159,7 @@ _PURE = (
     *("hub.events", "hub.connections.group", "hub.connections.output"),
     *("hub.evaluation.matcher", "hub.state.callers", "hub.state.gaps"),
     "hub.state.progress",
+    "bus.calls",
     *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
     *("rule_queries.slow_queries", "explain.text", "feed.repeats", "feed.wire"),
     *("expand.plan", "expand.node", "expand.render", "expand.undo", "expand.link_history"),

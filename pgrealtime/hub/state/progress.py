@@ -33,6 +33,8 @@ class HubSettings:
     """Whether a connection keeps its topics when its caller becomes a guest."""
     nulls: Literal["null", "zero"] = "null"
     hidden_fields: HiddenFieldsMode = "strict"
+    tag: str = ""
+    """The first characters of every client id: they say which process made it."""
     epoch: str = "000000"
     """Of positions before the stream has started."""
     can_resume: bool = True

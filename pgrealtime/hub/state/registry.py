@@ -73,6 +73,7 @@ class ConnectionRegistry:
         limits = settings.limits
         self._progress = progress
         self._epochs = epochs
+        self._tag = settings.tag
         self._max_connections = limits.max_connections
         self._clock = clock
         self._connections: dict[str, Connection] = {}
@@ -119,7 +120,7 @@ class ConnectionRegistry:
         which ``""`` asks for positions from now on. Subscribe calls must come from ``address``.
         """
         connection = Connection(
-            "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH)),
+            self._make_id(),
             writer,
             address=address,
             submitted_positions=(last_event_id, position),
@@ -136,6 +137,10 @@ class ConnectionRegistry:
         elif self.is_stream_up and not self.is_closing:
             self._connect(connection)
         return connection
+
+    def _make_id(self) -> str:
+        random_length = _ID_LENGTH - len(self._tag)
+        return self._tag + "".join(secrets.choice(_ID_LETTERS) for _ in range(random_length))
 
     def connect_waiting(self) -> None:
         """Send PB_CONNECT to the connections that waited for the stream."""

@@ -14,8 +14,10 @@ from aiohttp import web
 
 from pgrealtime.api.app import build_app, build_runner
 from pgrealtime.api.body_reader import BODY_READER_KEY, BodyReader
+from pgrealtime.api.call_router import CallRouter
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
+from pgrealtime.bus.base import Bus, NoBus, draw_tag
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import Config
 from pgrealtime.postgres.pool import QueryPool
@@ -78,6 +80,8 @@ async def served(
     *,
     is_up: bool = True,
     body_reader: BodyReader | None = None,
+    auth: Mapping[str, object] | None = None,
+    bus: Bus | None = None,
     **limits: Any,
 ) -> AsyncIterator[Served]:
     """Run the service. ``limits`` are keys of the section ``realtime``.
@@ -86,14 +90,20 @@ async def served(
         server: Keys of the section ``server``.
         is_up: Whether the replication stream is up.
         body_reader: Reads bodies, if not with the default limits.
+        auth: Further keys of the section ``auth``.
+        bus: To other services.
         limits: Keys of the section ``realtime``.
     """
-    config = Config.model_validate({**CONFIG, "server": server or {}, "realtime": limits})
+    config = Config.model_validate(
+        {"auth": CONFIG["auth"] | (auth or {}), "server": server or {}, "realtime": limits}
+    )
+    bus = bus or NoBus(draw_tag())
     # Never opened: the tokens of the issuer are of no configured collection, so no row is read.
     pool = QueryPool()
     authenticator = Authenticator(config.auth, Collections(()), AccountLoader(pool))
-    async with open_harness(is_up=is_up, **limits) as open_:
-        app = build_app(open_.hub, authenticator, config)
+    async with open_harness(is_up=is_up, tag=bus.tag, **limits) as open_:
+        calls = CallRouter(open_.hub, authenticator, bus)
+        app = build_app(open_.hub, authenticator, calls, config)
         app[BODY_READER_KEY] = body_reader or BodyReader()
         runner = build_runner(app)
         await runner.setup()

@@ -362,6 +362,7 @@ async def open_harness(
     database: FakeDatabase | None = None,
     clock: Callable[[], float] = time.monotonic,
     read_schema: Callable[[], Awaitable[bool]] | None = None,
+    tag: str = "",
     **limits: object,
 ) -> AsyncIterator[HubHarness]:
     """Run a hub. ``limits`` are keys of ``RealtimeConfig``, in seconds and bytes."""
@@ -372,7 +373,10 @@ async def open_harness(
         database,
         COLLECTIONS,
         HubSettings(
-            limits=RealtimeConfig.model_validate(limits), logins=LOGINS, can_resume=max_age > 0
+            limits=RealtimeConfig.model_validate(limits),
+            logins=LOGINS,
+            tag=tag,
+            can_resume=max_age > 0,
         ),
         refresh_schema=read_schema,
         clock=clock,

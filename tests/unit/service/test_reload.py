@@ -13,11 +13,13 @@ import jwt
 import pytest
 from structlog.testing import capture_logs
 
+from pgrealtime.api.call_router import CallRouter
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator, _login_trust_digest
 from pgrealtime.auth.login import LoginAttempt, LoginService
 from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
 from pgrealtime.auth.record import digest_token_key
+from pgrealtime.bus.base import NoBus, draw_tag
 from pgrealtime.catalog.model import Catalog, Table
 from pgrealtime.changes import Row, Update, WholeRow
 from pgrealtime.collections.build import build_collections
@@ -127,6 +129,7 @@ async def running() -> AsyncIterator[Running]:
         login = LoginService(config.auth.login, accounts)
         intake = Intake(harness.changelog, harness.hub, max_size=1000)
         executor = QueryExecutor(pool)
+        authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
         parts = ServiceParts(
             executor=executor,
             changelog=harness.changelog,
@@ -135,7 +138,8 @@ async def running() -> AsyncIterator[Running]:
             ),
             intake=intake,
             hub=harness.hub,
-            authenticator=Authenticator(config.auth, collections, accounts, logins=logins),
+            authenticator=authenticator,
+            calls=CallRouter(harness.hub, authenticator, NoBus(draw_tag())),
             login_service=login,
             own_records=OwnRecordRenderer(executor, collections, nulls="null"),
             pool=pool,

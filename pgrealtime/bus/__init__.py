@@ -1,0 +1,1 @@
+"""Passes subscribe calls on to the process that holds the connection."""
