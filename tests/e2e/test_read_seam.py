@@ -29,6 +29,8 @@ IDS = [f"r{number:02}" for number in range(12)]
 WRITERS = 4
 WHOLE = 1000
 """The largest page."""
+GAP_SHARE = 0.3
+"""Of rounds that begin with a gap: of a TRUNCATE clients are told by PB_RESYNC."""
 
 
 class Screen:
@@ -220,11 +222,12 @@ function render(rows) {
 """
 
 AFTER_README = """
-report({ report: "loaded" });
+report({ report: "subscribed" });
 pb.realtime.subscribe("PB_CONNECT", () => report({ report: "connected again" }));
 for await (const line of readline.createInterface({ input: process.stdin })) {
   const { number, record } = JSON.parse(line);
-  if (record) { waitedFor = record; render(rows); } else reload();
+  if (record) waitedFor = record; else work = work.then(load);
+  work.then(() => rows && render(rows));
   report({ report: "done", number });
 }
 process.exit(0);
@@ -248,9 +251,11 @@ async def test_the_readme_s_lines_keep_a_list_by_the_sdk_over_writes_loads_and_b
             await running.write.execute("CREATE SEQUENCE seq")
             await running.write.execute("INSERT INTO posts (id, title) VALUES ('first', 'x')")
             async with module(code, cutting.url) as client:
-                await client.wait_for(1, "loaded")
+                await client.wait_for(1, "subscribed")
                 for round_number in range(20):
                     cutting.longest = chance.choice((0, 0, 4_000))
+                    if chance.random() < GAP_SHARE:
+                        await running.write.execute("TRUNCATE posts")
                     await _write_and_reload(server.url, client, chance)
                     cutting.longest = 0
                     await _compare(running, client, f"m{round_number}")
@@ -263,7 +268,7 @@ async def _write_and_reload(database_url: str, client: Sdk, chance: random.Rando
     writing = asyncio.gather(*writers)
     for _ in range(chance.randint(0, 3)):
         await asyncio.sleep(chance.random() * 0.05)
-        await client.do("load")
+        await client.do("refresh")
     await writing
 
 
