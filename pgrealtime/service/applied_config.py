@@ -14,6 +14,7 @@ from pgrealtime.collections.streamed_tables import (
 )
 from pgrealtime.config.model import CollectionLoginConfig, Config
 from pgrealtime.errors import ConfigProblem
+from pgrealtime.feed.base import WantedTables
 from pgrealtime.rules.rule_set import rule_problems
 
 
@@ -42,6 +43,12 @@ class AppliedConfig:
     def streamed_tables(self) -> Mapping[TableName, Table]:
         """The tables that the stream carries."""
         return streamed_tables(self.collections, self.problems)
+
+    @property
+    def wanted_tables(self) -> WantedTables:
+        """What the stream is to carry."""
+        keys = {c.table.name: (c.key.name,) for c in self.streamed_collections.values()}
+        return WantedTables(tables=self.streamed_tables, record_keys=keys)
 
     @property
     def logins(self) -> Mapping[str, CollectionLoginConfig]:

@@ -29,7 +29,6 @@ from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError
 from pgrealtime.feed.intake import Intake
-from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.hub.hub import Hub
 from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN
@@ -42,7 +41,9 @@ from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules, rule_problems
 from pgrealtime.service.applied_config import AppliedConfig
 from pgrealtime.service.listen import serve_admin, serve_public
+from pgrealtime.service.local_feed import LocalFeed
 from pgrealtime.service.parts import ServiceParts
+from pgrealtime.service.published_tables import PublicationWatch
 from pgrealtime.service.reload import Reloader, report_unreadable_tables
 from pgrealtime.service.status import StatusReader
 from pgrealtime.service.streams import StreamOpener
@@ -85,14 +86,13 @@ async def run_service(
         await report_unreadable_tables(pool, applied.collections)
         if reads_pool is not None:
             await reads_pool.configure_row_security(reachable_tables(applied.collections).values())
-        streams, metrics, schema_mismatch = StreamOpener(config), Metrics(), asyncio.Event()
+        metrics, schema_mismatch = Metrics(), asyncio.Event()
         unchanged = ParsedConfig(config=config, locations=ConfigLocations(source="configuration"))
         parts = _build_parts(
             config,
             applied,
             pool,
             reads_pool,
-            streams,
             on_schema_mismatch=schema_mismatch.set,
             refresh_schema=lambda: reloader.wait_for_schema_refresh(),  # noqa: PLW0108 (made below)
             on_statement_seconds=metrics.observe_rule_query,
@@ -102,14 +102,11 @@ async def run_service(
             parts,
             read_config=read_config or (lambda: unchanged),
             read_catalog=partial(read_configured_catalog, pool=pool),
-            open_stream=streams.open,
-            check_stream=streams.check_reopenable,
             schema_mismatch=schema_mismatch,
         )
         stack.callback(parts.login_service.close)
         coroutines = (
-            parts.replication_reader.run(),
-            parts.replication_reader.expire_periodically(),
+            parts.feed.run(),
             parts.hub.run(),
             parts.hub.run_timers(),
             parts.authenticator.run(),
@@ -159,7 +156,6 @@ def _build_parts(
     applied: AppliedConfig,
     pool: QueryPool,
     reads_pool: QueryPool | None,
-    streams: StreamOpener,
     *,
     on_schema_mismatch: Callable[[], None],
     refresh_schema: Callable[[], Awaitable[bool]],
@@ -190,17 +186,12 @@ def _build_parts(
         collections,
         settings,
         on_schema_mismatch=on_schema_mismatch,
-        wait_for_changelog=lambda lsn: reader.wait_for_changelog(lsn),  # noqa: PLW0108 (made below)
+        wait_for_changelog=lambda lsn: feed.wait_for_changelog(lsn),  # noqa: PLW0108 (made below)
         refresh_schema=refresh_schema,
     )
     intake = Intake(changelog, hub, max_size=config.changelog.max_size)
-    reader = ReplicationReader(
-        partial(streams.open, applied),
-        intake,
-        tables=applied.streamed_tables,
-        advance_slot=streams.advance_slot,
-        is_durable=config.replication.slot.durable,
-    )
+    publication = PublicationWatch(pool, config.replication.publication)
+    feed = LocalFeed(StreamOpener(config), intake, publication, applied.wanted_tables)
     accounts = AccountLoader(pool, on_schema_mismatch=on_schema_mismatch)
     authenticator = Authenticator(
         config.auth,
@@ -213,8 +204,7 @@ def _build_parts(
         pool=pool,
         executor=executor,
         changelog=changelog,
-        intake=intake,
-        replication_reader=reader,
+        feed=feed,
         hub=hub,
         authenticator=authenticator,
         calls=CallRouter(hub, authenticator, bus),

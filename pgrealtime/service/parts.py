@@ -6,8 +6,7 @@ from pgrealtime.api.call_router import CallRouter
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
 from pgrealtime.changelog.memory import Changelog
-from pgrealtime.feed.intake import Intake
-from pgrealtime.feed.reader import ReplicationReader
+from pgrealtime.feed.base import Feed
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
@@ -22,8 +21,7 @@ class ServiceParts:
     pool: QueryPool
     executor: QueryExecutor
     changelog: Changelog
-    intake: Intake
-    replication_reader: ReplicationReader
+    feed: Feed
     hub: Hub
     authenticator: Authenticator
     calls: CallRouter

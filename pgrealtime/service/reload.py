@@ -7,7 +7,7 @@ Connections stay open; the events that follow are evaluated with what was applie
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from typing import TypeAlias
 
 import psycopg
@@ -27,8 +27,6 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
 from pgrealtime.service.parts import ServiceParts
-from pgrealtime.service.published_tables import PublicationWatch
-from pgrealtime.wal.stream import WalStream
 
 log = structlog.get_logger(__name__)
 
@@ -57,9 +55,6 @@ class Reloader:
         parts: Receive what is applied.
         read_config: Reads the configuration again.
         read_catalog: Reads the tables that a configuration names.
-        open_stream: Opens a stream of the tables in force.
-        check_stream: Raises what would keep that stream from being opened, where it can't be opened
-            while the current one is.
         schema_mismatch: Set by any part that met a row or a rule that doesn't fit the catalogue.
     """
 
@@ -70,20 +65,15 @@ class Reloader:
         *,
         read_config: Callable[[], ParsedConfig],
         read_catalog: Callable[[Config], Awaitable[Catalog]],
-        open_stream: Callable[[AppliedConfig], AbstractAsyncContextManager[WalStream]],
-        check_stream: Callable[[AppliedConfig], Awaitable[None]],
         schema_mismatch: asyncio.Event,
     ) -> None:
         self._applied = applied
         self._parts = parts
         self._read_config = read_config
         self._read_catalog = read_catalog
-        self._open_stream = open_stream
-        self._check_stream = check_stream
         self._schema_mismatch = schema_mismatch
         self._streamed_tables = applied.streamed_tables
         """Of the current stream; differs from ``applied`` while the stream can't be switched."""
-        self._publication = PublicationWatch(parts.pool, applied.config.replication.publication)
         self._lock = asyncio.Lock()
         self._current_read, self._next_read = _SchemaRead(), _SchemaRead()
         self._refresh_requested = asyncio.Event()
@@ -110,7 +100,7 @@ class Reloader:
                     problems=problems,
                 )
                 return False
-            await self._check_publication()
+            await self._parts.feed.check_publication()
             await report_unreadable_tables(self._parts.pool, self._applied.collections)
             read, running = parsed.require_valid(), self._applied.config
             names = Config.model_fields
@@ -193,16 +183,7 @@ class Reloader:
                     tables = reachable_tables(self._applied.collections)
                     for pool in self._parts.query_pools:
                         await pool.configure_row_security(tables.values())
-            await self._check_publication()
-
-    async def _check_publication(self) -> None:
-        """Announce a gap of the tables that the publication doesn't send, or sends again."""
-        stream = self._parts.replication_reader.stream
-        if stream is None or stream.slot.plugin != "pgoutput":
-            return
-        tables = list(self._streamed_tables.values())
-        if changed := await self._publication.find_tables_with_gap(tables):
-            self._parts.intake.append_gap("schema", changed)
+            await self._parts.feed.check_publication()
 
     # -- applying
 
@@ -231,7 +212,7 @@ class Reloader:
                 await pool.drain()
         self._applied = applied
         if replaced := _tables_with_gap(before, applied, known, wanted):
-            parts.intake.append_gap("schema", replaced)
+            parts.feed.append_gap("schema", replaced)
         # Events wait for this; switching the stream takes longer, and they don't need it.
         self._current_read.is_applied = True
         self._current_read.completed.set()
@@ -258,10 +239,7 @@ class Reloader:
         )
 
     async def _switch_stream(self, applied: AppliedConfig) -> None:
-        await self._check_stream(applied)
-        await self._parts.replication_reader.switch(
-            lambda: self._open_stream(applied), applied.streamed_tables
-        )
+        await self._parts.feed.want(applied.wanted_tables)
         self._streamed_tables = applied.streamed_tables
 
     async def _try_switch_stream(self, applied: AppliedConfig) -> None:

@@ -30,7 +30,7 @@ class StatusReader:
         """Return the counters and gauges of this moment."""
         lag_bytes, retained_bytes = await self._read_slot_lag()
         hub, counters = self._parts.hub, self._parts.hub.counters
-        reader = self._parts.record_reader
+        reader, feed = self._parts.record_reader, self._parts.feed.status
         return MetricValues(
             open_connections=len(hub.connections),
             subscription_counts=hub.subscription_counts,
@@ -45,10 +45,10 @@ class StatusReader:
             auth_checks=self._parts.authenticator.checks_by_result,
             login_results=self._parts.login_service.attempts_by_result,
             read_outcomes={} if reader is None else reader.outcomes,
-            changes_received=self._parts.intake.changes_received,
-            stream_breaks=self._parts.replication_reader.stream_breaks,
+            changes_received=feed.changes_received,
+            stream_breaks=feed.breaks,
             changelog_bytes=self._parts.changelog.size_bytes,
-            is_replication_connected=self._parts.replication_reader.stream is not None,
+            is_replication_connected=feed.is_connected,
             lag_bytes=lag_bytes,
             retained_bytes=retained_bytes,
         )
@@ -65,8 +65,8 @@ class StatusReader:
         return reasons
 
     async def _read_slot_lag(self) -> tuple[int | None, int | None]:
-        stream = self._parts.replication_reader.stream
-        row = None if stream is None else await self._fetch_row(_SLOT_LAG_QUERY, stream.slot.name)
+        name = self._parts.feed.status.slot_name
+        row = None if name is None else await self._fetch_row(_SLOT_LAG_QUERY, name)
         return (None, None) if row is None else (int(row[0]), int(row[1]))
 
     async def _fetch_row(self, query: str, *params: str) -> tuple[Any, ...] | None:

@@ -1,7 +1,4 @@
-"""Opens replication streams of the tables in force, and advances the durable slot.
-
-The replication reader and the reloader receive these methods as functions.
-"""
+"""Opens replication streams, and advances the durable slot. The feed receives these methods."""
 
 from contextlib import AbstractAsyncContextManager
 
@@ -9,8 +6,8 @@ import psycopg
 import structlog
 
 from pgrealtime.config.model import Config
+from pgrealtime.feed.base import WantedTables
 from pgrealtime.observe.redact import message_without_values
-from pgrealtime.service.applied_config import AppliedConfig
 from pgrealtime.wal import slot_status
 from pgrealtime.wal.server import open_ordinary_connection
 from pgrealtime.wal.slot import SlotWait
@@ -27,20 +24,23 @@ class StreamOpener:
         self._replication = config.replication
         self._max_transaction_bytes = config.changelog.max_size
 
-    def open(self, applied: AppliedConfig) -> AbstractAsyncContextManager[WalStream]:
-        """Open a stream of the tables in force."""
+    @property
+    def is_durable(self) -> bool:
+        """Whether all streams read one durable slot."""
+        return self._replication.slot.durable
+
+    def open(self, wanted: WantedTables) -> AbstractAsyncContextManager[WalStream]:
+        """Open a stream of the tables."""
         return open_stream(
             self._url,
             self._replication,
-            list(applied.streamed_tables.values()),
-            record_keys={
-                c.table.name: (c.key.name,) for c in applied.streamed_collections.values()
-            },
+            list(wanted.tables.values()),
+            record_keys=wanted.record_keys,
             max_transaction_bytes=self._max_transaction_bytes,
             on_wait=_log_slot_wait,
         )
 
-    async def check_reopenable(self, applied: AppliedConfig) -> None:
+    async def check_reopenable(self, wanted: WantedTables) -> None:
         """Check that the durable slot could be reopened with other tables.
 
         Does nothing for a temporary slot: its successor is opened before the stream is replaced.
@@ -48,9 +48,8 @@ class StreamOpener:
         Raises:
             PgRealtimeError: It couldn't be.
         """
-        if self._replication.slot.durable:
-            tables = list(applied.streamed_tables.values())
-            await dry_run_stream(self._url, self._replication, tables)
+        if self.is_durable:
+            await dry_run_stream(self._url, self._replication, list(wanted.tables.values()))
 
     async def advance_slot(self) -> None:
         """Move the durable slot to the end of the server's WAL; log a warning if that fails."""

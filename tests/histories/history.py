@@ -282,7 +282,7 @@ class History:
         )
 
     def _count_decoder_failures(self) -> int:
-        return self.world.service.reloader._parts.replication_reader.stream_breaks["decoder_failed"]
+        return self.world.service.reloader._parts.feed.status.breaks["decoder_failed"]
 
     # --- steps
 

@@ -21,13 +21,13 @@ from pgrealtime.auth.principal import GUEST, AuthRecord, Caller, Superuser
 from pgrealtime.auth.record import digest_token_key
 from pgrealtime.bus.base import NoBus, draw_tag
 from pgrealtime.catalog.model import Catalog, Table
-from pgrealtime.changes import Row, Update, WholeRow
+from pgrealtime.changes import Row, TableName, Update, WholeRow
 from pgrealtime.collections.build import build_collections
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import AuthError, DatabaseUnreachableError
-from pgrealtime.feed.intake import Intake
-from pgrealtime.feed.reader import ReplicationReader
+from pgrealtime.feed.base import FeedStatus, WantedTables
+from pgrealtime.lsn import LSN
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
@@ -104,16 +104,25 @@ class Running:
         return await self.reloading.reload()
 
 
-def _no_stream(*_: object) -> NoReturn:
-    raise AssertionError("the tables are the same")
+class NoFeed:
+    """The tables stay the same, so that nothing is asked of it."""
 
+    status = FeedStatus(is_connected=True, changes_received=0, breaks={})
 
-async def _no_check(_applied: AppliedConfig) -> None:
-    _no_stream()
+    async def run(self) -> None:
+        raise AssertionError
 
+    async def wait_for_changelog(self, lsn: LSN) -> bool:
+        raise AssertionError(lsn)
 
-async def _no_slot() -> None:
-    _no_stream()
+    async def want(self, wanted: WantedTables) -> None:
+        raise AssertionError(wanted)
+
+    def append_gap(self, reason: str, tables: frozenset[TableName]) -> None:
+        raise AssertionError(reason, tables)
+
+    async def check_publication(self) -> None:
+        """There is none."""
 
 
 @asynccontextmanager
@@ -127,16 +136,12 @@ async def running() -> AsyncIterator[Running]:
         pool = QueryPool()  # never opened: every query fails
         accounts = AccountLoader(pool)
         login = LoginService(config.auth.login, accounts)
-        intake = Intake(harness.changelog, harness.hub, max_size=1000)
         executor = QueryExecutor(pool)
         authenticator = Authenticator(config.auth, collections, accounts, logins=logins)
         parts = ServiceParts(
             executor=executor,
             changelog=harness.changelog,
-            replication_reader=ReplicationReader(
-                _no_stream, intake, tables=applied.streamed_tables, advance_slot=_no_slot
-            ),
-            intake=intake,
+            feed=NoFeed(),
             hub=harness.hub,
             authenticator=authenticator,
             calls=CallRouter(harness.hub, authenticator, NoBus(draw_tag())),
@@ -156,8 +161,6 @@ async def running() -> AsyncIterator[Running]:
                 config=made.config, locations=ConfigLocations(source="test.yaml")
             ),
             read_catalog=read_catalog,
-            open_stream=_no_stream,
-            check_stream=_no_check,
             schema_mismatch=asyncio.Event(),
         )
         made = Running(harness, parts, reloading, config, CATALOG)
@@ -420,9 +423,8 @@ def _title(service: Running) -> int:
 async def watching(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     """A running service that reads the schema on request."""
     async with running() as service:
-        monkeypatch.setattr(service.parts.replication_reader, "switch", _nothing)
+        monkeypatch.setattr(service.parts.feed, "want", _nothing)
         monkeypatch.setattr(service.parts.pool, "drain", _nothing)
-        monkeypatch.setattr(service.reloading, "_check_stream", _nothing)
         watch = asyncio.create_task(service.reloading.watch_schema())
         try:
             async with asyncio.timeout(10):
