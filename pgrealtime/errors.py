@@ -136,6 +136,29 @@ class FrameError(PgRealtimeError):
     code = "frame_undecodable"
 
 
+class LogError(PgRealtimeError):
+    """The log between owner and replicas can't be used.
+
+    Codes: ``log_unfit`` (the stream has other limits), ``log_foreign`` (it is of another database),
+    ``log_denied`` (a permission is missing), ``log_unreadable``, ``log_newer``.
+    """
+
+    code = "log_unfit"
+
+
+class LogAwayError(LogError):
+    """NATS or the stream doesn't answer; a later attempt may succeed."""
+
+    code = "log_away"
+    retryable = True
+
+
+class LogMessageError(LogError):
+    """A message of the log can't be read."""
+
+    code = "log_unreadable"
+
+
 class RuleError(PgRealtimeError):
     """A rule or filter can't be used; ``start`` and ``end`` are offsets in its characters."""
 

@@ -76,6 +76,7 @@ def test_only_what_mends_itself_is_retried() -> None:
     }
     assert retryable == {
         "DatabaseUnreachableError",
+        "LogAwayError",
         "SlotBusyError",
         "SlotLostError",
         "StreamInterruptedError",

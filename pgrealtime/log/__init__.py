@@ -1,0 +1,1 @@
+"""Between the owner's reader and every replica: a log in NATS JetStream."""
