@@ -156,7 +156,7 @@ class ReadsConfig(Section):
     pool_size: int = Field(default=4, ge=1, le=1000)
     """Connections of their own, so that no rule waits for a list."""
     statement_timeout: PositiveSeconds = 5.0
-    """Per query; a list that takes longer is refused."""
+    """Of each query, and of all that one request needs; what takes longer is refused."""
     requests_per_minute: int = Field(default=0, ge=0)
     """Per address (IPv6: per /64); 0 sets no limit. Superusers are exempt."""
     max_waiting: int = Field(default=100, ge=1)
@@ -164,6 +164,7 @@ class ReadsConfig(Section):
     max_joined_rows: int = Field(default=1_000_000, ge=1)
     """Combinations of related rows that one sort may go through."""
     max_answer_size: PositiveBytes = 64 * 1024 * 1024
+    """Of an answer, of the rows of its page, and of all rows that it expands."""
 
 
 HiddenFieldsMode: TypeAlias = Literal["strict", "pocketbase"]

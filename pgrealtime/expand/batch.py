@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
 
+from psycopg import sql
+
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, FieldKind, unpadded_id
 from pgrealtime.expand import undo
@@ -25,6 +27,7 @@ from pgrealtime.expand.plan import (
 )
 from pgrealtime.expand.relation_sql import relation_query
 from pgrealtime.fairness import YieldTimer
+from pgrealtime.postgres.rows import RowsTooLargeError
 from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
 from pgrealtime.rules.engine.before_state import BeforeState
 from pgrealtime.rules.engine.evaluation import Evaluation
@@ -36,6 +39,10 @@ _MAX_ROWS = 20_000
 _MAX_LINKS = 100_000
 """Links of one batch that are followed, at some ten microseconds each; further ones are left out. A
 row counts once, however many records lead to it by however many paths."""
+_MAX_UNSTREAMED_ROWS = 100
+"""With a limit of characters more rows are read one by one, so that they can be given up."""
+_PAIR_CHARACTERS = 128
+"""As so many counts an id that a relation leads to, with the id that it leads from."""
 
 Ids: TypeAlias = list[str]
 
@@ -78,15 +85,25 @@ _VisibleNodes: TypeAlias = dict[tuple[ExpandViewer, ExpandBranch, RecordVersion]
 class LoadBatch:
     """What was loaded for one batch.
 
+    With ``max_characters`` related rows and ids of more raise ``RowsTooLargeError``, and the
+    session has ended then.
+
     Attributes:
         unknown_states: By ``RecordNode.state_key``, the viewers that were to be shown records whose
             state isn't known.
         has_left_out_rows: Whether more rows, or links to them, were wanted than a batch may have.
     """
 
-    def __init__(self, session: ReadSession, junction_hops: JunctionHops) -> None:
+    def __init__(
+        self,
+        session: ReadSession,
+        junction_hops: JunctionHops,
+        *,
+        max_characters: int | None = None,
+    ) -> None:
         self._session = session
         self._junction_hops = junction_hops
+        self._characters_left = max_characters
         self._macro_values = MacroValues(datetime.now(UTC))
         self._ids_by_relation: dict[RelationKey, dict[str, Ids | None]] = defaultdict(dict)
         """By relation and source record, present ids; None if they couldn't be loaded."""
@@ -262,9 +279,14 @@ class LoadBatch:
     async def _query_relation_ids(self, hop: RelationHop, sources: Ids) -> Mapping[str, Ids | None]:
         query = relation_query(hop)
         values = {"ids": query.valid_ids(sources)}
-        pairs = await self._session.fetch_texts(query.statement, values)
+        statement = query.statement
+        if self._characters_left is not None:
+            too_many = self._characters_left // _PAIR_CHARACTERS + 1
+            statement += sql.SQL(" LIMIT {}").format(sql.Literal(too_many))
+        pairs = await self._session.fetch_texts(statement, values)
         if pairs is None:
             return dict.fromkeys(sources)
+        self._spend(_PAIR_CHARACTERS * len(pairs))
         targets_of: dict[str, set[str]] = {source: set() for source in sources}
         yield_timer = YieldTimer()
         for source, target in pairs:
@@ -293,7 +315,25 @@ class LoadBatch:
             self.has_left_out_rows |= len(chunk) < len(ids)
             self._row_count += len(chunk)
             if chunk:
-                self._rows[name] |= await fetch_rows_by_id(self._session, collection, chunk) or {}
+                self._rows[name] |= await self._fetch_rows(collection, chunk)
+
+    async def _fetch_rows(self, collection: Collection, ids: Ids) -> Mapping[str, Row]:
+        # Few rows are fetched at once, and counted after that.
+        streamed = self._characters_left if len(ids) > _MAX_UNSTREAMED_ROWS else None
+        rows = await fetch_rows_by_id(self._session, collection, ids, max_characters=streamed)
+        yield_timer = YieldTimer()
+        for row in () if rows is None or self._characters_left is None else rows.values():
+            self._spend(sum([len(text) for text in row.values() if text is not None]))
+            if yield_timer.is_due():
+                await yield_timer.pause()
+        return rows or {}
+
+    def _spend(self, characters: int) -> None:
+        """Count what was read; raise ``RowsTooLargeError`` if that is too much."""
+        if self._characters_left is not None:
+            self._characters_left -= characters
+            if self._characters_left < 0:
+                raise RowsTooLargeError
 
 
 def _attach_visible_children(

@@ -6,6 +6,7 @@ own, and its work on the event loop is done in short pieces.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -48,6 +49,8 @@ log = structlog.get_logger(__name__)
 _MAX_UNSTREAMED_ROWS: Final = 100
 """Larger pages are read row by row, so that they can be given up. Others are prepared, which saves
 a fraction of a millisecond."""
+_GRACE_SECONDS: Final = 0.1
+"""Lets PostgreSQL itself end a statement that takes all the seconds of a request."""
 _MAX_ENCODER_CHARACTERS: Final = 256 * 1024
 """Length together of the options ``fields`` whose encoders are cached."""
 _MIN_ENCODER_CHARACTERS: Final = 256
@@ -61,6 +64,8 @@ class ReadLimits:
     max_joined_rows: int = 1_000_000
     """Combinations of joined rows that a sort by several values may go through."""
     max_answer_bytes: int = 64 * 1024 * 1024
+    max_seconds: float = 5.0
+    """From the snapshot until the records are encoded: of all statements together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class RecordReader:
             collection = compiled.current(collection)
             bound = await compiled.bind_list(collection, request, network)
             page = parse_list_parameters(request.query)
-            async with self._session() as session:
+            async with self._session(ReadError("the request took too long")) as session:
                 rows, total = await self._fetch_page(session, collection, bound, page)
                 read_point = ReadPoint(session.snapshot, session.insert_lsn)
                 items = await compiled.encode_records(
@@ -153,7 +158,7 @@ class RecordReader:
             key = canonical_id(record_id, collection.key.type)
             if key is None or key != record_id:
                 raise _unknown_record()
-            async with self._session() as session:
+            async with self._session(_unknown_record()) as session:
                 rows = await _fetch_rows(session, bound, bound.sql.row, {"id": key})
                 if not rows:
                     raise _unknown_record()
@@ -181,11 +186,21 @@ class RecordReader:
         self.outcomes[kind, "ok"] += 1
 
     @asynccontextmanager
-    async def _session(self) -> AsyncIterator[ReadSession]:
+    async def _session(self, too_late: ReadError) -> AsyncIterator[ReadSession]:
+        """Open a snapshot; raise ``too_late`` if it isn't left in time: a running query ends."""
+        is_answering = False
         try:
             async with self._sessions.read_session(frozenset()) as session:
-                yield session
+                deadline = asyncio.timeout(self._limits.max_seconds + _GRACE_SECONDS)
+                try:
+                    async with deadline:
+                        yield session
+                finally:
+                    # A query that doesn't end when it is cancelled is given up with its connection.
+                    is_answering = deadline.expired() and not session.is_broken
         except (psycopg.Error, PoolTimeout, TimeoutError) as error:
+            if is_answering:
+                raise too_late from error
             raise DatabaseUnreachableError("records can't be read now") from error
         except RowsTooLargeError as error:
             raise ReadError("the rows are too large") from error
@@ -336,7 +351,7 @@ class _CompiledCollections:
             for row in rows
         ]
         viewer = self._viewer(collection, caller, request)
-        batch = LoadBatch(session, self._junction_hops)
+        batch = LoadBatch(session, self._junction_hops, max_characters=max_bytes)
         if self._junction_hops[collection.name]:
             await batch.load_junction_ids(nodes)
         if viewer is not None:

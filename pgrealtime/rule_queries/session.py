@@ -55,6 +55,11 @@ class ReadSession:
         return self._transaction.insert_lsn
 
     @property
+    def is_broken(self) -> bool:
+        """Whether the connection can't be used any more."""
+        return self._transaction.is_broken
+
+    @property
     def has_failed(self) -> bool:
         """Whether a query failed, or took too long, that should have had an answer."""
         return self._has_failed
@@ -137,18 +142,28 @@ class ReadSessionFactory(Protocol):
 
 
 async def fetch_rows_by_id(
-    session: ReadSession, collection: Collection, ids: Iterable[str]
+    session: ReadSession,
+    collection: Collection,
+    ids: Iterable[str],
+    *,
+    max_characters: int | None = None,
 ) -> dict[str, Row] | None:
     """Return a collection's rows by id, in the stream's text forms; None if the query fails.
 
-    An id that no row can have is left out, as is one of which there is no row.
+    An id that no row can have is left out, as is one of which there is no row. With
+    ``max_characters`` the rows are streamed; see ``ReadSession.fetch_texts_once``.
     """
     names = [column.name for column in collection.table.columns]
     key = collection.key
     canonical = (canonical_id(record_id, key.type) for record_id in ids)
     statement = rows_by_key_statement(collection.table, key, names)
-    texts = await session.fetch_texts(
-        statement, {"ids": [text for text in canonical if text is not None]}
+    params = {"ids": [text for text in canonical if text is not None]}
+    texts = (
+        await session.fetch_texts(statement, params)
+        if max_characters is None
+        else await session.fetch_texts_once(
+            statement.as_bytes(), params, max_characters=max_characters
+        )
     )
     if texts is None:
         return None

@@ -246,6 +246,7 @@ def _make_reader(
         limits=ReadLimits(
             max_joined_rows=config.reads.max_joined_rows,
             max_answer_bytes=config.reads.max_answer_size,
+            max_seconds=config.reads.statement_timeout,
         ),
     )
 

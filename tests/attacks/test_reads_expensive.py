@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from tests.attacks.reading import reading
+from tests.attacks.reading import Reader, reading
 from tests.bench.machine import resident_kilobytes
 
 SCHEMA = """
@@ -98,22 +100,107 @@ async def test_no_read_holds_the_event_loop(database_url: str, name: str) -> Non
     assert max(pauses.seconds) < MAX_PAUSE_SECONDS
 
 
-async def test_rows_that_are_much_larger_than_what_is_shown_of_them_fill_no_memory(
-    database_url: str,
-) -> None:
-    """A thousand megabytes of rows are given up after the first 64, whatever ``fields`` says."""
-    schema = """CREATE TABLE pages (id text PRIMARY KEY, html text NOT NULL);
-    INSERT INTO pages SELECT i, repeat('x', 1000000) FROM generate_series(1, 1000) i"""
-    collections = {"pages": {"table": "pages", "list_rule": ""}}
-    async with reading(database_url, schema, collections) as reader:
-        await reader.ids("pages", perPage="1")
-        before, highest = resident_kilobytes(os.getpid()), 0
-        listing = asyncio.create_task(reader.get("pages/records", perPage="1000", fields="id"))
-        while not listing.done():
+async def _refused(reader: Reader, path: str, **query: str) -> tuple[int, str, int]:
+    """Send a request; return its status, why it is refused, and the kilobytes that it filled."""
+    before = highest = resident_kilobytes(os.getpid())
+    with capture_logs() as logged:
+        reading_ = asyncio.create_task(reader.get(path, **query))
+        while not reading_.done():
             highest = max(highest, resident_kilobytes(os.getpid()))
             await asyncio.sleep(0.002)
-        status, _ = await listing
-        assert await reader.ids("pages", perPage="60", fields="id", skipTotal="1")
+        status, _ = await reading_
+    reasons = [entry["reason"] for entry in logged if entry["event"] == "read.refused"]
+    return status, " ".join(reasons), highest - before
 
-    assert status == 400
-    assert highest - before < 250_000
+
+PAGES = """CREATE TABLE pages (id text PRIMARY KEY, html text NOT NULL);
+INSERT INTO pages SELECT i, repeat('x', 1000000) FROM generate_series(1, 1000) i;
+CREATE TABLE links (id text PRIMARY KEY, page text REFERENCES pages);
+INSERT INTO links SELECT id, id FROM pages"""
+OPEN_PAGES = {
+    name: {"table": name, "list_rule": "", "view_rule": ""} for name in ("pages", "links")
+}
+
+
+@pytest.mark.parametrize(("path", "expand"), [("pages", ""), ("links", "page")])
+async def test_rows_that_are_much_larger_than_what_is_shown_of_them_fill_no_memory(
+    database_url: str, path: str, expand: str
+) -> None:
+    """A thousand megabytes of rows are given up after the first 64, whatever ``fields`` says."""
+    shown = {"expand": expand, "fields": "id"}
+    async with reading(database_url, PAGES, OPEN_PAGES) as reader:
+        await reader.ids(path, perPage="1", expand=expand)
+        status, reason, kilobytes = await _refused(
+            reader, f"{path}/records", perPage="1000", **shown
+        )
+        assert await reader.ids(path, perPage="60", skipTotal="1", **shown)
+
+    assert (status, reason) == (400, "the rows are too large")
+    assert kilobytes < 250_000
+
+
+NODES = """CREATE TABLE nodes (id text PRIMARY KEY, up text);
+INSERT INTO nodes SELECT lpad(i || '', 5, '0'), lpad(i / 200 || '', 5, '0')
+  FROM generate_series(1, 20000) i;
+CREATE INDEX ON nodes (up);
+CREATE TABLE links (a text, b text, PRIMARY KEY (a, b));
+INSERT INTO links SELECT up, id FROM nodes"""
+UP = {"collection": "nodes"}
+LINKED = {"collection": "nodes", "through": "links", "source": "a", "target": "b"}
+
+
+@pytest.mark.parametrize("relations", [{"up": UP}, {"up": UP, "linked": LINKED}])
+async def test_many_links_between_records_fill_no_memory(
+    database_url: str, relations: dict[str, Any]
+) -> None:
+    """Also those of a junction table, which a record shows without being asked."""
+    nodes = {"table": "nodes", "list_rule": "", "view_rule": "", "relations": relations}
+    query = {} if "linked" in relations else {"expand": "nodes_via_up"}
+    reads = {"max_answer_size": 1024 * 1024}
+    async with reading(database_url, NODES, {"nodes": nodes}, reads=reads) as reader:
+        with capture_logs() as logged:
+            answered = [
+                (await reader.get("nodes/records", perPage=size, fields="id", **query))[0]
+                for size in ("100", "10")
+            ]
+
+    assert answered == [400, 200]
+    reasons = [entry["reason"] for entry in logged if entry["event"] == "read.refused"]
+    assert reasons == ["the rows are too large"]
+
+
+SLOW_STEPS = """CREATE TABLE rows (id text PRIMARY KEY, next text);
+INSERT INTO rows SELECT i, i + 1 FROM generate_series(1, 9) i;
+CREATE VIEW steps AS SELECT id, next, pg_sleep(0.3)::text AS waited FROM rows"""
+OPEN_SLOW_STEPS = {
+    "table": "steps",
+    "id": "id",
+    "stream": False,
+    "list_rule": "",
+    "view_rule": "",
+    "relations": {"next": {"collection": "steps"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("steps/records", (400, "the request took too long")),
+        ("steps/records/1", (404, "there is no such record")),
+    ],
+)
+async def test_all_queries_of_a_request_have_one_deadline(
+    database_url: str, path: str, expected: tuple[int, str]
+) -> None:
+    """Each of six levels takes less than the time-out, and all together four times as long."""
+    query = {"expand": ".".join(["next"] * 6), "filter": "id = '1'", "skipTotal": "1"}
+    reads = {"statement_timeout": 0.5, "pool_size": 1}
+    async with reading(database_url, SLOW_STEPS, {"steps": OPEN_SLOW_STEPS}, reads=reads) as reader:
+        began = time.monotonic()
+        status, reason, _ = await _refused(reader, path, **query)
+        seconds = time.monotonic() - began
+        short = await reader.get("steps/records/8")
+
+    assert (status, reason) == expected
+    assert seconds < 1.5
+    assert short[0] == 200
