@@ -1,5 +1,6 @@
 """The body of a subscribe call: from bytes to a checked ``SubscribeBody``, for ``api.realtime``."""
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,6 +10,14 @@ from pgrealtime.errors import SubscriptionError
 from pgrealtime.protocol.forms import FormError, bind_body
 from pgrealtime.protocol.json_reader import JsonError
 
+_TEXT: Final = r'"[ !#-\[\]-~]*"'
+_PLAIN_BODY: Final = re.compile(
+    rf'\{{"clientId": ?({_TEXT}), ?"subscriptions": ?\[((?:{_TEXT}(?:, ?{_TEXT})*)?)\]\}}'.encode()
+)
+_PLAIN_TEXT: Final = re.compile(r'"([^"]*)"')
+"""A body as the SDKs send it: texts of printable ASCII without an escape. That is one meaning for
+every reader of JSON, and to read it so takes a tenth of the time."""
+_MAX_PLAIN_BYTES: Final = 64 * 1024
 _MEMBERS: Final = {"clientId": False, "subscriptions": True}
 _MAX_SUBSCRIPTIONS: Final = 1000
 _MAX_SUBSCRIPTION_BYTES: Final = 2500
@@ -28,6 +37,10 @@ def parse_subscribe_body(content_type: str, body: bytes, query: bytes) -> Subscr
     Raises:
         SubscriptionError: It can't be read (``body_unreadable``). The client isn't told why.
     """
+    is_small_json = content_type == "application/json" and len(body) <= _MAX_PLAIN_BYTES
+    if is_small_json and (plain := _PLAIN_BODY.fullmatch(body)):
+        client_id, topic_texts = plain[1].decode()[1:-1], plain[2].decode()
+        return SubscribeBody(client_id, tuple(_PLAIN_TEXT.findall(topic_texts)))
     try:
         members = bind_body(content_type, body, query, _MEMBERS)
     except (JsonError, FormError) as error:

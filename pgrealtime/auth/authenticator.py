@@ -216,10 +216,7 @@ class Authenticator:
                 continue
             # Outside the ``try``: with this issuer's signature no other issuer need be asked.
             expires_at = check_times(token.claims, now=self._unix_clock(), leeway=issuer.leeway)
-            caller = await self._caller_of_claims(token.claims, issuer, expires_at)
-            is_super = isinstance(caller.principal, Superuser)
-            digest = _trust_digest(issuer, key.material, is_superuser=is_super)
-            caller = replace(caller, trust_digest=digest)
+            caller = await self._caller_of_claims(token.claims, issuer, expires_at, key)
             return AuthenticatedCaller(caller=caller, token=token, is_login_token=False)
         # A token that an issuer signed, but that was refused, is not tried as one of ours.
         for error in refusals:
@@ -242,24 +239,31 @@ class Authenticator:
         raise _unknown_signer_error()
 
     async def _caller_of_claims(
-        self, claims: Claims, issuer: IssuerConfig, expires_at: float | None
+        self,
+        claims: Claims,
+        issuer: IssuerConfig,
+        expires_at: float | None,
+        key: VerificationKey,
     ) -> Caller:
         record_id = id_from_claim(claims, issuer.id_claim)
-        if is_superuser(claims, issuer):
+        is_super = is_superuser(claims, issuer)
+        digest = _trust_digest(issuer, key.material, is_superuser=is_super)
+        if is_super:
             # Service keys of hosted databases have no id.
-            return Caller(Superuser(record_id or ""), expires_at)
+            return Caller(Superuser(record_id or ""), expires_at, trust_digest=digest)
         if record_id is None:
             raise AuthError(f'the token has no "{issuer.id_claim}"', code="token_id")
         users = self._users_by_name.get(issuer.collection)
         values = claim_values(claims, issuer)
         if users is None:
             record = _record_of_claims(claims, issuer.collection, record_id)
-            return Caller(replace(record, claims=values), expires_at)
+            record = replace(record, claims=values)
+            return Caller(record, expires_at, trust_digest=digest)
         # Open connections of a deleted user become guests (protocol, 8). The same token on a new
         # connection must not undo that.
         account = require_account(await self._accounts.load(users, record_id))
-        caller = caller_of_account(account, expires_at)
-        return replace(caller, principal=replace(account.record, claims=values))
+        record = replace(account.record, claims=values) if values else account.record
+        return caller_of_account(account, expires_at, record=record, trust_digest=digest)
 
     async def _authenticate_login_token(
         self, authorization: str | None, token: Token
@@ -281,8 +285,9 @@ class Authenticator:
         secret = self._auth.login.secret
         key = VerificationKey("HS256", account.token_key + secret)
         self._verified_tokens.check_signature(authorization, token, key)
-        caller = replace(
-            caller_of_account(account, expires_at),
+        caller = caller_of_account(
+            account,
+            expires_at,
             trust_digest=_login_trust_digest(secret, users),
             token_key_digest=digest_token_key(account.token_key),
         )
@@ -351,11 +356,23 @@ def require_account(account: Account | None) -> Account:
     return account
 
 
-def caller_of_account(account: Account, expires_at: float | None) -> Caller:
-    """Return the caller of a token, in Unix seconds valid until ``expires_at`` (None: forever)."""
+def caller_of_account(
+    account: Account,
+    expires_at: float | None,
+    *,
+    record: AuthRecord | None = None,
+    trust_digest: bytes | None = None,
+    token_key_digest: bytes | None = None,
+) -> Caller:
+    """Return the caller of a token, in Unix seconds valid until ``expires_at`` (None: forever).
+
+    ``record`` is the account's with the token's claims, if it has any.
+    """
     return Caller(
-        account.record,
+        record or account.record,
         expires_at,
+        token_key_digest,
+        trust_digest,
         read_point=account.read_point,
         row_values=tuple((name, account.row.get(name)) for name in account.users.rule_columns),
     )

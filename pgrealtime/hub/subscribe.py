@@ -32,6 +32,8 @@ from pgrealtime.snapshot import ReadPoint
 log = structlog.get_logger(__name__)
 
 _START = Cursor(LSN(0), 0)
+_NO_VIEW = View()
+"""Of a subscription until it is bound."""
 _STEPS_WITHOUT_LOCK = 50
 """Topics of a call that are bound or unbound at once; each takes 5 to 30 us."""
 _LOGGED_TOPIC_CHARACTERS = 200
@@ -127,7 +129,7 @@ class SubscribeCalls:
             # Also after an error: the topics before the call are in force again, and what was not
             # delivered for them meanwhile is read from the cursor.
             if connection.end_call(self.progress.head):
-                self.catch_up.start_task(connection)
+                self.catch_up.continue_after_call(connection)
 
     async def _fetch_read_point(
         self, connection: Connection, topic_texts: list[str], *, is_first: bool
@@ -263,7 +265,7 @@ class SubscribeCalls:
         yield from self._unbind_steps(connection)
         unmatchable: defaultdict[str, list[str]] = defaultdict(list)
         for name, topic in topics.items():
-            subscription = Subscription(connection, topic, View(), "")
+            subscription = Subscription(connection, topic, _NO_VIEW, "")
             before = previous.get(name)
             subscription.set_read_point(before.read_point if before else read_point)
             self.registry.add_read_point(subscription)

@@ -7,9 +7,11 @@ decide which options PocketBase sees.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Final
+
+from msgspec import Struct
 
 from pgrealtime.protocol.json_reader import JsonError, JsonRangeError, JsonReader
 from pgrealtime.protocol.query_string import has_bad_escape, parse_query_string
@@ -25,8 +27,12 @@ _MAX_TOKENS: Final = 500
 each would take five seconds."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Topic:
+_NO_OPTIONS: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+# Without a garbage collection of its own: there are ten for each of many thousand connections, and
+# none refers to anything but texts.
+class Topic(Struct, frozen=True, kw_only=True, gc=False):
     """A parsed topic; whether the collection exists is not checked here.
 
     A text that can match nothing has the empty collection, a name that none has: one without a
@@ -39,20 +45,20 @@ class Topic:
     """Name or id, exact and case sensitive."""
     record_id: str | None
     """None for the whole collection (``COLL/*``, ``COLL``). May hold slashes, never a ``?``."""
-    query: Mapping[str, str]
+    query: Mapping[str, str] = _NO_OPTIONS
     """``@request.query``, with ``filter``, ``expand`` and ``fields``."""
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = _NO_OPTIONS
     """``@request.headers``, names in snake case."""
 
 
 def parse_topic(text: str) -> Topic:
     """Parse a topic; never raises: an invalid one matches nothing."""
     if _LINE_BREAK.search(text):
-        return Topic(text=text, collection_name_or_id="", record_id=None, query={}, headers={})
-    path, _, _ = text.partition("?")
+        return Topic(text=text, collection_name_or_id="", record_id=None)
+    path, has_query, _ = text.partition("?")
     collection, slash, record_id = path.partition("/")
-    options = _options_text(text)
-    query, headers = _read_options(options) if options else ({}, {})
+    options = _options_text(text) if has_query else b""
+    query, headers = _read_options(options) if options else (_NO_OPTIONS, _NO_OPTIONS)
     return Topic(
         text=text,
         collection_name_or_id=collection,
@@ -81,7 +87,7 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="surrogatepass")
 
 
-def _read_options(text: bytes) -> tuple[dict[str, str], dict[str, str]]:
+def _read_options(text: bytes) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Return query and headers; of an invalid text, what precedes the error."""
     query: dict[str, str] = {}
     headers: dict[str, str] = {}

@@ -100,6 +100,22 @@ class CatchUpTasks:
                 self._run(connection), name=f"catch-up {connection.id[:8]}"
             )
 
+    def continue_after_call(self, connection: Connection) -> None:
+        """Make a connection LIVE whose call has ended, or start its task if it has to read on."""
+        # Most have nothing to read, and a task would end at once.
+        if (
+            connection in self._tasks
+            or connection.cursor < self._progress.evaluation_target
+            or connection.pending_gap_reason
+            or connection.writer.buffered_bytes()
+        ):
+            self.start_task(connection)
+            return
+        try:
+            self._try_go_live(connection)
+        except Exception as error:  # noqa: BLE001 (as in _run)
+            self._close_failed(connection, error)
+
     def _stop(self, connection: Connection) -> None:
         self.prevent_going_live(connection)
         task = self._tasks.pop(connection, None)

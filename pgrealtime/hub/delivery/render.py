@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import structlog
 from msgspec import Struct
 
-from pgrealtime.auth.principal import Superuser
-from pgrealtime.changes import Row
+from pgrealtime.auth.principal import Caller, Principal, Superuser
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.expand.node import RecordNode
@@ -33,7 +32,17 @@ from pgrealtime.rules.language.request import RuleRequest
 log = structlog.get_logger(__name__)
 
 _MAX_ENCODERS = 1024
+_ViewKey: TypeAlias = tuple[
+    str, Principal, Mapping[str, str], Mapping[str, str], tuple[tuple[str, str | None], ...]
+]
+"""Collection, principal, query, headers, columns of the caller's row."""
+_SubscriptionView: TypeAlias = tuple[View, ExpandViewer | None, BoundPredicate | None]
+"""View, viewer and manage rule."""
 _NO_IDS: Mapping[str, Sequence[str]] = MappingProxyType({})
+
+
+def _make_view(fields: str | None, is_superuser: bool) -> View:  # noqa: FBT001 (a cached function)
+    return View(sees_hidden=is_superuser, sees_email=is_superuser, fields=fields)
 
 
 class EventRendering(Struct):
@@ -81,19 +90,23 @@ class RecordRenderer:
         self.expand_compiler = ExpandCompiler(collections, compiler, hidden=hidden)
         # Views hold what clients wrote as ``fields``: unbounded, they could fill the memory.
         self._encoder = lru_cache(maxsize=_MAX_ENCODERS)(self._make_encoder)
+        # Equal views are one object: those of a group are compared with each subscription's.
+        self._view = lru_cache(maxsize=_MAX_ENCODERS)(_make_view)
+        self._last_set: tuple[_ViewKey, _SubscriptionView] | None = None
 
     def set_subscription_view(
-        self,
-        subscription: Subscription,
-        collection: Collection,
-        request: RuleRequest,
-        own_row: Row | None,
+        self, subscription: Subscription, collection: Collection, caller: Caller
     ) -> None:
         """Set view, viewer and manage rule; raises ``RuleError`` for an invalid manage rule."""
-        is_superuser = isinstance(request.principal, Superuser)
-        view = View(
-            sees_hidden=is_superuser, sees_email=is_superuser, fields=request.query.get("fields")
-        )
+        topic = subscription.topic
+        # The last result is kept: the topics of one call mostly differ in the record alone.
+        key = (collection.name, caller.principal, topic.query, topic.headers, caller.row_values)
+        if self._last_set is not None and self._last_set[0] == key:
+            subscription.set_view(*self._last_set[1])
+            return
+        request = RuleRequest(principal=caller.principal, query=topic.query, headers=topic.headers)
+        is_superuser, own_row = isinstance(caller.principal, Superuser), caller.own_row
+        view = self._view(request.query.get("fields"), is_superuser)
         expand_viewer = manage_rule = None
         # If the manage rule can't be compiled, the view alone is set and nothing is expanded.
         subscription.set_view(view)
@@ -103,6 +116,7 @@ class RecordRenderer:
             bound = self._compiler.bind_caller(collection, collection.manage_rule, request, own_row)
             manage_rule = bound if isinstance(bound, BoundPredicate) else None
         subscription.set_view(view, expand_viewer, manage_rule)
+        self._last_set = key, (view, expand_viewer, manage_rule)
 
     def render_message(
         self, rendering: EventRendering, render_key: RenderKey, *, is_own_record: bool = False

@@ -173,6 +173,8 @@ def _are_widely_used(groups: Sized[Group]) -> bool:
 def check_topic(subscription: Subscription) -> None:
     """Raise ``SubscriptionLimitError`` for what needs no compiled filter: views, characters."""
     topic = subscription.topic
+    if not topic.query:
+        return
     has_view = _view_options(topic) != _PLAIN_VIEW
     if has_view and _other_views_before(subscription) >= VIEWS_PER_CONNECTION:
         raise _limit_error(subscription, "views", VIEWS_PER_CONNECTION)

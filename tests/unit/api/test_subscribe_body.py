@@ -147,6 +147,27 @@ def test_url_counts_for_forms_and_not_for_json() -> None:
         parse_subscribe_body(URLENCODED, b"clientId=c", b"a;b")
 
 
+@given(
+    st.text(st.characters(max_codepoint=300)) | st.text("ab/*?%", max_size=8),
+    st.lists(st.text(st.characters(max_codepoint=300)) | st.text("ab/*?%", max_size=8)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_plain_body_means_what_it_means_to_the_whole_parser(
+    client_id: str,
+    topics: list[str],
+    compact: bool,  # noqa: FBT001 (hypothesis)
+    ascii_only: bool,  # noqa: FBT001 (hypothesis)
+) -> None:
+    """Bodies as SDKs send them are recognized by their form; a blank before makes another form."""
+    separators = (",", ":") if compact else (", ", ": ")
+    members = {"clientId": client_id, "subscriptions": topics}
+    body = json.dumps(members, separators=separators, ensure_ascii=ascii_only).encode()
+
+    assert parse_subscribe_body(JSON, body, b"") == parse_subscribe_body(JSON, b" " + body, b"")
+    assert parse_subscribe_body(JSON, body, b"") == SubscribeBody(client_id, tuple(topics))
+
+
 @given(client=st.text(), subscriptions=st.lists(st.text()), ascii_only=st.booleans())
 def test_json_body_says_what_was_put_in(
     client: str,

@@ -12,6 +12,7 @@ from pgrealtime.auth.principal import AuthRecord, Caller, Superuser
 from pgrealtime.changelog.memory import Gap
 from pgrealtime.changes import OversizedTransaction, Truncate
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
+from pgrealtime.hub.connections.connection import LIVE
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.harness import (
     NOTES,
@@ -49,6 +50,18 @@ async def test_a_plain_connection_s_bytes_are_pocketbase_s() -> None:
         'data:{"record":{"collectionId":"pbc_posts","collectionName":"posts","id":"a","title":"x"}'
         ',"action":"create"}\n\n'
     )
+
+
+async def test_a_connection_with_nothing_to_read_is_live_when_its_call_ends() -> None:
+    """Without a task of its own, which most of many thousand calls would begin for nothing."""
+    async with open_harness() as harness:
+        connection, sink = harness.connect()
+        await harness.subscribe(connection, "posts/*")
+        state_after_the_call = connection.state
+        harness.commit(insert("a"))
+        await sink.wait_for(2)
+
+    assert state_after_the_call is LIVE
 
 
 async def test_events_come_in_commit_order_and_in_order_within_a_commit() -> None:
