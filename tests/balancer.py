@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -19,6 +20,26 @@ _STREAM = re.compile(rb"GET [^ ]*/api/realtime[? ]")
 def apart(holder: Address, other: Address) -> Choose:
     """Return a choice that puts every stream on one service and everything else on another."""
     return lambda beginning: [holder if _STREAM.match(beginning) else other]
+
+
+class Roaming:
+    """Puts each stream on another service than the one before, and calls on yet others.
+
+    Those that are in ``ready`` at the time; where there is one only, it takes all.
+    """
+
+    def __init__(self, ready: Sequence[Address], rng: random.Random) -> None:
+        self._ready = ready
+        self._rng = rng
+        self._holder: Address | None = None
+
+    def __call__(self, beginning: bytes) -> Sequence[Address]:
+        """Return the services to try."""
+        mixed = self._rng.sample(self._ready, len(self._ready))
+        mixed.sort(key=lambda address: address == self._holder)
+        if _STREAM.match(beginning):
+            self._holder = mixed[0]
+        return mixed
 
 
 @asynccontextmanager

@@ -40,10 +40,12 @@ async def open_unread(address: Address, *topics: str) -> socket.socket:
     return sleeper
 
 
-async def subscribe(address: Address, client_id: str, *topics: str) -> int:
+async def subscribe(address: Address, client_id: str, *topics: str, token: str = "") -> int:
     """Submit the topics of a connection; return the status."""
     body = json.dumps({"clientId": client_id, "subscriptions": topics}).encode()
-    return (await send(post_json("/api/realtime", body), address)).head.status
+    headers = {"Content-Type": "application/json"} | ({"Authorization": token} if token else {})
+    call = Request(method="POST", path="/api/realtime", headers=headers, body=body)
+    return (await send(call, address)).head.status
 
 
 def _client_id_in(connect: bytes) -> str:

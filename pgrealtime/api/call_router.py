@@ -41,6 +41,11 @@ class CallRouter:
         """Numbers of calls that were passed on: ``ok``, or the error's code."""
         return self._forwarded
 
+    @property
+    def ignored_by_reason(self) -> Mapping[str, int]:
+        """Numbers of messages of the bus that were ignored, by the error's code."""
+        return self._bus.ignored
+
     async def submit(self, call: SubscribeCall) -> str:
         """Have the call carried out; return the outcome, empty unless the call wants it.
 

@@ -7,7 +7,7 @@ its connection: the first characters are the *tag* of the process that made it.
 import re
 import secrets
 import string
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
 from pgrealtime.errors import HolderGoneError
@@ -41,6 +41,10 @@ class Bus(Protocol):
     def tag(self) -> str:
         """The tag of this process."""
 
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Numbers of messages that were ignored, by the error's code."""
+
     async def call(self, tag: str, request: bytes) -> bytes:
         """Have another process answer a request; return its answer.
 
@@ -58,6 +62,7 @@ class NoBus:
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
+        self.ignored: Mapping[str, int] = {}
 
     async def call(self, tag: str, request: bytes) -> bytes:  # noqa: ARG002 (the protocol's)
         """Raise ``HolderGoneError``."""

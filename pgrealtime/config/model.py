@@ -44,6 +44,10 @@ Networks = Annotated[
 """A list of networks; a single text is split at commas."""
 
 
+_MIN_SECRET_CHARACTERS = 32
+"""Any role of the database can listen, and try secrets offline."""
+
+
 class SecretMarker:
     """Marks a key that may also be given as ``KEY_file``, and whose value no message shows."""
 
@@ -128,6 +132,29 @@ class ServerConfig(Section):
     """Language of error messages; ``auto`` follows ``Accept-Language``."""
     shutdown_grace: Seconds = 25.0
     """At SIGTERM connections are ended in small groups, never taking longer than this."""
+
+
+class ClusterConfig(Section):
+    """Several processes behind one address."""
+
+    bus: Literal["none", "postgres"] = "none"
+    """How a subscribe call reaches the process that has the stream: ``postgres`` by ``NOTIFY``."""
+    name: str = Field(default="app", pattern=r"^[a-z0-9_]{1,32}$")
+    """Processes of one name in one database pass calls on to each other."""
+    secret: Secret = ""
+    """Encrypts what is passed on."""
+    warm_up: Seconds = 30.0
+    """With a bus: a process is not ready for so long after its stream has begun. The others can
+    resume more."""
+
+    @model_validator(mode="after")
+    def _require_secret(self) -> Self:
+        if self.bus != "none" and len(self.secret) < _MIN_SECRET_CHARACTERS:
+            raise ValueError(
+                f"a bus needs a secret of at least {_MIN_SECRET_CHARACTERS} characters;"
+                " openssl rand -base64 48 generates one"
+            )
+        return self
 
 
 class RealtimeConfig(Section):
@@ -382,6 +409,7 @@ class Config(Section):
     replication: ReplicationConfig = ReplicationConfig()
     changelog: ChangelogConfig = ChangelogConfig()
     server: ServerConfig = ServerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     realtime: RealtimeConfig = RealtimeConfig()
     records: RecordsConfig = RecordsConfig()
     reads: ReadsConfig = ReadsConfig()

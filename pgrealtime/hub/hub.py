@@ -54,6 +54,9 @@ class Hub:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters = HubCounters()
+        self.stream_began_at: float | None = None
+        """When the first stream began, by the clock."""
+        self._clock = clock
         self._changelog = changelog
         self._executor = executor
         self._settings = settings
@@ -121,6 +124,8 @@ class Hub:
         if epoch != self._epochs.epoch:
             self._begin_history(epoch)
         self._registry.is_stream_up = True
+        if self.stream_began_at is None:
+            self.stream_began_at = self._clock()
         self._registry.connect_waiting()
 
     def stream_lost(self) -> None:

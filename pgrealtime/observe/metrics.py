@@ -48,6 +48,10 @@ class MetricValues(Struct, kw_only=True):
     """Logins by password, by result."""
     read_outcomes: Mapping[tuple[str, str], int]
     """Lists and single records, by kind and result."""
+    forwarded_calls: Mapping[str, int]
+    """Subscribe calls that were passed on to other processes, by result."""
+    ignored_bus_messages: Mapping[str, int]
+    """By error code."""
     changes_received: int
     """Changes received from the stream."""
     stream_breaks: Mapping[str, int]
@@ -110,6 +114,9 @@ _HELP = {
     "auth_checks": "Authentications of callers by token.",
     "logins": "Password logins: ok, or the error code.",
     "reads": "Lists and single records on request: ok, or the error code.",
+    "calls_forwarded": "Subscribe calls that were passed on to the process that has the connection:"
+    " ok, or the error code.",
+    "bus_messages_ignored": "Messages on the bus that were ignored, by the reason.",
     "replication_changes": "Changes received from the stream.",
     "replication_breaks": "Times that the stream was interrupted or could not be opened.",
     "changelog_bytes": "Size of the changes in the changelog.",
@@ -135,6 +142,8 @@ def _families(values: MetricValues) -> Iterable[Metric]:
     yield _counter("auth_checks", values.auth_checks, "result")
     yield _counter("logins", values.login_results, "result")
     yield _counter("reads", values.read_outcomes, "kind", "result")
+    yield _counter("calls_forwarded", values.forwarded_calls, "result")
+    yield _counter("bus_messages_ignored", values.ignored_bus_messages, "code")
     yield _counter("replication_changes", values.changes_received)
     yield _counter("replication_breaks", values.stream_breaks, "code")
     yield _gauge("changelog_bytes", values.changelog_bytes)

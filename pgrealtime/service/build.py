@@ -20,7 +20,8 @@ from pgrealtime.api.records import RecordRoutes
 from pgrealtime.auth.account import AccountLoader
 from pgrealtime.auth.authenticator import Authenticator
 from pgrealtime.auth.login import LoginService
-from pgrealtime.bus.base import NoBus, draw_tag
+from pgrealtime.bus.base import Bus, NoBus, draw_tag
+from pgrealtime.bus.postgres import PostgresBus
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.collections.build import build_collections
 from pgrealtime.collections.load import read_configured_catalog
@@ -71,7 +72,7 @@ async def run_service(
 
     It starts from top to bottom and stops from bottom to top: first the public port is closed and
     the connections are ended, then the admin port, then the stream and all other tasks, last the
-    query pool. A background task that fails ends the block with its error.
+    bus and the query pool. A background task that fails ends the block with its error.
 
     ``read_config`` reads the configuration again for a reload; by default ``config`` stays.
     ``extend_app`` adds routes and middlewares to the public port.
@@ -86,6 +87,7 @@ async def run_service(
         await report_unreadable_tables(pool, applied.collections)
         if reads_pool is not None:
             await reads_pool.configure_row_security(reachable_tables(applied.collections).values())
+        bus = await stack.enter_async_context(_open_bus(config))
         metrics, schema_mismatch = Metrics(), asyncio.Event()
         unchanged = ParsedConfig(config=config, locations=ConfigLocations(source="configuration"))
         parts = _build_parts(
@@ -93,6 +95,7 @@ async def run_service(
             applied,
             pool,
             reads_pool,
+            bus=bus,
             on_schema_mismatch=schema_mismatch.set,
             refresh_schema=lambda: reloader.wait_for_schema_refresh(),  # noqa: PLW0108 (made below)
             on_statement_seconds=metrics.observe_rule_query,
@@ -105,6 +108,9 @@ async def run_service(
             schema_mismatch=schema_mismatch,
         )
         stack.callback(parts.login_service.close)
+        status = StatusReader(
+            parts, warm_up=0.0 if config.cluster.bus == "none" else config.cluster.warm_up
+        )
         coroutines = (
             parts.feed.run(),
             parts.hub.run(),
@@ -114,7 +120,7 @@ async def run_service(
             _watch_standbys(parts.executor, parts.hub),
         )
         await stack.enter_async_context(background_tasks(coroutines))
-        await stack.enter_async_context(serve_admin(config.admin, StatusReader(parts), metrics))
+        await stack.enter_async_context(serve_admin(config.admin, status, metrics))
         app = build_app(parts.hub, parts.authenticator, parts.calls, config)
         LoginRoutes(
             parts.login_service, parts.authenticator, config.server, parts.own_records
@@ -157,6 +163,7 @@ def _build_parts(
     pool: QueryPool,
     reads_pool: QueryPool | None,
     *,
+    bus: Bus,
     on_schema_mismatch: Callable[[], None],
     refresh_schema: Callable[[], Awaitable[bool]],
     on_statement_seconds: Callable[[float], None],
@@ -168,7 +175,6 @@ def _build_parts(
     changelog = Changelog(
         LSN(0), max_bytes=config.changelog.max_size, max_age_seconds=config.changelog.max_age
     )
-    bus = NoBus(draw_tag())
     settings = HubSettings(
         limits=config.realtime,
         logins=applied.logins,
@@ -217,6 +223,17 @@ def _build_parts(
         if reads_pool is None
         else _make_reader(config, applied, reads_pool, on_schema_mismatch),
     )
+
+
+@asynccontextmanager
+async def _open_bus(config: Config) -> AsyncIterator[Bus]:
+    tag, cluster = draw_tag(), config.cluster
+    if cluster.bus == "none":
+        yield NoBus(tag)
+        return
+    bus = PostgresBus(config.database.url, name=cluster.name, secret=cluster.secret, tag=tag)
+    async with bus.running():
+        yield bus
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """Reads metrics and readiness of the running service. Called by the admin port."""
 
 import asyncio
+import time
 from typing import Any
 
 import psycopg
@@ -21,10 +22,14 @@ WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL AND restart_lsn IS NOT 
 
 
 class StatusReader:
-    """Reads the counters of the parts, and asks PostgreSQL about the slot."""
+    """Reads the counters of the parts, and asks PostgreSQL about the slot.
 
-    def __init__(self, parts: ServiceParts) -> None:
+    The service is not ready in the ``warm_up`` seconds after its stream has begun; 0 is no wait.
+    """
+
+    def __init__(self, parts: ServiceParts, *, warm_up: float) -> None:
         self._parts = parts
+        self._warm_up_seconds = warm_up
 
     async def read_metrics(self) -> MetricValues:
         """Return the counters and gauges of this moment."""
@@ -44,6 +49,8 @@ class StatusReader:
             rule_query_errors=self._parts.executor.unanswered_counts,
             auth_checks=self._parts.authenticator.checks_by_result,
             login_results=self._parts.login_service.attempts_by_result,
+            forwarded_calls=self._parts.calls.forwarded_by_result,
+            ignored_bus_messages=self._parts.calls.ignored_by_reason,
             read_outcomes={} if reader is None else reader.outcomes,
             changes_received=feed.changes_received,
             stream_breaks=feed.breaks,
@@ -60,9 +67,15 @@ class StatusReader:
             reasons.append("shutting_down")
         if not self._parts.hub.is_stream_up:
             reasons.append("stream_away")
+        if self._warm_up_seconds and self._is_warming_up():
+            reasons.append("warming_up")
         if await self._fetch_row("SELECT 1") is None or self._parts.executor.outage.is_ongoing:
             reasons.append("database_away")
         return reasons
+
+    def _is_warming_up(self) -> bool:
+        began_at = self._parts.hub.stream_began_at
+        return began_at is None or time.monotonic() - began_at < self._warm_up_seconds
 
     async def _read_slot_lag(self) -> tuple[int | None, int | None]:
         name = self._parts.feed.status.slot_name

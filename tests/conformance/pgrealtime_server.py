@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import sysconfig
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import psycopg
 import yaml
 
 from pgrealtime.config.model import CollectionConfig
+from tests.balancer import apart, balancer
 from tests.conformance.fixtures import SUPERUSERS, Account, Fixtures
 from tests.conformance.http_client import Address
 from tests.conformance.natural_schema import NaturalSchema, Statement, Style, fields_of
@@ -57,6 +59,8 @@ class Setting:
     """
     login_through_api: bool = False
     """Whether accounts get their tokens from pgrealtime itself rather than from another issuer."""
+    calls_elsewhere: bool = False
+    """Whether there is a second process, to which everything goes but the streams."""
 
 
 def command() -> str:
@@ -75,6 +79,7 @@ class PgRealtimeServer:
         connection: psycopg.AsyncConnection[Any],
         config: Path,
         address: Address,
+        processes: Sequence[Address],
         issuers: Mapping[str, str],
         setting: Setting,
     ) -> None:
@@ -85,7 +90,8 @@ class PgRealtimeServer:
             schema: Its tables.
             connection: To the database, in autocommit.
             config: The configuration file.
-            address: Where the server will listen.
+            address: Where clients reach the server.
+            processes: Where its processes will listen.
             issuers: Collection to the secret its tokens are signed with.
             setting: Differences from the default.
         """
@@ -94,11 +100,12 @@ class PgRealtimeServer:
         self._connection = connection
         self._config = config
         self._address = address
+        self._addresses = processes
         self._issuers = dict(issuers)
         self._tables: dict[str, str] = {}
         """The names in the fixtures of collections that were renamed since."""
         self._setting = setting
-        self._process: ServerProcess | None = None
+        self._processes: list[ServerProcess] = []
 
     @property
     def address(self) -> Address:
@@ -106,19 +113,26 @@ class PgRealtimeServer:
 
     @property
     def output(self) -> str:
-        """Return what the process has printed."""
-        return "" if self._process is None else self._process.output()
+        """Return what the processes have printed."""
+        return "\n".join(process.output() for process in self._processes)
 
     async def start(self) -> None:
-        """Start the process; return when it answers."""
+        """Start the processes; return when they answer."""
         arguments = [command(), "run", "-c", str(self._config)]
-        self._process = await ServerProcess.start(arguments, self._config.with_suffix(".log"))
-        await self._process.wait_healthy(self._address)
+        self._processes = [
+            await ServerProcess.start(
+                arguments,
+                self._config.with_suffix(f".{address.port}.log"),
+                {"PGREALTIME_SERVER__PORT": str(address.port)},
+            )
+            for address in self._addresses
+        ]
+        for process, address in zip(self._processes, self._addresses, strict=True):
+            await process.wait_healthy(address)
 
     async def stop(self) -> None:
         """Stop in an orderly way."""
-        if self._process is not None:
-            await self._process.stop()
+        await asyncio.gather(*(process.stop() for process in self._processes))
 
     async def restart(self) -> None:
         await self.stop()
@@ -185,10 +199,10 @@ class PgRealtimeServer:
 
     async def _reload(self, settings: Mapping[str, Any]) -> None:
         """Put another configuration into force without a restart."""
-        assert self._process is not None, "not started"
         self._config.write_text(yaml.safe_dump(settings, sort_keys=False))
-        if not await self._process.reload():
-            raise RefusedError(f"the configuration is refused:\n{self.output}")
+        for process in self._processes:
+            if not await process.reload():
+                raise RefusedError(f"the configuration is refused:\n{self.output}")
 
 
 @asynccontextmanager
@@ -218,11 +232,16 @@ async def running(
                 await connection.execute(statement, parameters)
         owners = [c.name for c in fixtures.collections if c.type == "auth"]
         issuers = {name: secrets.token_hex(32) for name in (*owners, SUPERUSERS)}
-        address = Address(host="127.0.0.1", port=free_port())
+        count = 2 if setting.calls_elsewhere else 1
+        processes = [Address(host="127.0.0.1", port=free_port()) for _ in range(count)]
         settings = {
             "version": 1,
             "database": {"url": database_url},
-            "server": {"host": address.host, "port": address.port},
+            "server": {"host": "127.0.0.1"},
+            "cluster": {
+                "bus": "postgres" if setting.calls_elsewhere else "none",
+                "secret": secrets.token_hex(25),
+            },
             "realtime": _limits(setting),
             "records": {"nulls": "zero", "hidden": "pocketbase"},
             "auth": {
@@ -233,20 +252,23 @@ async def running(
         }
         config = directory / "pgrealtime.yaml"
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
-        server = PgRealtimeServer(
-            fixtures=fixtures,
-            schema=schema,
-            connection=connection,
-            config=config,
-            address=address,
-            issuers=issuers,
-            setting=setting,
-        )
-        try:
+        async with AsyncExitStack() as stack:
+            address = processes[0]
+            if setting.calls_elsewhere:
+                address = await stack.enter_async_context(balancer(apart(*processes)))
+            server = PgRealtimeServer(
+                fixtures=fixtures,
+                schema=schema,
+                connection=connection,
+                config=config,
+                address=address,
+                processes=processes,
+                issuers=issuers,
+                setting=setting,
+            )
+            stack.push_async_callback(server.stop)
             await server.start()
             yield server
-        finally:
-            await server.stop()
 
 
 def touched(text: str, fixtures: Fixtures) -> list[str]:

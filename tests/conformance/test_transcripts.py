@@ -93,6 +93,38 @@ async def test_pgrealtime_answers_as_pocketbase_did(
     conversation: Conversation, database_url: str, tmp_path: Path
 ) -> None:
     """A client can't distinguish it from PocketBase."""
+    await _replay(conversation, database_url, tmp_path)
+
+
+ABOUT_CALLS = (
+    "authorization_switching",
+    "ip_mismatch",
+    "subscribe_unknown_client",
+)
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        pytest.param(c, id=c.name)
+        for c in _conversations()
+        if c.name in ABOUT_CALLS or os.environ.get("PGREALTIME_SLOW") == "1"
+    ],
+)
+async def test_two_processes_answer_as_pocketbase_did(
+    conversation: Conversation, database_url: str, tmp_path: Path
+) -> None:
+    """Every call arrives at the process that doesn't have the connection."""
+    await _replay(conversation, database_url, tmp_path, calls_elsewhere=True)
+
+
+async def _replay(
+    conversation: Conversation,
+    database_url: str,
+    directory: Path,
+    *,
+    calls_elsewhere: bool = False,
+) -> None:
     scale = TIME_SCALE if "slow" in conversation.tags else 1.0
     fixtures = _fixtures()
     text = msgspec.json.encode(conversation).decode()
@@ -100,9 +132,13 @@ async def test_pgrealtime_answers_as_pocketbase_did(
         fixtures,
         touched(text, fixtures),
         database_url=database_url,
-        directory=tmp_path,
+        directory=directory,
         style=STYLE,
-        setting=Setting(time_scale=scale, login_through_api=OWN_TOKENS.search(text) is not None),
+        setting=Setting(
+            time_scale=scale,
+            login_through_api=OWN_TOKENS.search(text) is not None,
+            calls_elsewhere=calls_elsewhere,
+        ),
     ) as server:
         try:
             await Replay(conversation, fixtures.accounts, server, time_scale=scale).run()

@@ -21,6 +21,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.e2e.service import service
 from tests.own_server import own_server
+from tests.pgbouncer import pgbouncer
 from tests.program import Outcome, clean_environ, run_program
 
 _ROOT = Path(__file__).parents[2]
@@ -105,6 +106,27 @@ def test_a_sound_set_up_is_ok(operator: Operator) -> None:
     assert (verdict, counts) == ("ok", "1 collection, 7 fields, 2 rules")
     assert server.startswith("PostgreSQL ")
     assert server.endswith(f'database "{database_of(operator)}", wal2json')
+
+
+_CLUSTER = "cluster: {bus: postgres, secret: a secret of more than thirty-two characters}\n"
+
+
+def test_a_bus_is_tried_and_the_room_for_processes_is_said(operator: Operator) -> None:
+    outcome = operator.check(_CLUSTER + _POSTS)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.fullmatch(
+        r'bus "app": works; 0 processes of it are running,'
+        r" replication slots and walsenders for \d+ more",
+        outcome.out.splitlines()[-1],
+    )
+
+
+def test_a_bus_through_a_pooler_is_an_error(operator: Operator) -> None:
+    """Before anything else would say so: the stream needs a direct connection too."""
+    with pgbouncer(operator.url) as pooled:
+        outcome = operator.check(_CLUSTER + _POSTS, DATABASE_URL=pooled)
+    assert outcome.code != 0
+    assert outcome.err.startswith(("bus_needs_direct_connection: ", "replication_refused: "))
 
 
 @pytest.mark.parametrize("name", ["pgrealtime.yaml", "minimal.yaml"])

@@ -432,3 +432,13 @@ def test_a_time_out_of_the_role_or_the_database_is_a_warning(operator: Operator)
     assert path == "database.statement_timeout"
     assert "statement_timeout = 1500 ms" in message
     assert "RESET statement_timeout" in mend
+
+
+def test_processes_that_share_a_durable_slot_are_a_warning(operator: Operator) -> None:
+    cluster = {"bus": "postgres", "secret": "x" * 32}
+    slot = {"durable": True, "allow_unlimited_wal": True}
+    outcome = check(operator, collections(), cluster=cluster, replication={"slot": slot})
+    [(path, message, mend)] = warnings(outcome)
+    assert path == "replication.slot.durable"
+    assert message.startswith("every process of the cluster needs a durable slot of its own: ")
+    assert mend == "set PGREALTIME_REPLICATION__SLOT__NAME for each, or durable: false"

@@ -161,7 +161,7 @@ _PURE = (
     *("hub.events", "hub.connections.group", "hub.connections.output"),
     *("hub.evaluation.matcher", "hub.state.callers", "hub.state.gaps"),
     "hub.state.progress",
-    "bus.calls",
+    *("bus.calls", "bus.seal"),
     *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
     *("rule_queries.slow_queries", "explain.text", "feed.repeats", "feed.wire"),
     *("expand.plan", "expand.node", "expand.render", "expand.undo", "expand.link_history"),

@@ -36,7 +36,7 @@ def test_every_code_of_setting_up_is_listed() -> None:
     """Whoever looks an error up finds it."""
     table = _README.partition("## Errors")[2].partition("## ")[0]
     listed = set(re.findall(r"`([a-z_]+)`", table))
-    rooms = ("wal", "cli", "explain", "service", "catalog", "postgres", "demo")
+    rooms = ("wal", "cli", "explain", "service", "catalog", "postgres", "bus", "demo")
     said = {code for room in rooms for code in _codes(room)}
 
     assert {code for code in said if not code.startswith(_NOT_FOR_OPERATORS)} - listed == set()

@@ -9,6 +9,7 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
+from pgrealtime.bus.postgres import probe_postgres_bus, read_bus_report
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog
 from pgrealtime.catalog.privileges import read_privilege_errors
@@ -73,14 +74,33 @@ async def check_database(
         return replace(findings, errors=(*findings.errors, _different_servers_error()))
     if schema.is_standby:
         return replace(findings, errors=(*findings.errors, _standby_error()))
+    try:
+        bus_lines = await _check_bus(config)
+    except PgRealtimeError as error:
+        return replace(findings, errors=(*findings.errors, error))
     reason = f" ({slot.plugin_reason})" if slot.plugin_reason else ""
     server_line = f"{schema.server_description}, {slot.plugin}{reason}"
     lines = (
         _summarize_collections(schema.collections),
         *_read_only_lines(schema.collections),
         server_line,
+        *bus_lines,
     )
     return replace(findings, summary_lines=lines)
+
+
+async def _check_bus(config: Config) -> tuple[str, ...]:
+    """Pass a message on by the bus; return what is there, if there is a bus."""
+    url, cluster = config.database.url, config.cluster
+    if cluster.bus == "none":
+        return ()
+    async with connect_once(url) as connection:
+        report = await read_bus_report(connection, cluster.name)
+    await probe_postgres_bus(url, name=cluster.name, secret=cluster.secret)
+    verb = "is" if report.replicas == 1 else "are"
+    running = f"{count_text(report.replicas, 'process')} of it {verb} running"
+    room = f"replication slots and walsenders for {report.room} more"
+    return (f'bus "{cluster.name}": works; {running}, {room}',)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,4 +222,5 @@ def _read_only_lines(collections: Collections) -> Iterator[str]:
 
 def count_text(count: int, noun: str) -> str:
     """Return ``1 rule``, ``2 rules``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{'' if count == 1 else plural}"

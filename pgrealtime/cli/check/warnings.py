@@ -39,6 +39,13 @@ def config_warnings(config: Config) -> Iterator[ConfigProblem]:
         yield ConfigProblem("collections", "there are none: no subscriber receives anything", hint)
     yield from _issuer_warnings(config)
     yield from _issuer_key_warnings(config)
+    if config.cluster.bus != "none" and config.replication.slot.durable:
+        yield ConfigProblem(
+            "replication.slot.durable",
+            "every process of the cluster needs a durable slot of its own: the second one of a name"
+            " waits until the first has ended",
+            "set PGREALTIME_REPLICATION__SLOT__NAME for each, or durable: false",
+        )
     for name, collection in config.collections.items():
         for key, rule, expression in parsed_rules(collection):
             yield from _match_all_warnings(f"collections.{name}.{key}", rule, expression)

@@ -34,6 +34,7 @@ class LocalBus:
         self.tag = draw_tag()
         self.peers = peers
         self.is_silent = False
+        self.ignored: Mapping[str, int] = {}
         self.requests: list[SubscribeCall] = []
 
     def serve(self, answer: Answerer) -> None:

@@ -551,3 +551,19 @@ def test_metrics_that_others_reach_need_a_token(host: str) -> None:
     )
     assert parse_config({"admin": {"host": host}}, {}).admin.port == 0
     assert parse_config({"admin": {"host": "::1", "port": 8091}}, {}).admin.port == 8091
+
+
+@pytest.mark.parametrize("secret", ["", "x" * 31])
+def test_a_bus_needs_a_secret(secret: str) -> None:
+    """What is passed on has tokens, and any role of the database may listen."""
+    with pytest.raises(ConfigError, match="a bus needs a secret of at least 32 characters"):
+        parse_config({"cluster": {"bus": "postgres", "secret": secret}}, {})
+
+    assert parse_config({"cluster": {"secret": secret}}, {}).cluster.bus == "none"
+    assert parse_config({"cluster": {"bus": "postgres", "secret": "x" * 32}}, {}).cluster.bus
+
+
+@pytest.mark.parametrize("name", ["", "App", "a-b", "a" * 33, "a\n", "ä"])
+def test_a_cluster_has_a_name_that_channels_can_have(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.name"):
+        parse_config({"cluster": {"name": name}}, {})

@@ -1,0 +1,515 @@
+"""A bus over ``LISTEN`` and ``NOTIFY`` of the database that is streamed anyway.
+
+Each process listens on a channel named after its tag, and holds an advisory lock that says that it
+is there; both on one connection, so what can't be reached isn't there. ``service.build`` opens it.
+"""
+
+import asyncio
+import base64
+import binascii
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import psycopg
+import structlog
+from psycopg import AsyncConnection
+from psycopg.sql import SQL, Identifier
+
+from pgrealtime.bus.base import Answerer, draw_tag
+from pgrealtime.bus.seal import (
+    MESSAGE_ID_BYTES,
+    Envelope,
+    Kind,
+    Opened,
+    Opener,
+    derive_key,
+    seal,
+)
+from pgrealtime.errors import (
+    BusError,
+    DatabaseUnreachableError,
+    HolderGoneError,
+    HolderSilentError,
+    SetupError,
+)
+from pgrealtime.observe.redact import message_without_values
+from pgrealtime.postgres.url import DEAD_NETWORK_SETTINGS, parse_database_url
+
+log = structlog.get_logger(__name__)
+
+SILENCE_SECONDS: Final = 15.0
+"""How long an answer is waited for: the barrier of a subscribe call may take 10."""
+GONE_SECONDS: Final = 3.0
+"""A process whose lock is missing for so long has ended, or lost the database."""
+_PROBE_SECONDS: Final = 5.0
+_CHECK_SECONDS: Final = 1.0
+"""Between two looks at the locks while answers are waited for."""
+_RECONNECT_SECONDS: Final = 0.5
+_PART_BYTES: Final = 5250
+"""7,000 bytes in base64; a notification has less than 8,000 (``NOTIFY`` in PostgreSQL's docs)."""
+_BATCH_PARTS: Final = 200
+"""Parts sent in one statement, or all of one message."""
+_MAX_SERVED_BYTES: Final = 64 * 1024 * 1024
+"""Requests of others that are being answered; further ones are ignored."""
+_TURNS_BEFORE_SENDING: Final = 3
+"""Turns of the event loop. A client may cancel its call and at once make another, which reaches
+another process. A loop that was busy meanwhile learns in these turns that the first was cancelled,
+and doesn't send what would arrive after the second."""
+
+_SETTINGS: Final = {
+    "application_name": "pgrealtime bus",
+    "client_encoding": "utf8",
+    **DEAD_NETWORK_SETTINGS,
+}
+
+_SESSION_SQL: Final = (
+    # So that the lock of a machine that vanished is gone after 11 s, not after two hours.
+    "SET tcp_keepalives_idle TO 5; SET tcp_keepalives_interval TO 2; SET tcp_keepalives_count TO 3;"
+    " SET tcp_user_timeout TO 10000; SET search_path TO pg_catalog;"
+    # Nothing here runs for long, and the connection is idle most of the time.
+    " SET statement_timeout TO 10000; SET idle_session_timeout TO 0"
+)
+
+_FACTS_QUERY: Final = """
+SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(),
+       (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000)::int8
+"""
+
+_PRESENT_SQL: Final = """
+SELECT DISTINCT objid::int8 AS present FROM pg_catalog.pg_locks
+WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid::int8 = %(cluster)s
+  AND database = (
+    SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+"""
+
+_NOTIFY_SQL: Final = f"""
+WITH holders AS MATERIALIZED ({_PRESENT_SQL})
+SELECT part.message, pg_catalog.pg_notify(part.channel, part.payload)
+FROM unnest(%(messages)s::int4[], %(locks)s::int8[], %(channels)s::text[], %(payloads)s::text[])
+  AS part(message, lock, channel, payload)
+WHERE part.lock IN (SELECT present FROM holders)
+"""  # noqa: S608 (text of ours)
+
+_ROOM_QUERY: Final = """
+SELECT current_setting('max_replication_slots')::int
+         - (SELECT count(*) FROM pg_catalog.pg_replication_slots),
+       current_setting('max_wal_senders')::int
+         - (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders())
+"""
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A request whose answer is waited for."""
+
+    lock: int
+    """Of the process that shall answer."""
+    answer: asyncio.Future[bytes]
+    seen_at: float
+    """When that process was there, in monotonic seconds."""
+
+    def fail(self, error: Exception) -> None:
+        """End the wait with an error, unless it has ended."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """A message that waits to be sent."""
+
+    recipient: str
+    payloads: list[str]
+    call: _Call | None
+    """Of a request."""
+
+
+class PostgresBus:
+    """A process on the bus; ``open_postgres_bus`` makes one.
+
+    Args:
+        url: A direct connection to the database.
+        name: Of the cluster; others of the same name in the same database need the same secret.
+        secret: Of the cluster.
+        tag: Of this process.
+        silence_seconds: How long an answer is waited for.
+        gone_seconds: How long the lock of a process that was called may be missing.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        secret: str,
+        tag: str,
+        silence_seconds: float = SILENCE_SECONDS,
+        gone_seconds: float = GONE_SECONDS,
+    ) -> None:
+        self.tag = tag
+        self._ignored: Counter[str] = Counter()
+        self._url = url
+        self._name = name
+        self._key = derive_key(secret, name)
+        self._silence_seconds = silence_seconds
+        self._gone_seconds = gone_seconds
+        self._opener = Opener(self._key, tag, lambda message_id: message_id in self._calls)
+        self._calls: dict[bytes, _Call] = {}
+        """By the id of the request."""
+        self._outgoing: deque[_Outgoing] = deque()
+        self._wakeup = asyncio.Event()
+        self._connection: AsyncConnection[Any] | None = None
+        self._settled_at = float("-inf")
+        """From then on a missing lock means that a process has gone: after a restart of the server
+        each of them comes back at its own time."""
+        self._clock_offset_ms = 0
+        """Of the server's clock, which all processes share, to this one's monotonic one."""
+        self._answer: Answerer | None = None
+        self._served: set[asyncio.Task[None]] = set()
+        self._served_bytes = 0
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Numbers of messages that were ignored, by the error's code."""
+        return self._ignored
+
+    def serve(self, answer: Answerer) -> None:
+        """Answer requests of the other processes from now on."""
+        self._answer = answer
+
+    async def call(self, tag: str, request: bytes) -> bytes:
+        """Have another process answer a request; see ``Bus.call``."""
+        try:
+            async with asyncio.timeout(self._silence_seconds):
+                while True:
+                    try:
+                        return await self._ask(tag, request)
+                    except HolderGoneError:
+                        if time.monotonic() >= self._settled_at:
+                            raise
+                    await asyncio.sleep(_RECONNECT_SECONDS)
+        except TimeoutError:
+            reason = f"the holder gave no answer in {self._silence_seconds:g} s"
+            raise HolderSilentError(reason) from None
+
+    async def _ask(self, tag: str, request: bytes) -> bytes:
+        if self._connection is None:
+            raise HolderSilentError("the bus is not connected to the database")
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        call = _Call(_lock_of(tag), answer, time.monotonic())
+        message_id = secrets.token_bytes(MESSAGE_ID_BYTES)
+        self._calls[message_id] = call
+        try:
+            self._send(Kind.REQUEST, message_id, tag, request, call)
+            return await answer
+        except _AbsentError:
+            raise HolderGoneError(tag) from None
+        finally:
+            del self._calls[message_id]
+
+    def _send(
+        self, kind: Kind, message_id: bytes, recipient: str, data: bytes, call: _Call | None = None
+    ) -> None:
+        envelope = Envelope(kind=kind, message_id=message_id, sender=self.tag, recipient=recipient)
+        parts = seal(self._key, envelope, data, now_ms=self._now_ms(), part_bytes=_PART_BYTES)
+        payloads = [base64.b64encode(part).decode() for part in parts]
+        self._outgoing.append(_Outgoing(recipient, payloads, call))
+        self._wakeup.set()
+
+    def _now_ms(self) -> int:
+        return round(time.monotonic() * 1000) + self._clock_offset_ms
+
+    # -- the connection
+
+    async def connect(self) -> None:
+        """Connect, listen, and take the lock.
+
+        Raises:
+            DatabaseUnreachableError: The server doesn't answer.
+            SetupError: Codes ``bus_needs_direct_connection``, ``bus_refused``.
+        """
+        settings = parse_database_url(self._url) | _SETTINGS
+        try:
+            connection = await AsyncConnection.connect("", autocommit=True, **settings)
+        except psycopg.OperationalError as error:
+            raise DatabaseUnreachableError(
+                "the bus can't reach the database", detail=str(error).strip()
+            ) from error
+        try:
+            await self._set_up(connection)
+        except BaseException as error:
+            await connection.close()
+            if isinstance(error, psycopg.OperationalError):
+                raise DatabaseUnreachableError(
+                    "the bus lost the database", detail=message_without_values(error)
+                ) from error
+            if isinstance(error, psycopg.Error):
+                raise SetupError(
+                    "the database refuses what the bus needs",
+                    detail=message_without_values(error),
+                    code="bus_refused",
+                ) from error
+            raise
+        self._connection = connection
+
+    async def _set_up(self, connection: AsyncConnection[Any]) -> None:
+        pid, is_standby, server_ms = await _fetch_row(connection, _FACTS_QUERY)
+        if pid != connection.info.backend_pid:
+            # A pooler makes up the process id that it gives its client.
+            raise SetupError(
+                "the bus needs a direct connection to the database",
+                detail="database.url leads through a pooler. There what a session listens to and"
+                " the locks that it holds stay with a session of the server that others use.",
+                hint="Set database.url to the server itself; database.query_url may be a pooler.",
+                code="bus_needs_direct_connection",
+            )
+        if is_standby:
+            raise SetupError("the bus needs the primary", code="standby")
+        self._clock_offset_ms = server_ms - round(time.monotonic() * 1000)
+        await connection.execute(_SESSION_SQL)
+        connection.add_notify_handler(lambda notification: self._receive(notification.payload))
+        await connection.execute(SQL("LISTEN {}").format(Identifier(self._channel(self.tag))))
+        (is_locked,) = await _fetch_row(
+            connection,
+            # Shared: after a break the server may not have noticed yet that the last session ended.
+            "SELECT pg_try_advisory_lock_shared(%s::int4, %s::int4)",
+            *(_signed(number) for number in (_cluster_lock(self._name), _lock_of(self.tag))),
+        )
+        if not is_locked:
+            raise SetupError(
+                "another session holds the advisory lock of this process", code="bus_refused"
+            )
+
+    def _channel(self, tag: str) -> str:
+        return f"pgrealtime_{self._name}_{tag}"
+
+    async def run(self) -> None:
+        """Send and receive until cancelled; connect again whenever the connection is lost."""
+        try:
+            while True:
+                if self._connection is not None:
+                    await self._run_connected(self._connection)
+                await asyncio.sleep(_RECONNECT_SECONDS)
+                await self._reconnect()
+        finally:
+            for task in self._served:
+                task.cancel()
+            await self._disconnect()
+
+    async def _reconnect(self) -> None:
+        try:
+            await self.connect()
+        except (DatabaseUnreachableError, SetupError) as error:
+            log.warning("bus.away", code=error.error_code, reason=error.message)
+            return
+        self._settled_at = time.monotonic() + self._gone_seconds
+        log.info("bus.connected", tag=self.tag)
+
+    async def _run_connected(self, connection: AsyncConnection[Any]) -> None:
+        try:
+            await self._exchange(connection)
+        except psycopg.Error as error:
+            log.warning("bus.lost", reason=message_without_values(error))
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        self._outgoing.clear()
+        self._opener.clear()
+        for call in self._calls.values():
+            # Whether it, or its answer, got through isn't known.
+            call.fail(HolderSilentError("the bus lost its connection to the database"))
+        if connection is not None:
+            await connection.close()
+
+    async def _exchange(self, connection: AsyncConnection[Any]) -> None:
+        checked_at = time.monotonic()
+        while True:
+            if self._outgoing:
+                await self._send_outgoing(connection)
+            checked_before = time.monotonic() - _CHECK_SECONDS
+            if self._oldest_seen_at() <= checked_before and checked_at <= checked_before:
+                checked_at = time.monotonic()
+                await self._check_holders(connection)
+            if not self._outgoing:
+                await self._wait(connection)
+            self._read(connection)
+
+    def _oldest_seen_at(self) -> float:
+        oldest = next(iter(self._calls.values()), None)
+        return float("inf") if oldest is None else oldest.seen_at
+
+    async def _wait(self, connection: AsyncConnection[Any]) -> None:
+        """Wait for a message to send, one to read, or the next check."""
+        loop, socket = asyncio.get_running_loop(), connection.fileno()
+        loop.add_reader(socket, self._wakeup.set)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CHECK_SECONDS if self._calls else None):
+                    await self._wakeup.wait()
+        finally:
+            loop.remove_reader(socket)
+        self._wakeup.clear()
+
+    def _read(self, connection: AsyncConnection[Any]) -> None:
+        pgconn = connection.pgconn
+        pgconn.consume_input()
+        while notification := pgconn.notifies():
+            self._receive(notification.extra.decode())
+
+    async def _send_outgoing(self, connection: AsyncConnection[Any]) -> None:
+        for _ in range(_TURNS_BEFORE_SENDING):
+            await asyncio.sleep(0)
+        batch: list[_Outgoing] = []
+        parts = 0
+        while self._outgoing and parts < _BATCH_PARTS:
+            message = self._outgoing.popleft()
+            if message.call is None or not message.call.answer.done():
+                batch.append(message)
+                parts += len(message.payloads)
+        numbered = [(n, m, payload) for n, m in enumerate(batch) for payload in m.payloads]
+        cursor = await connection.execute(
+            _NOTIFY_SQL.encode(),
+            {
+                "cluster": _cluster_lock(self._name),
+                "messages": [n for n, _, _ in numbered],
+                "locks": [_lock_of(m.recipient) for _, m, _ in numbered],
+                "channels": [self._channel(m.recipient) for _, m, _ in numbered],
+                "payloads": [payload for _, _, payload in numbered],
+            },
+        )
+        sent = {number for number, _ in await cursor.fetchall()}
+        for number, message in enumerate(batch):
+            if number not in sent and message.call is not None:
+                message.call.fail(_AbsentError())
+
+    async def _check_holders(self, connection: AsyncConnection[Any]) -> None:
+        cursor = await connection.execute(
+            _PRESENT_SQL.encode(), {"cluster": _cluster_lock(self._name)}
+        )
+        present = {lock for (lock,) in await cursor.fetchall()}
+        now = time.monotonic()
+        for call in self._calls.values():
+            if call.lock in present:
+                call.seen_at = now
+            elif now - call.seen_at >= self._gone_seconds:
+                call.fail(_AbsentError())
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Connect, and run for the duration of the block; see ``connect``."""
+        await self.connect()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(self.run(), name="bus")
+            yield
+            task.cancel()
+
+    # -- what comes
+
+    def _receive(self, payload: str) -> None:
+        try:
+            part = base64.b64decode(payload, validate=True)
+            opened = self._opener.open(part, now_ms=self._now_ms())
+        except (BusError, binascii.Error, ValueError) as error:
+            self._ignore(error.error_code if isinstance(error, BusError) else "call_malformed")
+            return
+        if opened is None:
+            return
+        if opened.envelope.kind is Kind.REQUEST:
+            self._accept(opened)
+        elif not (answer := self._calls[opened.envelope.message_id].answer).done():
+            answer.set_result(opened.data)
+
+    def _ignore(self, code: str) -> None:
+        self._ignored[code] += 1
+        if self._ignored[code] == 1:
+            hint = "Somebody else writes to the bus, or a replica has another cluster.secret."
+            log.warning("bus.message_ignored", code=code, hint=hint)
+
+    def _accept(self, opened: Opened) -> None:
+        size = len(opened.data)
+        if self._answer is None or self._served_bytes + size > _MAX_SERVED_BYTES:
+            self._ignore("call_refused")
+            return
+        self._served_bytes += size
+        task = asyncio.create_task(self._serve(opened, self._answer))
+        self._served.add(task)
+        task.add_done_callback(self._served.discard)
+
+    async def _serve(self, opened: Opened, answer: Answerer) -> None:
+        try:
+            data = await answer(opened.data)
+        finally:
+            self._served_bytes -= len(opened.data)
+        if self._connection is not None:
+            self._send(Kind.ANSWER, opened.envelope.message_id, opened.envelope.sender, data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BusReport:
+    """What a probe found."""
+
+    replicas: int
+    """Processes of the cluster that are running."""
+    room: int
+    """Replication slots and walsenders that are free, whichever are fewer: each needs one."""
+
+
+async def probe_postgres_bus(url: str, *, name: str, secret: str) -> None:
+    """Pass a message from one connection to another, as two processes would.
+
+    Raises:
+        DatabaseUnreachableError: As ``PostgresBus.connect``.
+        SetupError: As ``PostgresBus.connect``.
+        BusError: No answer came.
+    """
+    asking, answering = (
+        PostgresBus(url, name=name, secret=secret, tag=draw_tag(), silence_seconds=_PROBE_SECONDS)
+        for _ in range(2)
+    )
+
+    async def echo(request: bytes) -> bytes:
+        return request
+
+    answering.serve(echo)
+    async with answering.running(), asking.running():
+        await asking.call(answering.tag, b"probe")
+
+
+async def read_bus_report(connection: AsyncConnection[Any], name: str) -> BusReport:
+    """Return what the server says of a cluster."""
+    present = await connection.execute(_PRESENT_SQL.encode(), {"cluster": _cluster_lock(name)})
+    slots, walsenders = await _fetch_row(connection, _ROOM_QUERY)
+    return BusReport(replicas=len(await present.fetchall()), room=min(slots, walsenders))
+
+
+class _AbsentError(Exception):
+    """Nobody holds the lock."""
+
+
+def _lock_of(text: str) -> int:
+    """Return one of the two numbers of an advisory lock, as ``pg_locks`` shows it."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
+def _cluster_lock(name: str) -> int:
+    return _lock_of(f"pgrealtime {name}")
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 32) if number >= 1 << 31 else number
+
+
+async def _fetch_row(
+    connection: AsyncConnection[Any], query: str, *params: object
+) -> tuple[Any, ...]:
+    cursor = await connection.execute(query.encode(), params or None)
+    row: tuple[Any, ...] | None = await cursor.fetchone()
+    assert row is not None
+    return row
