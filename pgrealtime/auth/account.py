@@ -4,9 +4,7 @@ Used by ``auth.authenticator`` (by id) and ``auth.login`` (by identity).
 """
 
 import asyncio
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,14 +23,8 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.fairness import wait_while_growing
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.rows import (
-    TextRow,
-    fetch_texts,
-    identifier,
-    iterate_texts,
-    rows_by_key_statement,
-)
-from pgrealtime.snapshot import ReadPoint, parse_read_point
+from pgrealtime.postgres.rows import TextRow, identifier, rows_by_key_statement, texts_of
+from pgrealtime.snapshot import ReadPoint
 
 _BATCH_IDS = 500
 """Ids per query. Clients that all reconnect at once cause queries of this size."""
@@ -60,14 +52,6 @@ class UserCollection:
         plain = (column.name for column in columns if column is not None)
         names = (self.collection.key.name, *plain, *self.login.secret_columns, *self.rule_columns)
         return tuple(dict.fromkeys(names))
-
-    @cached_property
-    def rows_query(self) -> str:
-        """The query of these columns, with ``%(ids)s`` for a literal of the ids."""
-        table, key = self.collection.table, self.collection.key
-        return rows_by_key_statement(
-            table, key, self.column_names, _SNAPSHOT, _INSERT_LSN
-        ).as_string()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +119,7 @@ class AccountLoader:
 
     async def load_whole_row(self, users: UserCollection, record_id: str) -> Account | None:
         """As ``load``, with the whole row, in a separate query."""
-        columns = [column.name for column in users.collection.table.columns]
+        columns = tuple([column.name for column in users.collection.table.columns])
         key = canonical_id(record_id, users.collection.key.type)
         return None if key is None else (await self._select_by_id(users, [key], columns)).get(key)
 
@@ -151,9 +135,9 @@ class AccountLoader:
         try:
             # Without a unique index "lower" could find several users, and would read the whole
             # table.
-            folds = await self._select(users, _FOLDS_CASE_QUERY, parameters)
+            _, folds = await self._select(users, _FOLDS_CASE_QUERY, parameters)
             statement = statement_by_value(users, columns, column, folds_case=bool(folds))
-            rows = await self._select(users, statement, {"value": value})
+            _, rows = await self._select(users, statement, {"value": value})
         except (psycopg.DataError, UnicodeEncodeError):
             return None
         if len(rows) != 1:
@@ -169,7 +153,7 @@ class AccountLoader:
             most=sql.Literal(_SAMPLED_HASHES),
         )
         try:
-            rows = await self._select(users, statement, {})
+            _, rows = await self._select(users, statement.as_string(), {})
         except (DatabaseUnreachableError, SetupError, psycopg.DataError):
             return []
         return [text for (text,) in rows if text]
@@ -193,28 +177,15 @@ class AccountLoader:
             await wait_while_growing(lambda: len(batch.ids))
             if self._open_batches.get(users_id) is batch:
                 del self._open_batches[users_id]
-            return await self._select_batch(batch.users, [*batch.ids])
-
-    async def _select_batch(self, users: UserCollection, ids: Sequence[str]) -> dict[str, Account]:
-        literal = _array_literal(ids)
-        if literal is None or not users.rows_query.isascii():
-            return await self._select_by_id(users, ids, users.column_names)
-        # In one round trip, where a statement with parameters takes three with its transaction.
-        try:
-            with self._database_errors(users):
-                result = await self._pool.run_query(users.rows_query % {"ids": literal})
-        except psycopg.DataError:
-            return await self._select_by_id(users, ids, users.column_names)  # one by one
-        rows = list(iterate_texts(result))
-        return _accounts_of_rows(users, rows, users.column_names)
+            return await self._select_by_id(batch.users, [*batch.ids], batch.users.column_names)
 
     async def _select_by_id(
-        self, users: UserCollection, ids: Sequence[str], columns: Sequence[str]
+        self, users: UserCollection, ids: Sequence[str], columns: tuple[str, ...]
     ) -> dict[str, Account]:
         table, key = users.collection.table, users.collection.key
-        statement = rows_by_key_statement(table, key, columns, _SNAPSHOT, _INSERT_LSN)
+        statement = rows_by_key_statement(table.name, key, columns)
         try:
-            rows = await self._select(users, statement, {"ids": ids})
+            read_point, rows = await self._select(users, statement, {"ids": ids})
         except (psycopg.DataError, UnicodeEncodeError):
             # One of the ids can't be encoded in the database's encoding. It has no row; the other
             # ids must be read all the same.
@@ -222,22 +193,19 @@ class AccountLoader:
             for record_id in ids if len(ids) > 1 else ():
                 found |= await self._select_by_id(users, [record_id], columns)
             return found
-        return _accounts_of_rows(users, rows, columns)
+        accounts = [
+            _account_of_row(users, dict(zip(columns, row, strict=True)), read_point) for row in rows
+        ]
+        return {account.record.id: account for account in accounts}
 
     async def _select(
         self,
         users: UserCollection,
-        statement: sql.SQL | sql.Composed,
+        statement: str,
         values: Mapping[str, Any],
-    ) -> list[TextRow]:
-        with self._database_errors(users):
-            async with self._pool.connection() as connection:
-                return await fetch_texts(connection, statement, values)
-
-    @contextmanager
-    def _database_errors(self, users: UserCollection) -> Iterator[None]:
+    ) -> tuple[ReadPoint, list[TextRow]]:
         try:
-            yield
+            read_point, result = await self._pool.fetch(statement, values)
         except psycopg.DataError:
             raise
         except (psycopg.OperationalError, PoolTimeout) as error:
@@ -248,28 +216,7 @@ class AccountLoader:
                 f'table "{users.collection.table.name}" can\'t be read as users',
                 detail=message_without_values(error),
             ) from error
-
-
-_SNAPSHOT = sql.SQL("pg_catalog.pg_current_snapshot()")
-_INSERT_LSN = sql.SQL("pg_catalog.pg_current_wal_insert_lsn()")
-
-
-def _accounts_of_rows(
-    users: UserCollection, rows: Sequence[TextRow], columns: Sequence[str]
-) -> dict[str, Account]:
-    """Return the accounts by id of rows that have the columns, then the read point's two texts."""
-    if not rows:
-        return {}
-    # They are of one statement, which has one snapshot. The insert LSN may move while it runs: the
-    # first row's is read soonest after the snapshot.
-    snapshot, insert_lsn = rows[0][-2:]
-    assert snapshot is not None
-    assert insert_lsn is not None
-    read_point = parse_read_point(snapshot, insert_lsn)
-    accounts = [
-        _account_of_row(users, dict(zip(columns, row, strict=False)), read_point) for row in rows
-    ]
-    return {account.record.id: account for account in accounts}
+        return read_point, await texts_of(result)
 
 
 def _account_of_row(
@@ -279,40 +226,26 @@ def _account_of_row(
     return Account(users=users, record=record, row=row, read_point=read_point)
 
 
-_PLAIN_ID = re.compile(r"[A-Za-z0-9_.:@+-]+")
-
-
-def _array_literal(ids: Sequence[str]) -> str | None:
-    """Return a literal of an array of these texts; None if any has other than plain characters.
-
-    Plain ones need no escapes, neither of the array nor of the literal, so they mean the same
-    whatever the session's ``standard_conforming_strings`` and encoding.
-    """
-    if not all(map(_PLAIN_ID.fullmatch, ids)):
-        return None
-    return "'{" + ",".join(f'"{one}"' for one in ids) + "}'"
-
-
 def _retrieve_exception(task: asyncio.Task[Mapping[str, Account]]) -> None:
     # Otherwise asyncio logs it if every waiting caller was cancelled.
     if not task.cancelled():
         task.exception()
 
 
-_FOLDS_CASE_QUERY = sql.SQL("""
+_FOLDS_CASE_QUERY = """
 SELECT 't' FROM pg_catalog.pg_index i
 WHERE i.indrelid = %(table)s AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1
   AND i.indpred IS NULL AND pg_catalog.pg_get_indexdef(i.indexrelid, 1, true)
     IN (pg_catalog.format('lower(%%I)', %(column)s::pg_catalog.text),
         pg_catalog.format('lower(%%I::text)', %(column)s::pg_catalog.text))
 LIMIT 1
-""")
+"""
 """Whether a unique index on ``lower(column)`` makes values equal that differ in case."""
 
 
 def statement_by_value(
     users: UserCollection, columns: Sequence[str], column: Column, *, folds_case: bool = False
-) -> sql.Composed:
+) -> str:
     """Return the query for up to two users with a value; its parameter ``value`` is a text.
 
     String types are compared by their own equality, so citext ignores case; others as text.
@@ -326,7 +259,7 @@ def statement_by_value(
     shape = "pg_catalog.lower({})" if folds_case else "{}"
     name = sql.SQL("{}" if is_own else "{}::pg_catalog.text").format(identifier(column.name))
     value = sql.SQL("%(value)s::{}").format(identifier(schema, type_))
-    return sql.SQL(
+    statement = sql.SQL(
         "SELECT {columns} FROM {table} WHERE {name} OPERATOR({schema}.=) {value} LIMIT 2"
     ).format(
         columns=sql.SQL(", ").join(map(identifier, columns)),
@@ -335,3 +268,4 @@ def statement_by_value(
         schema=identifier(schema),
         value=sql.SQL(shape).format(value),
     )
+    return statement.as_string()

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
 
-from psycopg import sql
-
 from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, FieldKind, unpadded_id
 from pgrealtime.expand import undo
@@ -282,7 +280,7 @@ class LoadBatch:
         statement = query.statement
         if self._characters_left is not None:
             too_many = self._characters_left // _PAIR_CHARACTERS + 1
-            statement += sql.SQL(" LIMIT {}").format(sql.Literal(too_many))
+            statement += f" LIMIT {too_many}"
         pairs = await self._session.fetch_texts(statement, values)
         if pairs is None:
             return dict.fromkeys(sources)

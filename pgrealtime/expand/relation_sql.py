@@ -49,7 +49,7 @@ class RelationQuery:
         return [text for text in ids if canonical_id(text, type_) is not None]
 
     @property
-    def statement(self) -> sql.Composed:
+    def statement(self) -> str:
         """Return the query; its parameter ``ids`` are source ids, its rows source and target."""
         element = self.match_column.type.base.element
         type_ = element or self.match_column.type
@@ -67,7 +67,7 @@ class RelationQuery:
             shape = "{source_id} OPERATOR(pg_catalog.=) ANY ({match})"
         if native is None:
             match = sql.SQL("{}::pg_catalog.text{}").format(match, sql.SQL("[]" if element else ""))
-        return sql.SQL(
+        statement = sql.SQL(
             "SELECT k.id, l.id FROM pg_catalog.unnest(%(ids)s::pg_catalog.text[]) k(id)"
             " CROSS JOIN LATERAL"
             " (SELECT {result} AS id FROM {table} t WHERE {condition} LIMIT {limit}) l"
@@ -77,6 +77,7 @@ class RelationQuery:
             condition=sql.SQL(shape).format(match=match, source_id=source_id),
             limit=sql.Literal(self.limit),
         )
+        return statement.as_string()
 
 
 def relation_query(hop: RelationHop) -> RelationQuery:

@@ -78,7 +78,7 @@ class ExplainSession:
     ) -> ConditionVerdict:
         """Return whether a statement has rows. They aren't decoded, whatever their types."""
         try:
-            rows = await self._transaction.fetch_texts(statement.encode(), params)
+            rows = await self._transaction.fetch_texts(statement, params)
         except psycopg.Error as error:
             if self._transaction.is_broken:
                 raise
@@ -95,8 +95,8 @@ class ExplainSession:
         wanted = canonical_id(record_id, collection.key.type)
         if wanted is None:
             return None
-        names = [column.name for column in collection.table.columns]
-        statement = rows_by_key_statement(collection.table, collection.key, names)
+        names = tuple([column.name for column in collection.table.columns])
+        statement = rows_by_key_statement(collection.table.name, collection.key, names)
         try:
             rows = await self._transaction.fetch_texts(statement, {"ids": [wanted]})
         except (psycopg.DataError, UnicodeEncodeError):

@@ -15,15 +15,12 @@ import os
 import select
 import socket
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 import psycopg
-from psycopg import generators
 from psycopg.abc import PQGen
-from psycopg.errors import error_from_result
-from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 from psycopg.rows import TupleRow
 from psycopg.sql import Composed, Literal
@@ -31,8 +28,8 @@ from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.catalog.privileges import POLICIES_SHOW_ALL_ROWS, has_row_security
-
-DatabaseConnection: TypeAlias = psycopg.AsyncConnection[TupleRow]
+from pgrealtime.postgres.pipeline import PreparedStatements, Statement, exchange, raise_if_error
+from pgrealtime.snapshot import ReadPoint, parse_read_point
 
 _T = TypeVar("_T")
 
@@ -40,10 +37,28 @@ _GRACE_SECONDS = 1.0
 """For the answer to arrive after the server has ended the statement itself."""
 
 
-class QueryConnection(DatabaseConnection):
+class QueryConnection(psycopg.AsyncConnection[TupleRow]):
     """A connection that is closed when an answer takes much longer than ``answer_seconds``."""
 
     answer_seconds = 60.0
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._prepared_statements: PreparedStatements | None = PreparedStatements()
+        self.has_streamed = False
+        """Whether the last query was streamed. libpq goes on to receive row by row what is sent
+        next in a pipeline, which then is an empty statement."""
+
+    def disable_prepare(self) -> None:
+        """Prepare no statements."""
+        self._prepared_statements = None
+
+    async def run(self, statements: Sequence[Statement]) -> list[PGresult]:
+        """Run statements in one round trip; see ``pipeline.exchange``."""
+        if self.has_streamed:
+            statements = [Statement(""), *statements]
+            self.has_streamed = False
+        return await self.wait(exchange(self.pgconn, statements, self._prepared_statements))
 
     async def wait(self, gen: PQGen[_T], *args: Any, **more: Any) -> _T:
         """Wait as the driver does, and shut the socket down if no answer comes in time.
@@ -66,18 +81,20 @@ class QueryConnection(DatabaseConnection):
             ours.shutdown(socket.SHUT_RDWR)
 
 
+DatabaseConnection: TypeAlias = QueryConnection
+
 _TRANSACTION_SETTINGS: Final = {
     # With another schema before pg_catalog even "=" could be a user's operator. Temporary types and
     # tables are searched first unless pg_temp is listed (PostgreSQL docs, "search_path").
     "search_path": "pg_catalog, pg_temp",
-    "role": "DEFAULT",
+    "role": None,
     "row_security": "off",
-    "client_encoding": "'UTF8'",
-    "DateStyle": "'ISO, MDY'",
-    "TimeZone": "'UTC'",
-    "IntervalStyle": "'postgres'",
+    "client_encoding": "UTF8",
+    "DateStyle": "ISO, MDY",
+    "TimeZone": "UTC",
+    "IntervalStyle": "postgres",
     "extra_float_digits": "1",
-    "bytea_output": "'hex'",
+    "bytea_output": "hex",
     # Otherwise backslashes in statements are escapes, and NULL in array parameters is a text.
     "standard_conforming_strings": "on",
     "array_nulls": "on",
@@ -86,14 +103,31 @@ _TRANSACTION_SETTINGS: Final = {
     "jit": "off",
 }
 """The meaning of a rule and the text forms of values must not depend on the settings of the role or
-the database, nor on those that another client of the pooler left in the session."""
+the database, nor on those that another client of the pooler left in the session. None is a
+setting's default."""
 
-_BEGIN_SQL: Final = "; ".join(
-    (
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
-        *(f"SET LOCAL {name} TO {value}" for name, value in _TRANSACTION_SETTINGS.items()),
-    )
+_BEGIN_SQL: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+COMMIT: Final = Statement("COMMIT")
+
+
+def _settings_sql(timeout: str) -> str:
+    """Return the columns of a SELECT that makes all settings: a dozen statements take longer.
+
+    They end with the transaction, so a pooler's next client doesn't inherit them.
+    """
+    values = {
+        name: "NULL" if value is None else Literal(value).as_string()
+        for name, value in _TRANSACTION_SETTINGS.items()
+    } | {"statement_timeout": timeout, "lock_timeout": timeout}
+    calls = [f"pg_catalog.set_config('{name}', {value}, true)" for name, value in values.items()]
+    return ", ".join(calls)
+
+
+_BEGIN_READING_SQL: Final = (
+    "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
+    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, " + _settings_sql("%(timeout)s")
 )
+"""The LSN is read while the snapshot is held: it lies behind every commit that this sees."""
 
 _ROW_SECURITY_SQL: Final = f"""
 SELECT pg_catalog.set_config('row_security', 'on', true)
@@ -104,6 +138,14 @@ WHERE NOT EXISTS (
 """  # noqa: S608 (text of ours)
 
 _BACKEND_PID_QUERY = "SELECT pg_catalog.pg_backend_pid()"
+
+
+def read_point_of(result: PGresult) -> ReadPoint:
+    """Return the read point that the statements of ``begin_statements`` read."""
+    snapshot, insert_lsn = result.get_value(0, 0), result.get_value(0, 1)
+    assert snapshot is not None
+    assert insert_lsn is not None
+    return parse_read_point(snapshot.decode(), insert_lsn.decode())
 
 
 class QueryPool(AsyncConnectionPool[DatabaseConnection]):
@@ -130,7 +172,8 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             max_size=max_size,
             timeout=max(statement_timeout, 1.0) if timeout is None else timeout,
             connection_class=_Connection,
-            kwargs={"autocommit": True},
+            # The driver would deallocate our prepared statements together with its own.
+            kwargs={"autocommit": True, "prepare_threshold": None},
             configure=_disable_prepare_behind_pooler,
             open=False,
             name="queries",
@@ -148,7 +191,7 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         """
         names = [f"({Literal(s).as_string()}, {Literal(t).as_string()})" for s, t in tables]
         text = _ROW_SECURITY_SQL.format(tables=", ".join(names))
-        self._row_security_sql = f"; {text}" if names else ""
+        self._row_security_sql = text if names else ""
 
     async def configure_row_security(self, tables: Collection[Table]) -> None:
         """Enable row security in every transaction if it applies to any of the tables.
@@ -171,12 +214,23 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
 
         ``timeout_seconds`` shortens the configured statement timeout.
         """
-        milliseconds = max(1, round(min(timeout_seconds, self.statement_timeout) * 1000))
-        return (
-            # SET LOCAL ends with the transaction, so a pooler's next client doesn't inherit it.
-            f"{_BEGIN_SQL}; SET LOCAL statement_timeout TO {milliseconds};"
-            f" SET LOCAL lock_timeout TO {milliseconds}{self._row_security_sql}"
-        )
+        settings = _settings_sql(f"'{self._timeout_text(timeout_seconds)}'")
+        return "; ".join(filter(None, (_BEGIN_SQL, f"SELECT {settings}", self._row_security_sql)))
+
+    def begin_statements(self, timeout_seconds: float = math.inf) -> list[Statement]:
+        """As ``begin_sql``, to be run in one round trip with others; ``read_point_of`` the first.
+
+        All but BEGIN have rows.
+        """
+        timeout = {"timeout": self._timeout_text(timeout_seconds)}
+        statements = [Statement(_BEGIN_SQL), Statement(_BEGIN_READING_SQL, timeout)]
+        if self._row_security_sql:
+            statements.append(Statement(self._row_security_sql))
+        return statements
+
+    def _timeout_text(self, seconds: float) -> str:
+        """Return a timeout in milliseconds, at most the configured one."""
+        return str(max(1, round(min(seconds, self.statement_timeout) * 1000)))
 
     @asynccontextmanager
     async def connection(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
@@ -200,25 +254,6 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         async with super().connection(timeout) as connection:
             yield connection
 
-    async def run_query(self, query: str) -> PGresult:
-        """Return the result of a query without parameters, in one round trip and without a cursor.
-
-        The query is ASCII: what sets the encoding is in the same message, and read too late for it.
-
-        Raises:
-            PoolTimeout: No connection became free in time.
-            psycopg.Error: There is no answer.
-        """
-        script = f"{self.begin_sql()}; {query}; COMMIT".encode("ascii")
-        async with self.session() as connection, connection.lock:
-            connection.pgconn.send_query(script)
-            results: list[PGresult]
-            results = await connection.wait(generators.execute(connection.pgconn))
-            if results[-1].status == ExecStatus.FATAL_ERROR:
-                raise error_from_result(results[-1], encoding=connection.info.encoding)
-            # The last result is that of COMMIT.
-            return results[-2]
-
     async def fetch_row(self, query: LiteralString | Composed) -> TupleRow:
         """Return the row of a query without parameters, in one round trip.
 
@@ -234,6 +269,22 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             row = await cursor.fetchone()
             assert row is not None
             return row
+
+    async def fetch(
+        self, statement: str, params: Mapping[str, object]
+    ) -> tuple[ReadPoint, PGresult]:
+        """Return a query's result and its snapshot, in one round trip.
+
+        Raises:
+            PoolTimeout: No connection became free in time.
+            psycopg.Error: The query fails.
+            UnicodeEncodeError: A value can't be encoded.
+        """
+        asked = [*self.begin_statements(), Statement(statement, params), COMMIT]
+        async with self.session() as connection:
+            results = await connection.run(asked)
+            raise_if_error(results[-1])
+        return read_point_of(results[0]), results[-1]
 
     async def getconn(self, timeout: float | None = None) -> DatabaseConnection:  # noqa: ASYNC109 (the library's)
         """Return a connection that is alive.
@@ -276,4 +327,4 @@ async def _disable_prepare_behind_pooler(connection: DatabaseConnection) -> None
     # one up, because cancel requests come by it.
     cursor = await connection.execute(_BACKEND_PID_QUERY)
     if await cursor.fetchone() != (connection.info.backend_pid,):
-        connection.prepare_threshold = None
+        connection.disable_prepare()

@@ -5,34 +5,40 @@ callers' accounts, ``explain``. Values are returned as PostgreSQL prints them, w
 because rules and records are evaluated on texts of the same form as in the replication stream.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Final, LiteralString, TypeAlias
 
 import psycopg
 from psycopg import sql
-from psycopg.adapt import AdaptersMap
+from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.pq.abc import PGresult
 from psycopg.types.string import TextLoader
 
-from pgrealtime.catalog.model import Column, Table, native_key_type
+from pgrealtime.catalog.model import Column, native_key_type
+from pgrealtime.changes import TableName
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.postgres.pool import DatabaseConnection
 
 TextRow: TypeAlias = tuple[str | None, ...]
 
 
+_MAX_STATEMENTS: Final = 1024
+
+
 class RowsTooLargeError(Exception):
     """A query's rows have more characters than wanted; its transaction has failed."""
 
 
+@lru_cache(_MAX_STATEMENTS)
 def rows_by_key_statement(
-    table: Table,
+    table: TableName,
     key: Column,
-    columns: Iterable[str],
-    *extra: sql.Composable,
+    columns: tuple[str, ...],
+    *extra: LiteralString,
     compares_own_type: bool = False,
-) -> sql.Composed:
+) -> str:
     """Return the SELECT of the rows whose key is in the parameter ``ids``, a list of texts.
 
     Ids are compared in the key's built-in type, so that the primary key's index is used. A key of
@@ -48,45 +54,40 @@ def rows_by_key_statement(
     if native is None and not compares_own_type:
         type_ = identifier("pg_catalog", "text")
         name = sql.SQL("{}::pg_catalog.text").format(name)
-    return sql.SQL(
+    statement = sql.SQL(
         "SELECT {selected} FROM {table} t"
         " WHERE {key} OPERATOR(pg_catalog.=) ANY (%(ids)s::pg_catalog.text[]::{type}[])"
     ).format(
-        selected=sql.SQL(", ").join([*(identifier("t", column) for column in columns), *extra]),
-        table=identifier(*table.name),
+        selected=sql.SQL(", ").join(
+            [*(identifier("t", column) for column in columns), *map(sql.SQL, extra)]
+        ),
+        table=identifier(*table),
         key=name,
         type=type_,
     )
+    return statement.as_string()
 
 
-async def fetch_texts(
-    connection: DatabaseConnection,
-    statement: sql.SQL | sql.Composed | bytes,
-    params: Mapping[str, object],
-) -> list[TextRow]:
-    """Return a query's rows as PostgreSQL prints them.
-
-    Raises:
-        psycopg.Error: The query fails.
-        UnicodeEncodeError: A parameter can't be encoded.
-    """
-    result = (await connection.execute(statement, params)).pgresult
-    assert result is not None  # an executed query has one
+async def texts_of(result: PGresult) -> list[TextRow]:
+    """Return a result's rows as PostgreSQL prints them."""
+    # Without the driver's own loaders, which would make numbers and dates of the texts.
+    transformer = Transformer(_TEXTS)
+    transformer.set_pgresult(result)
     rows: list[TextRow] = []
     yield_timer = YieldTimer()
-    for row in iterate_texts(result):
-        rows.append(row)
+    for first in range(0, result.ntuples, _ROWS_AT_ONCE):
+        last = min(first + _ROWS_AT_ONCE, result.ntuples)
+        rows += transformer.load_rows(first, last, tuple)
         if yield_timer.is_due():
             await yield_timer.pause()
     return rows
 
 
-def iterate_texts(result: PGresult) -> Iterator[TextRow]:
-    """Yield a result's rows as PostgreSQL prints them."""
-    # Without the driver's loaders, which would make numbers and dates of the texts.
-    get_value, columns = result.get_value, range(result.nfields)
-    for row in range(result.ntuples):
-        yield tuple([None if (v := get_value(row, n)) is None else v.decode() for n in columns])
+def values_of(result: PGresult) -> list[tuple[object, ...]]:
+    """Return a result's rows as the driver's values."""
+    transformer = Transformer()
+    transformer.set_pgresult(result)
+    return transformer.load_rows(0, result.ntuples, tuple)
 
 
 async def stream_texts(
@@ -96,7 +97,7 @@ async def stream_texts(
     *,
     max_characters: int,
 ) -> list[TextRow]:
-    """Return a query's rows as ``fetch_texts``, received one by one and not all at once.
+    """Return a query's rows as PostgreSQL prints them, received one by one and not all at once.
 
     It is planned each time: the driver prepares nothing that it streams.
 
@@ -104,6 +105,7 @@ async def stream_texts(
         RowsTooLargeError: They have more than ``max_characters``; the query is cancelled.
         psycopg.Error: The query fails.
     """
+    connection.has_streamed = True
     rows: list[TextRow] = []
     size, yield_timer = 0, YieldTimer()
     stream = _TextCursor(connection).stream(statement, params)
@@ -117,6 +119,16 @@ async def stream_texts(
             if yield_timer.is_due():
                 await yield_timer.pause()
     return rows
+
+
+def _text_loaders() -> AdaptersMap:
+    adapters = AdaptersMap()
+    adapters.register_loader(0, TextLoader)  # of every type without a loader, and none has one
+    return adapters
+
+
+_TEXTS: Final = _text_loaders()
+_ROWS_AT_ONCE: Final = 50
 
 
 def _adapters_for_texts() -> AdaptersMap:

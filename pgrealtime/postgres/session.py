@@ -6,24 +6,21 @@ not be older than the event they are asked for.
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from enum import Enum
 
 import psycopg
-from psycopg import sql
+from psycopg.pq.abc import PGresult
 
-from pgrealtime.lsn import LSN, Xid, parse_lsn
-from pgrealtime.postgres.pool import DatabaseConnection, QueryPool
-from pgrealtime.postgres.rows import TextRow, fetch_texts, stream_texts
-from pgrealtime.snapshot import Snapshot, parse_snapshot
+from pgrealtime.lsn import Xid
+from pgrealtime.postgres.pipeline import Statement, is_error, raise_if_error
+from pgrealtime.postgres.pool import COMMIT, DatabaseConnection, QueryPool, read_point_of
+from pgrealtime.postgres.rows import TextRow, stream_texts, texts_of, values_of
+from pgrealtime.snapshot import ReadPoint
 
 TIMEOUT_ERRORS = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
 """``lock_timeout`` equals ``statement_timeout``, and PostgreSQL reports the lock's of two equal."""
 
-_SNAPSHOT_QUERY = (
-    "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
-    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text"
-)
-"""The LSN is read while the snapshot is held: it lies behind every commit that this sees."""
 _UNAVAILABLE_SQLSTATES = ("08", "57P", "53300")
 """Classes of errors: connections, the server's end or start, too many connections."""
 _VISIBILITY_TIMEOUT_SECONDS = 5.0
@@ -44,17 +41,19 @@ def visibility_retry_delays() -> Iterator[float]:
         yield _VISIBILITY_RETRY_SECONDS
 
 
+class _State(Enum):
+    BEGINNING = "beginning"
+    """The next statement begins the transaction in the same round trip."""
+    RUNNING = "running"
+    ENDED = "ended"
+
+
 class ReadTransaction:
     """One read-only transaction on a connection; ``recover`` continues after an error.
 
     ``keeps_snapshot`` lets ``recover`` continue in the same snapshot, by a savepoint, not in a
-    younger one. Then there is nothing to wait for: ``snapshot`` and ``insert_lsn`` are not read,
-    and ``xids``, which the snapshot must see, has to be empty.
-
-    Attributes:
-        snapshot: Which transactions are seen.
-        insert_lsn: Where the WAL ended when the snapshot was taken; all that it sees commits
-            before.
+    younger one. Then there is nothing to wait for: the read point is not read, and ``xids``, which
+    the snapshot must see, has to be empty.
     """
 
     def __init__(
@@ -69,21 +68,32 @@ class ReadTransaction:
         self._connection = connection
         self._xids = xids
         self._keeps_snapshot = keeps_snapshot
-        self.snapshot = Snapshot(0, 0, frozenset())
-        self.insert_lsn = LSN(0)
+        self._read_point: ReadPoint | None = None
+        self._state = _State.ENDED
+        self._is_begin_refused = False
 
     @property
     def is_broken(self) -> bool:
-        """Whether the connection can't be used any more."""
-        return self._connection.closed
+        """Whether the connection can't be used any more, or no transaction can begin on it."""
+        return self._connection.closed or self._is_begin_refused
 
     @property
     def statement_seconds(self) -> float:
         """What a statement of the transaction that begins next may take."""
         return self._pool.statement_timeout
 
+    @property
+    def read_point(self) -> ReadPoint:
+        """Which transactions are seen, and where the WAL ended when the snapshot was taken.
+
+        What is seen commits before that. There is none before the first statement of a transaction
+        that needs to see none.
+        """
+        assert self._read_point is not None
+        return self._read_point
+
     async def begin(self) -> None:
-        """Take a snapshot that sees the transactions.
+        """Take a snapshot that sees the transactions; if there are none, with the next statement.
 
         Raises:
             TimeoutError: A transaction stays invisible.
@@ -92,6 +102,10 @@ class ReadTransaction:
         if self._keeps_snapshot:
             begin = self._pool.begin_sql(self.statement_seconds)
             await self._connection.execute(f"{begin}; SAVEPOINT question".encode())
+            self._state = _State.RUNNING
+            return
+        self._state = _State.BEGINNING
+        if not self._xids:
             return
         # A commit can be in the stream before any snapshot sees it: PostgreSQL writes the commit
         # record first and then removes the transaction from the list of those that run.
@@ -103,27 +117,30 @@ class ReadTransaction:
 
     async def try_begin(self) -> bool:
         """Take a snapshot; return whether it sees the transactions, else leave it again."""
-        begin = self._pool.begin_sql(self.statement_seconds)
-        cursor = await self._connection.execute(f"{begin}; {_SNAPSHOT_QUERY}".encode())
-        await cursor.set_result(-1)
-        row = await cursor.fetchone()
-        assert row is not None
-        self.snapshot, self.insert_lsn = parse_snapshot(row[0]), parse_lsn(row[1])
-        if all(self.snapshot.sees(xid) for xid in self._xids):
+        self._state = _State.BEGINNING
+        await self._run([])
+        if all(self.read_point.snapshot.sees(xid) for xid in self._xids):
             return True
         await self.finish()
         return False
 
+    async def fetch_read_point(self) -> ReadPoint:
+        """Return the read point; begin the transaction if it hasn't begun."""
+        if self._state is _State.BEGINNING:
+            await self._run([])
+        return self.read_point
+
     async def fetch_texts(
-        self, statement: sql.SQL | sql.Composed | bytes, params: Mapping[str, object]
+        self, statement: str, params: Mapping[str, object], *, is_last: bool = False
     ) -> list[TextRow]:
-        """Return a query's rows in the stream's text forms."""
-        return await fetch_texts(self._connection, statement, params)
+        """Return a query's rows in the stream's text forms; ``is_last`` ends the transaction."""
+        return await texts_of(await self._fetch(statement, params, is_last=is_last))
 
     async def stream_texts(
         self, statement: bytes, params: Mapping[str, object], *, max_characters: int
     ) -> list[TextRow]:
         """As ``fetch_texts``, within a size; see ``rows.stream_texts``."""
+        await self.fetch_read_point()
         return await stream_texts(
             self._connection, statement, params, max_characters=max_characters
         )
@@ -132,15 +149,16 @@ class ReadTransaction:
         self, statement: str, params: Mapping[str, object]
     ) -> list[tuple[object, ...]]:
         """Return a query's rows as the driver's values."""
-        cursor = await self._connection.execute(statement.encode(), params)
-        return await cursor.fetchall()
+        return values_of(await self._fetch(statement, params))
 
     async def finish(self) -> None:
         """Leave the transaction, whatever state it is in; one that failed is rolled back."""
         # Not a ROLLBACK: a SELECT may write WAL, as it prunes pages. After a COMMIT the server
         # flushes that soon, after a ROLLBACK only with the next commit of any session: until then
         # the stream would not reach the insert LSN that a later snapshot reads.
-        await self._connection.execute("COMMIT")
+        if self._state is _State.RUNNING:
+            await self._connection.run([COMMIT])
+        self._state = _State.ENDED
 
     async def recover(self) -> None:
         """Continue after an error, in a younger snapshot or, if it is kept, in the same one."""
@@ -149,6 +167,29 @@ class ReadTransaction:
         else:
             await self.finish()
             await self.begin()
+
+    async def _fetch(
+        self, statement: str, params: Mapping[str, object], *, is_last: bool = False
+    ) -> PGresult:
+        asked = [Statement(statement, params)]
+        return await self._run([*asked, COMMIT] if is_last else asked, is_last=is_last)
+
+    async def _run(self, statements: Sequence[Statement], *, is_last: bool = False) -> PGresult:
+        """Run statements, after those that begin the transaction; return the last with rows."""
+        assert self._state is not _State.ENDED
+        begin: list[Statement] = []
+        if self._state is _State.BEGINNING:
+            begin = self._pool.begin_statements(self.statement_seconds)
+        results = await self._connection.run([*begin, *statements])
+        if begin:
+            self._is_begin_refused = any(map(is_error, results[: len(begin) - 1]))
+        if begin and not self._is_begin_refused:
+            self._read_point = read_point_of(results[0])
+            self._state = _State.RUNNING
+        raise_if_error(results[-1])
+        if is_last:
+            self._state = _State.ENDED
+        return results[-1]
 
 
 _MAX_RETRY_SECONDS = 10.0

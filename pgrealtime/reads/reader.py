@@ -130,8 +130,14 @@ class RecordReader:
             bound = await compiled.bind_list(collection, request, network)
             page = parse_list_parameters(request.query)
             async with self._session(ReadError("the request took too long")) as session:
-                rows, total = await self._fetch_page(session, collection, bound, page)
-                read_point = ReadPoint(session.snapshot, session.insert_lsn)
+                rows, total = await self._fetch_page(
+                    session,
+                    collection,
+                    bound,
+                    page,
+                    is_last=not compiled.queries_more(collection, request),
+                )
+                read_point = await session.fetch_read_point()
                 items = await compiled.encode_records(
                     session,
                     collection,
@@ -159,10 +165,16 @@ class RecordReader:
             if key is None or key != record_id:
                 raise _unknown_record()
             async with self._session(_unknown_record()) as session:
-                rows = await _fetch_rows(session, bound, bound.sql.row, {"id": key})
+                rows = await _fetch_rows(
+                    session,
+                    bound,
+                    bound.sql.row,
+                    {"id": key},
+                    is_last=not compiled.queries_more(collection, request),
+                )
                 if not rows:
                     raise _unknown_record()
-                read_point = ReadPoint(session.snapshot, session.insert_lsn)
+                read_point = await session.fetch_read_point()
                 (record,) = await compiled.encode_records(
                     session,
                     collection,
@@ -211,8 +223,13 @@ class RecordReader:
         collection: Collection,
         bound: BoundList,
         page: ListParameters,
+        *,
+        is_last: bool,
     ) -> tuple[list[Row], int]:
-        """Return the rows of a page, and how many there are on all pages, or -1."""
+        """Return the rows of a page, and how many there are on all pages, or -1.
+
+        ``is_last``: nothing else will be asked in the session.
+        """
         rows: list[Row] = []
         offset = page.offset
         if offset is not None:
@@ -228,6 +245,7 @@ class RecordReader:
                 bound,
                 bound.sql.page,
                 limits,
+                is_last=is_last and page.skips_total,
                 max_characters=(
                     self._limits.max_answer_bytes if page.per_page > _MAX_UNSTREAMED_ROWS else None
                 ),
@@ -241,7 +259,7 @@ class RecordReader:
         if collection.has_unique_key and (is_last_page or (offset == 0 and not rows)):
             assert offset is not None
             return rows, offset + len(rows)
-        counted = await session.fetch_texts_once(bound.sql.count.encode(), bound.params)
+        counted = await session.fetch_texts_once(bound.sql.count, bound.params, is_last=is_last)
         if counted is None:
             raise ReadError("the count failed")
         return rows, int(counted[0][0] or 0)
@@ -250,9 +268,7 @@ class RecordReader:
         self, session: ReadSession, bound: BoundList, limits: Mapping[str, int]
     ) -> None:
         assert bound.sql.joined_count is not None
-        counted = await session.fetch_texts_once(
-            bound.sql.joined_count.encode(), {**bound.params, **limits}
-        )
+        counted = await session.fetch_texts_once(bound.sql.joined_count, {**bound.params, **limits})
         if counted is None:
             raise ReadError("the query failed")
         if int(counted[0][0] or 0) > self._limits.max_joined_rows:
@@ -327,6 +343,18 @@ class _CompiledCollections:
             return await self._list_compiler.bind(collection, rule, request)
         except RuleError as error:
             raise _unknown_record() from error
+
+    def queries_more(self, collection: Collection, request: RuleRequest) -> bool:
+        """Whether ``encode_records`` queries the database: for related records, or managers."""
+        return (
+            bool(self._junction_hops[collection.name])
+            or bool(request.query.get("expand"))
+            or (
+                collection.type == "auth"
+                and collection.manage_rule is not None
+                and not isinstance(request.principal, Superuser)
+            )
+        )
 
     async def encode_records(
         self,
@@ -494,11 +522,12 @@ async def _fetch_rows(
     statement: str,
     more: Mapping[str, object],
     *,
+    is_last: bool,
     max_characters: int | None = None,
 ) -> list[Row] | None:
     """Return a statement's rows; None if it fails."""
     texts = await session.fetch_texts_once(
-        statement.encode(), {**bound.params, **more}, max_characters=max_characters
+        statement, {**bound.params, **more}, is_last=is_last, max_characters=max_characters
     )
     if texts is None:
         return None

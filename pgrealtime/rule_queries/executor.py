@@ -20,7 +20,7 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.lsn import Xid
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.rows import iterate_texts
+from pgrealtime.postgres.rows import texts_of
 from pgrealtime.postgres.session import DatabaseOutage
 from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow, LiveRowReader
 from pgrealtime.rule_queries.rounds import (
@@ -64,7 +64,8 @@ class QueryExecutor:
     async def fetch_snapshot(self) -> tuple[str, str, bool]:
         """Return the row of ``SNAPSHOT_QUERY``; raises ``DatabaseUnreachableError``."""
         with _database_errors():
-            (row,) = iterate_texts(await self._pool.run_query(SNAPSHOT_QUERY))
+            _, result = await self._pool.fetch(SNAPSHOT_QUERY, {})
+            (row,) = await texts_of(result)
         snapshot, insert_lsn, is_in_recovery = row
         assert snapshot is not None
         assert insert_lsn is not None
@@ -115,9 +116,9 @@ class QueryExecutor:
                     _lift_timeout(begin_timeout)
                     if budget.is_limited:
                         budget.spend(time.perf_counter() - began)
-                    self.outage.record_answer()
                     await self._rounds.answer(transaction, evaluation, questions)
                     await transaction.finish()
+                    self.outage.record_answer()
             except TimeoutError as error:
                 if begin_timeout.expired():
                     budget.exhaust()
@@ -153,9 +154,9 @@ class QueryExecutor:
             await transaction.begin()
             _lift_timeout(begin_timeout)
             budget.spend(time.perf_counter() - began)
-            self.outage.record_answer()
             yield ReadSession(transaction, self._rounds, self._unanswered)
             await transaction.finish()
+            self.outage.record_answer()
 
     async def fetch_live_rows(
         self, images: Sequence[IncompleteRow]

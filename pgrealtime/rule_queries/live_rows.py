@@ -37,7 +37,7 @@ _EXISTING_COLUMNS_QUERY = """
 SELECT attname FROM pg_catalog.pg_attribute
 WHERE attrelid = pg_catalog.to_regclass(%s) AND attnum > 0 AND NOT attisdropped
 """
-_XMIN = sql.SQL("t.xmin::pg_catalog.text")
+_XMIN = "t.xmin::pg_catalog.text"
 _UNREADABLE_SECONDS = 5.0
 """A table whose rows could not be read in time isn't read again before that."""
 
@@ -142,9 +142,9 @@ class LiveRowReader:
         self, images: Sequence[IncompleteRow], columns: Sequence[str]
     ) -> dict[str, LiveRow]:
         collection = images[0].collection
-        names = [collection.key.name, *columns]
+        names = (collection.key.name, *columns)
         statement = rows_by_key_statement(
-            collection.table, collection.key, names, _XMIN, compares_own_type=True
+            collection.table.name, collection.key, names, _XMIN, compares_own_type=True
         )
         ids = list({image.record_id: None for image in images})
         xids = {image.xid for image in images}
@@ -161,8 +161,8 @@ class LiveRowReader:
         else:
             raise TimeoutError("a commit stays invisible")
         rows: dict[str, LiveRow] = {}
-        snapshot, insert_lsn = transaction.snapshot, transaction.insert_lsn
+        point = transaction.read_point
         for key, *values, xmin in texts:
             row: Row = dict(zip(columns, values, strict=True))
-            rows[key or ""] = LiveRow(int(xmin or 0), row, snapshot, insert_lsn)
+            rows[key or ""] = LiveRow(int(xmin or 0), row, point.snapshot, point.insert_lsn)
         return rows

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Protocol
 
 import psycopg
-from psycopg import sql
 
 from pgrealtime.catalog.model import canonical_id
 from pgrealtime.changes import Row
@@ -27,7 +26,7 @@ from pgrealtime.rule_queries.rounds import (
     QuestionRounds,
     UnansweredQuestions,
 )
-from pgrealtime.snapshot import Snapshot
+from pgrealtime.snapshot import ReadPoint, Snapshot
 
 
 class ReadSession:
@@ -47,12 +46,16 @@ class ReadSession:
     @property
     def snapshot(self) -> Snapshot:
         """Which transactions are seen."""
-        return self._transaction.snapshot
+        return self._transaction.read_point.snapshot
 
     @property
     def insert_lsn(self) -> LSN:
         """Where the WAL ended when the snapshot was taken: all that it sees commits before."""
-        return self._transaction.insert_lsn
+        return self._transaction.read_point.insert_lsn
+
+    async def fetch_read_point(self) -> ReadPoint:
+        """Return both; of a session without transactions to see, also before its first query."""
+        return await self._transaction.fetch_read_point()
 
     @property
     def is_broken(self) -> bool:
@@ -65,7 +68,7 @@ class ReadSession:
         return self._has_failed
 
     async def fetch_texts(
-        self, statement: sql.Composed, params: Mapping[str, object]
+        self, statement: str, params: Mapping[str, object]
     ) -> list[TextRow] | None:
         """Return a query's rows in the stream's text forms; None if it fails.
 
@@ -80,20 +83,26 @@ class ReadSession:
 
     async def fetch_texts_once(
         self,
-        statement: bytes,
+        statement: str,
         params: Mapping[str, object],
         *,
+        is_last: bool = False,
         max_characters: int | None = None,
     ) -> list[TextRow] | None:
         """As ``fetch_texts``, but a query that times out is not run again.
+
+        Nothing is asked after one that ``is_last``, which ends the session in the same round trip.
 
         With ``max_characters`` the rows are streamed; more raise ``RowsTooLargeError``, and the
         session has ended then.
         """
         transaction = self._transaction
         if max_characters is None:
-            return await self._fetch(partial(transaction.fetch_texts, statement, params), 1)
-        stream = partial(transaction.stream_texts, statement, params, max_characters=max_characters)
+            fetch = partial(transaction.fetch_texts, statement, params, is_last=is_last)
+            return await self._fetch(fetch, 1)
+        stream = partial(
+            transaction.stream_texts, statement.encode(), params, max_characters=max_characters
+        )
         return await self._fetch(stream, 1)
 
     async def _fetch(
@@ -153,17 +162,15 @@ async def fetch_rows_by_id(
     An id that no row can have is left out, as is one of which there is no row. With
     ``max_characters`` the rows are streamed; see ``ReadSession.fetch_texts_once``.
     """
-    names = [column.name for column in collection.table.columns]
-    key = collection.key
+    key, table = collection.key, collection.table
+    names = tuple([column.name for column in table.columns])
+    statement = rows_by_key_statement(table.name, key, names)
     canonical = (canonical_id(record_id, key.type) for record_id in ids)
-    statement = rows_by_key_statement(collection.table, key, names)
     params = {"ids": [text for text in canonical if text is not None]}
     texts = (
         await session.fetch_texts(statement, params)
         if max_characters is None
-        else await session.fetch_texts_once(
-            statement.as_bytes(), params, max_characters=max_characters
-        )
+        else await session.fetch_texts_once(statement, params, max_characters=max_characters)
     )
     if texts is None:
         return None

@@ -325,6 +325,6 @@ def test_no_record_is_expanded_instead_of_another(
             limit=100,
         )
         ids = [*ADMINS, *BOBS, "p1", "p2", "p3", "5"]
-        return sorted(twin.connection.execute(linking.statement, {"ids": ids}).fetchall())
+        return sorted(twin.connection.execute(linking.statement.encode(), {"ids": ids}).fetchall())
 
     assert linked(twins[1]) == linked(twins[0])

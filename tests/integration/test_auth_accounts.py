@@ -6,7 +6,7 @@ By a key of any type, through its index, in one query at most.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from uuid import UUID
 
 import jwt
@@ -28,6 +28,7 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.lsn import Xid, parse_lsn
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.postgres.rows import rows_by_key_statement
+from pgrealtime.snapshot import ReadPoint
 
 SECRET = "a-secret-of-thirty-two-characters"
 ISSUER = IssuerConfig(name="app", secret=SECRET)
@@ -203,12 +204,12 @@ async def test_a_lookup_reads_the_index(database_url: str, pool: QueryPool, key_
         'ANALYZE public."Users"',
     )
     one = str(UUID(int=1)) if key_type == "uuid" else "17"
+    statement = rows_by_key_statement(
+        users.collection.table.name, users.collection.key, users.column_names
+    )
     async with pool.connection() as connection:
         cursor = await connection.execute(
-            sql.SQL("EXPLAIN ")
-            + rows_by_key_statement(
-                users.collection.table, users.collection.key, users.column_names
-            ),
+            f"EXPLAIN {statement}".encode(),
             {"ids": [one]},
         )
         plan = "\n".join(line for (line,) in await cursor.fetchall())
@@ -240,7 +241,7 @@ async def test_loads_at_the_same_time_share_a_query(database_url: str, pool: Que
     ["null", "NULL", "it's", 'a"b', "a\\b", "a,b", "{}", "", " ", "%s", "%(ids)s", "\u00e9", "a;b"],
 )
 async def test_any_id_is_found_among_others(database_url: str, pool: QueryPool, odd: str) -> None:
-    """Ids that need no quotes are sent within the statement, others as a parameter."""
+    """Whatever an array's text form would have to quote."""
     users = await users_of(database_url, 'CREATE TABLE public."Users" (id text PRIMARY KEY);')
     ids = [odd, "u1", "ann@example.com", "2f1-a.b:c+d_e"]
     with psycopg.connect(database_url, autocommit=True) as writer:
@@ -265,8 +266,10 @@ class HeldUp(QueryPool):
         self.gate = asyncio.Event()
         self.answered = asyncio.Event()
 
-    async def run_query(self, query: str) -> PGresult:
-        result = await super().run_query(query)
+    async def fetch(
+        self, statement: str, params: Mapping[str, object]
+    ) -> tuple[ReadPoint, PGresult]:
+        result = await super().fetch(statement, params)
         self.answered.set()
         await self.gate.wait()
         return result

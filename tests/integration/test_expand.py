@@ -138,7 +138,7 @@ class CountingSession(ReadSession):
         return self._reading.has_failed
 
     async def fetch_texts(
-        self, statement: sql.Composed, params: Mapping[str, object]
+        self, statement: str, params: Mapping[str, object]
     ) -> list[tuple[str | None, ...]] | None:
         self._counts[-1] += 1
         return await self._reading.fetch_texts(statement, params)

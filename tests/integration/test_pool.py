@@ -61,7 +61,7 @@ async def test_after_a_restart_of_the_server_the_first_question_is_answered(
 
 async def test_statements_are_not_compiled_to_machine_code(database_url: str) -> None:
     """The compiler takes seconds for a large rule, and no timeout ends it."""
-    explain = sql.SQL("EXPLAIN ANALYZE SELECT count(*) FROM pg_class WHERE oid > 5").format()
+    explain = "EXPLAIN ANALYZE SELECT count(*) FROM pg_class WHERE oid > 5"
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin:
         compile_all = sql.SQL("ALTER DATABASE {} SET jit_above_cost TO 0")
         await admin.execute(compile_all.format(sql.Identifier(admin.info.dbname)))
@@ -116,7 +116,7 @@ async def _read_in_a_connection(pool: QueryPool) -> None:
 
 async def _read_in_a_session(pool: QueryPool) -> None:
     async with QueryExecutor(pool).read_session(frozenset()) as reading:
-        await reading.fetch_texts(sql.Composed([sql.SQL("SELECT body FROM public.docs")]), {})
+        await reading.fetch_texts("SELECT body FROM public.docs", {})
 
 
 @pytest.mark.parametrize("read", [_read_in_a_connection, _read_in_a_session])

@@ -9,8 +9,6 @@ from collections.abc import Collection as Sized
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from psycopg import sql
-
 from pgrealtime.auth.principal import Caller
 from pgrealtime.catalog.assumptions import CatalogAssumptions
 from pgrealtime.catalog.model import ReplicaIdentity, Table, TableKind
@@ -195,7 +193,7 @@ class EmptyReadSession(ReadSession):
         pass
 
     async def fetch_texts(
-        self, _statement: sql.Composed, _params: Mapping[str, object]
+        self, _statement: str, _params: Mapping[str, object]
     ) -> list[tuple[str | None, ...]]:
         return []
 
