@@ -5,6 +5,8 @@ collection, and a rule is evaluated once for all viewers for which it is the sam
 the nodes.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +57,8 @@ class _Traversal:
     ids: Ids | None = None
     """Of the records that it leads to; None if they aren't known."""
     children: list[RecordNode] | None = None
+    first: _Traversal | None = None
+    """An earlier one of the same branch that leads to the same records: its children are shared."""
 
     @property
     def target(self) -> Collection:
@@ -151,8 +155,26 @@ class LoadBatch:
                 await yield_timer.pause()
         queryable = [t for t in traversals if t.target.name in t.viewer.view_predicates]
         await self._load_targets(queryable)
-        evaluation: _Evaluation = Evaluation(self._macro_values)
+        evaluation = await self._evaluate(traversals)
+        new_nodes: _Level = []
         for traversal in traversals:
+            if traversal.first is None:
+                new_nodes += _attach_visible_children(traversal, evaluation, visible_nodes)
+            else:
+                name = traversal.branch.hop.name
+                traversal.node.children[name] = traversal.first.node.children[name]
+            if yield_timer.is_due():
+                await yield_timer.pause()
+        await self.load_junction_ids(node for node, _, _ in new_nodes)
+        return [new_node for new_node in new_nodes if new_node[2]]
+
+    async def _evaluate(self, traversals: Iterable[_Traversal]) -> _Evaluation:
+        """Return which of the children the viewers see, and of which the e-mail address."""
+        evaluation: _Evaluation = Evaluation(self._macro_values)
+        yield_timer = YieldTimer()
+        for traversal in traversals:
+            if traversal.first is not None:
+                continue
             bound = traversal.predicates
             for child in traversal.children or ():
                 version, row = child.record_version, child.row
@@ -162,18 +184,14 @@ class LoadBatch:
         while not evaluation.run_in_process(yield_timer.is_due):
             await yield_timer.pause()
         await self._session.answer_questions(evaluation)
-        new_nodes: _Level = []
-        for traversal in traversals:
-            new_nodes += _attach_visible_children(traversal, evaluation, visible_nodes)
-            if yield_timer.is_due():
-                await yield_timer.pause()
-        await self.load_junction_ids(node for node, _, _ in new_nodes)
-        return [new_node for new_node in new_nodes if new_node[2]]
+        return evaluation
 
     async def _load_targets(self, traversals: Sequence[_Traversal]) -> None:
         """Set ids and children of traversals, also children that the viewer doesn't see."""
         permitted = [traversal for traversal in traversals if traversal.may_see_target]
-        await self._load_relation_ids((t.branch.hop, t.node) for t in permitted)
+        await self._load_relation_ids(
+            (t.branch.hop, t.node) for t in permitted if not t.branch.hop.is_in_row
+        )
         yield_timer = YieldTimer()
         for traversal in traversals:
             hop, node = traversal.branch.hop, traversal.node
@@ -183,10 +201,17 @@ class LoadBatch:
             if yield_timer.is_due():
                 await yield_timer.pause()
         await self._load_rows(permitted)
+        firsts: dict[tuple[ExpandViewer, ExpandBranch, int, tuple[str, ...]], _Traversal] = {}
         for traversal in traversals:
             if traversal.ids is not None:
                 ids = traversal.ids if self._may_follow(len(traversal.ids)) else []
-                traversal.children = self._child_nodes(traversal, ids)
+                # A page often leads to few records: its author, their team.
+                key = traversal.viewer, traversal.branch, traversal.node.state_key, (*ids,)
+                first = firsts.setdefault(key, traversal)
+                if first is traversal:
+                    traversal.children = self._child_nodes(traversal, ids)
+                else:
+                    traversal.first = first
             if yield_timer.is_due():
                 await yield_timer.pause()
 
@@ -267,7 +292,7 @@ class LoadBatch:
         yield_timer = YieldTimer()
         for hop, node in hops:
             key = hop.relation_key
-            if not hop.is_in_row and node.record_id not in self._ids_by_relation[key]:
+            if node.record_id not in self._ids_by_relation[key]:
                 wanted.setdefault(key, (hop, {}))[1][node.record_id] = None
             if yield_timer.is_due():
                 await yield_timer.pause()

@@ -5,7 +5,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 from msgspec import Raw
@@ -24,6 +24,7 @@ from pgrealtime.records.encode import View
 RenderRecord: TypeAlias = Callable[[RecordNode, View, bytes | None], bytes]
 """Makes the JSON of a node's record; takes the JSON of its own ``expand``, if it has one."""
 
+_MAX_KEPT_BYTES: Final = 4096
 _encode_json = msgspec.json.Encoder().encode
 
 
@@ -149,9 +150,20 @@ class _ExpandWriter:
         self._max_bytes = max_bytes
         self._written_records: dict[RecordNode, Raw] = {}
         """A node belongs to one branch of the plan, so its children are the same each time."""
+        self._written_members: dict[tuple[int, ...], bytes] = {}
+        """Small ones by the identity of branches and lists of children: records share these."""
 
     def write_members(self, node: RecordNode, branches: Mapping[str, ExpandBranch]) -> bytes:
         """Return the JSON of a record's ``expand``, its names sorted by their bytes."""
+        key = id(branches), *[id(node.children.get(name)) for name in branches]
+        written = self._written_members.get(key)
+        if written is None:
+            written = self._write_members(node, branches)
+            if len(written) <= _MAX_KEPT_BYTES:
+                self._written_members[key] = written
+        return written
+
+    def _write_members(self, node: RecordNode, branches: Mapping[str, ExpandBranch]) -> bytes:
         members: dict[str, Raw | list[Raw]] = {}
         size = 0
         for name in sorted(branches, key=str.encode):

@@ -194,7 +194,8 @@ def _row_with_extras(
     row: Row, related: Mapping[str, Sequence[str]], expand: bytes | None
 ) -> dict[str, Json]:
     values: dict[str, Json] = {**row}
-    values.update((_extra_key(name), distinct_ids(of_field)) for name, of_field in related.items())
+    for name, of_field in related.items():
+        values[_extra_key(name)] = distinct_ids(of_field)
     if expand is not None:
         values[_extra_key("expand")] = Raw(expand)
     return values

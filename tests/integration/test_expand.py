@@ -35,7 +35,7 @@ from pgrealtime.changes import (
     WholeRow,
 )
 from pgrealtime.collections.build import build_collections
-from pgrealtime.collections.model import Collections
+from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.collections.names import configured_table_names
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.expand import batch, link_history
@@ -291,6 +291,34 @@ async def test_several_levels_in_one_record(world: World) -> None:
     assert names(book["team"]["expand"]["members"]) == [BOB, ANN]
     assert "expand" not in book["labels"][0]
     assert [one.rstrip() for one in expand["book"]["labels"]] == ["ab", "abcd"]
+
+
+async def test_records_that_lead_to_the_same_share_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of one author's notes evaluates and writes the author once."""
+    made: Counter[str] = Counter()
+
+    class CountedNode(RecordNode):
+        def __init__(self, collection: Collection, *rest: Any, **more: Any) -> None:
+            made[collection.name] += 1
+            super().__init__(collection, *rest, **more)
+
+    monkeypatch.setattr(batch, "RecordNode", CountedNode)
+    events = [await world.event("notes", record_id) for record_id in ("n1", "n2", "n3")]
+    viewers = [world.viewer("notes", "book.author.boss", who) for who in (GUEST, Superuser("s"))]
+    requests = [(index, viewer) for viewer in viewers for index in range(3)]
+
+    related = await world.expander.load_for_events(events, [], requests)
+
+    assert made == {"books": 4, "people": 4}
+    shown = [json.loads(related.expand_json[request] or b"")["book"] for request in requests]
+    assert [book["id"] for book in shown] == ["10", "10", "11"] * 2
+    assert shown[0] == shown[1]
+    assert shown[0]["expand"]["author"]["expand"]["boss"]["name"] == "Ann"
+    emails = ["email" in book["expand"]["author"] for book in (shown[1], shown[4])]
+    assert emails == [False, True]
+    assert shown[2]["expand"] == {}
 
 
 async def test_ids_in_a_junction_table_are_part_of_the_record(world: World) -> None:
