@@ -243,6 +243,7 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         async with self.session(timeout) as connection:
             await connection.execute(self.begin_sql().encode())
             yield connection
+            await connection.commit()
 
     @asynccontextmanager
     async def session(self, timeout: float | None = None) -> AsyncIterator[DatabaseConnection]:  # noqa: ASYNC109 (the library's)
@@ -251,8 +252,16 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
         Raises:
             PoolTimeout: No connection became free in time.
         """
-        async with super().connection(timeout) as connection:
+        connection = await self.getconn(timeout)
+        try:
             yield connection
+        except BaseException:
+            # The library's own block also commits, which takes two waits where there is nothing to.
+            with suppress(psycopg.Error):
+                await connection.rollback()
+            raise
+        finally:
+            await self.putconn(connection)
 
     async def fetch_row(self, query: LiteralString | Composed) -> TupleRow:
         """Return the row of a query without parameters, in one round trip.
