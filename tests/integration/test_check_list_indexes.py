@@ -151,6 +151,17 @@ async def test_the_order_of_the_key_alone_reads_the_rows_of_others(operator: Ope
     assert await lacking(operator, collections) == []
 
 
+async def test_the_index_of_a_number_is_named(operator: Operator) -> None:
+    """A caller's id that is a number is compared with it as one."""
+    collections = configured("logs", f"{SOMEBODY} && number = {ME}", [])
+
+    assert await lacking(operator, collections) == [f'{LOGS} ("number", "id");']
+
+    run(operator, f'{LOGS} ("number", "id")')
+
+    assert await lacking(operator, collections) == []
+
+
 @pytest.mark.parametrize(
     ("table", "rule", "order"),
     [
@@ -158,7 +169,7 @@ async def test_the_order_of_the_key_alone_reads_the_rows_of_others(operator: Ope
         ("logs", "", []),
         ("logs", f"at > '2020' || ({MINE})", []),
         ("logs", f"{SOMEBODY} && id = {ME}", ["at"]),
-        ("logs", f"{SOMEBODY} && number = {ME}", []),
+        ("logs", f"{SOMEBODY} && number:lower = {ME}", []),
         ("tasks", MINE, ["rank"]),
         ("tasks", f"open = true && {MINE}", ["-rank"]),
     ],

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from pgrealtime.auth.principal import AuthRecord, Guest, Principal, Superuser
 from pgrealtime.rules.language import sqlite_values
 from pgrealtime.rules.language.request import RuleRequest
-from pgrealtime.rules.language.sqlite_values import Scalar
+from pgrealtime.rules.language.sqlite_values import Number, Scalar
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,12 @@ class SqlForm(Enum):
     """Text if it is a canonical uuid, else NULL: compares as the text would, for an index."""
     INTEGER = "integer"
     """Text if it is a canonical 64-bit integer, else NULL; likewise."""
+    WHOLE = "whole"
+    """The number if it is a 64-bit integer, else NULL: equals what the number equals, likewise."""
+    FLOOR = "floor"
+    """The largest 64-bit integer that isn't above the number, or the least of all."""
+    CEILING = "ceiling"
+    """The least 64-bit integer that isn't below the number, or the largest of all."""
     JSON = "json"
     """Text of a JSON container with its keys in jsonb's order; other texts as they are."""
 
@@ -339,8 +345,19 @@ def to_sql_value(value: Scalar, form: SqlForm) -> Scalar:
         case SqlForm.INTEGER:
             is_bigint = _CANONICAL_INTEGER.fullmatch(text) and int(text) in _BIGINT_RANGE
             return text if is_bigint else None
+        case SqlForm.WHOLE | SqlForm.FLOOR | SqlForm.CEILING:
+            return _whole_number(sqlite_values.exact_number(value), form)
         case SqlForm.JSON:
             return sqlite_values.json_in_jsonb_order(text)
+
+
+def _whole_number(number: Number | None, form: SqlForm) -> str | None:
+    if number is None:
+        return None
+    # An infinite number has no floor.
+    below = max(min(number, _BIGINT_RANGE[-1]), _BIGINT_RANGE[0])
+    whole = math.ceil(below) if form is SqlForm.CEILING else math.floor(below)
+    return None if form is SqlForm.WHOLE and whole != number else str(whole)
 
 
 CALLER_ID_PARAMETER = RequestValue(("auth", "id"))

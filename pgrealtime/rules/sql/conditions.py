@@ -250,7 +250,9 @@ def _compare_values(plan: ValueComparison, left: _Side, right: _Side, *, is_stri
 def _compare_unnegated(plan: ValueComparison, left: _Side, right: _Side, *, is_strict: bool) -> Sql:
     match plan.kind:
         case ComparisonKind.ORDER:
-            return _order(plan.op, left.translate(), right.translate())
+            order = _order(plan.op, left.translate(), right.translate())
+            bound = _integer_bound(plan.op, left, right)
+            return order if bound is None else all_of(bound, order)
         case ComparisonKind.LIKE:
             text = nodes.collate_c(left.translate().as_text)
             return exp.ILike(this=text, expression=_like_pattern(plan.pattern, right))
@@ -293,9 +295,9 @@ def _like_pattern(pattern: Pattern, side: _Side) -> Sql:
 
 
 def _equality(left: _Side, right: _Side, *, is_strict: bool) -> Sql:
-    # A text that is no id of the column's type is bound as NULL, which makes "=" unknown and not
-    # false. So it isn't used where that differs.
-    native = None if is_strict else _native_id_equality(left, right)
+    # What is no value of the column's type is bound as NULL, which makes "=" unknown and not false.
+    # So it isn't used where that differs.
+    native = None if is_strict else _native_equality(left, right)
     return _equal(*_translate(left, right, is_strict=is_strict)) if native is None else native
 
 
@@ -322,21 +324,59 @@ def _truth(operand: SqlOperand) -> Sql:
     return nodes.case(*cases)
 
 
-def _native_id_equality(left: _Side, right: _Side) -> Sql | None:
-    """Return equality of an id column with a text by the column's own operator, if it has one."""
+def _native_equality(left: _Side, right: _Side) -> Sql | None:
+    """Return equality of an id or integer column with a value by the column's own operator.
+
+    None if it has none. An index serves it, as it does not where the column is cast.
+    """
     for side, other in ((left, right), (right, left)):
         match side.planned.term, other.planned.term:
             case FieldValue(path, field, Modifier.WHOLE), ParameterTerm(parameter):
                 translation, form = side.scope.translation, native_id_form(field.type)
-                is_id = field.kind in {FieldKind.TEXT, FieldKind.RELATION} and not field.is_multiple
-                is_number = translation.parameter_classes[parameter].is_number
-                if form is not None and is_id and not is_number:
+                class_ = translation.parameter_classes[parameter]
+                if field.kind is FieldKind.NUMBER and _is_numeric(class_):
+                    form = form and SqlForm.WHOLE
+                elif field.kind not in {FieldKind.TEXT, FieldKind.RELATION} or class_.is_number:
+                    form = None
+                if form is not None and not field.is_multiple:
                     assert field.column is not None
                     column = side.scope.column_at(path, field.column.name)
                     return nodes.binary(exp.EQ, column, translation.bind(parameter, form))
             case _:
                 pass
     return None
+
+
+def _integer_bound(op: Op, left: _Side, right: _Side) -> Sql | None:
+    """Return what an order of an integer column and a number implies, by the column's operator.
+
+    None if there is no such column, or it is none of a table.
+    """
+    is_below = op in {Op.LT, Op.LE}
+    for side, other, is_least in ((left, right, not is_below), (right, left, is_below)):
+        match side.planned.term, other.planned.term:
+            case FieldValue(path, field, Modifier.WHOLE), ParameterTerm(parameter):
+                translation = side.scope.translation
+                if (
+                    field.kind is FieldKind.NUMBER
+                    and not field.is_multiple
+                    and native_id_form(field.type) is not None
+                    and _is_numeric(translation.parameter_classes[parameter])
+                    and not (path.is_scope_row and side.scope.is_row_image)
+                ):
+                    assert field.column is not None
+                    column = side.scope.column_at(path, field.column.name)
+                    form = SqlForm.FLOOR if is_least else SqlForm.CEILING
+                    bound = translation.bind(parameter, form)
+                    return nodes.binary(exp.GTE if is_least else exp.LTE, column, bound)
+            case _:
+                pass
+    return None
+
+
+def _is_numeric(class_: ParameterClass) -> bool:
+    """Return whether a number column is compared with every value of the class as a number."""
+    return class_.is_number or class_ is ParameterClass.NUMERIC_TEXT
 
 
 def _equal(left: SqlOperand, right: SqlOperand) -> Sql:

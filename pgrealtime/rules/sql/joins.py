@@ -85,6 +85,9 @@ FORM_TYPES = {
     SqlForm.PATTERN: "text",
     SqlForm.UUID: "uuid",
     SqlForm.INTEGER: "bigint",
+    SqlForm.WHOLE: "bigint",
+    SqlForm.FLOOR: "bigint",
+    SqlForm.CEILING: "bigint",
     SqlForm.JSON: "text",
 }
 """The PostgreSQL type of a placeholder; pairs of rows and values have arrays of it."""
