@@ -142,21 +142,24 @@ async def proxy(
         directory: Receives what it writes.
         edits: Further texts of its file and their replacements, such as shorter times.
     """
+    file = _FILES / _SETS[program].file
+    changes = {"127.0.0.1:8090": f"{to.host}:{to.port}", **(edits or {})}
+    async with proxy_with(program, file, directory, changes) as running:
+        yield running
+
+
+@asynccontextmanager
+async def proxy_with(
+    program: Program, source: Path, directory: Path, edits: Mapping[str, str]
+) -> AsyncIterator[Proxy]:
+    """Run the program with a file; all of the edits are made in it, and that of its own port."""
     executable = shutil.which(program, path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
     if executable is None:
         lacking(f"{program} is missing; sh tests/run.sh installs it")
     parts = _SETS[program]
     port = free_port()
-    text = (_FILES / parts.file).read_text()
     listen, listen_here = parts.listen
-    changes = {
-        listen: listen_here.format(port=port),
-        "127.0.0.1:8090": f"{to.host}:{to.port}",
-        **(edits or {}),
-    }
-    for old, new in changes.items():
-        assert old in text, f"{old!r} isn't in {parts.file}"
-        text = text.replace(old, new)
+    text = _edited(source, {listen: listen_here.format(port=port), **edits})
     own = directory / program
     own.mkdir()
     file, rest = own / parts.file, own / "rest"
@@ -170,3 +173,11 @@ async def proxy(
         yield running
     finally:
         await running.stop()
+
+
+def _edited(source: Path, edits: Mapping[str, str]) -> str:
+    text = source.read_text()
+    for old, new in edits.items():
+        assert old in text, f"{old!r} isn't in {source}"
+        text = text.replace(old, new)
+    return text

@@ -1,0 +1,62 @@
+"""The manifests of ``config/deploy`` are valid, and hold together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from tests.deployment import DEPLOY, ConfigMap, KubernetesObject, read_compose, read_kubernetes
+
+_NAMES = ("DATABASE_URL", "QUERY_URL", "APP_JWT_SECRET", "CLUSTER_SECRET", "ADMIN_TOKEN")
+SECRETS = dict.fromkeys(_NAMES, "x" * 32)
+FORMS = sorted(path.name for path in DEPLOY.iterdir())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_manifests_are_valid(form: str, tmp_path: Path) -> None:
+    """Each form has one for Compose and one for Kubernetes."""
+    environ = SECRETS | {"APP_DATABASE_URL": "x"}
+    composed = read_compose(DEPLOY / form / "compose.yaml", environ)
+    (pod,) = read_kubernetes(DEPLOY / form / "kubernetes.yaml", SECRETS, tmp_path)
+    for container in (*composed, pod):
+        assert container.arguments[:2] == ("run", "-c")
+        assert container.arguments[2] in container.files
+    assert composed
+    assert pod.probe_paths == ["/live", "/ready"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_configuration_within_is_the_one_beside(form: str) -> None:
+    """Kubernetes has it in a ConfigMap, Compose as a file."""
+    trees = yaml.safe_load_all((DEPLOY / form / "kubernetes.yaml").read_text())
+    objects = [msgspec.convert(tree, KubernetesObject) for tree in trees]
+    (held,) = [one.data for one in objects if isinstance(one, ConfigMap)]
+    assert held == {"pgrealtime.yaml": (DEPLOY / form / "pgrealtime.yaml").read_text()}
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("replicas: 3", "replicaCount: 3"),
+        ("replicas: 3", "replicas: three"),
+        ("kind: Deployment", "kind: Deploymint"),
+        ("apiVersion: apps/v1", "apiVersion: apps/v1beta1"),
+        ("path: /ready, port: admin", "path: /ready, port: adnim"),
+        ("configMap: {name: pgrealtime}", "configMap: {name: other}"),
+        ("targetPort: realtime", "targetPort: http"),
+        ("secretKeyRef: {name: pgrealtime, key: ADMIN_TOKEN}", "secretKeyRef: {name: x, key: X}"),
+        ("service: {name: pgrealtime", "service: {name: other"),
+        ("  selector: {app: pgrealtime}", "  selector: {app: other}"),
+        ("Seconds: 35", "Seconds: 30"),
+    ],
+)
+def test_a_fault_in_a_manifest_is_found(text: str, changed: str, tmp_path: Path) -> None:
+    """Else the tests above would say nothing."""
+    manifest = (DEPLOY / "replicas" / "kubernetes.yaml").read_text()
+    assert text in manifest
+    (tmp_path / "kubernetes.yaml").write_text(manifest.replace(text, changed, 1))
+    with pytest.raises((msgspec.ValidationError, ValueError, KeyError)):
+        read_kubernetes(tmp_path / "kubernetes.yaml", SECRETS, tmp_path)
