@@ -10,7 +10,7 @@ COPY pgrealtime pgrealtime
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && python -m venv --without-pip /opt/pgrealtime \
     && python -m pip --python /opt/pgrealtime/bin/python install --no-cache-dir \
-       --constraint constraints.txt /wheels/pgrealtime-*.whl
+       --constraint constraints.txt "$(echo /wheels/pgrealtime-*.whl)[nats]"
 
 FROM python:${PYTHON}-slim
 LABEL org.opencontainers.image.title="pgrealtime" \

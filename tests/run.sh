@@ -86,7 +86,7 @@ find_postgres() {
 missing_packages() {
     [ -n "$(find_postgres)" ] ||
         echo postgresql-17 postgresql-17-wal2json postgresql-17-postgis-3
-    for program in chromium curl nginx caddy haproxy pgbouncer npm; do
+    for program in chromium curl nginx caddy haproxy pgbouncer nats-server npm; do
         command -v "$program" >/dev/null || echo "$program"
     done
     "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv
@@ -138,7 +138,7 @@ install_python() {
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        --constraint .ci/constraints.txt --editable '.[test,demo]'
+        --constraint .ci/constraints.txt --editable '.[test,demo,nats]'
 }
 
 install_node() {

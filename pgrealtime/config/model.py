@@ -137,8 +137,9 @@ class ServerConfig(Section):
 class ClusterConfig(Section):
     """Several processes behind one address."""
 
-    bus: Literal["none", "postgres"] = "none"
-    """How a subscribe call reaches the process that has the stream: ``postgres`` by ``NOTIFY``."""
+    bus: Literal["none", "postgres", "nats"] = "none"
+    """How a subscribe call reaches the process that has the stream: ``postgres`` by ``NOTIFY``,
+    ``nats`` by the servers of ``log.nats``."""
     name: str = Field(default="app", pattern=r"^[a-z0-9_]{1,32}$")
     """Processes of one name in one database pass calls on to each other."""
     secret: Secret = ""
@@ -155,6 +156,35 @@ class ClusterConfig(Section):
                 " openssl rand -base64 48 generates one"
             )
         return self
+
+
+class LogTlsConfig(Section):
+    """TLS to NATS, where the URL's ``tls://`` and the system's authorities aren't enough."""
+
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether any file is named."""
+        return bool(self.ca_file or self.cert_file or self.key_file)
+
+
+class LogConfig(Section):
+    """A log between one process that reads the slot and all that deliver, in NATS JetStream."""
+
+    nats: Secret = ""
+    """``nats://host`` or several with commas; empty: each process reads its own slot."""
+    credentials_file: str = ""
+    """NATS credentials (JWT and nkey), or an nkey seed."""
+    tls: LogTlsConfig = LogTlsConfig()
+    replicas: int = Field(default=1, ge=1, le=5)
+    """Copies of the log in a cluster of NATS servers."""
+    storage: Literal["file", "memory"] = "file"
+    lag: PositiveSeconds = 10.0
+    """The slot stays so far behind what the log has: what NATS may lose without a gap, and what a
+    take-over reads again."""
 
 
 class RealtimeConfig(Section):
@@ -410,6 +440,7 @@ class Config(Section):
     changelog: ChangelogConfig = ChangelogConfig()
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
+    log: LogConfig = LogConfig()
     realtime: RealtimeConfig = RealtimeConfig()
     records: RecordsConfig = RecordsConfig()
     reads: ReadsConfig = ReadsConfig()
@@ -417,3 +448,13 @@ class Config(Section):
     collections: dict[str, CollectionConfig] = Field(default_factory=dict)
     admin: AdminConfig = AdminConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _require_what_the_log_needs(self) -> Self:
+        if self.log.nats and not self.replication.slot.durable:
+            raise ValueError("log needs a slot that outlives its reader: replication.slot.durable")
+        if self.log.nats and self.cluster.bus != "nats":
+            raise ValueError("log.nats needs cluster.bus: nats, and cluster.secret")
+        if self.cluster.bus == "nats" and not self.log.nats:
+            raise ValueError("cluster.bus: nats needs log.nats")
+        return self

@@ -13,6 +13,7 @@ from msgspec import Struct
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName
 from pgrealtime.lsn import LSN
+from pgrealtime.observe.metrics import LogValues
 from pgrealtime.wal.assembler import RecordKeys
 
 
@@ -36,6 +37,10 @@ class FeedStatus(Struct, frozen=True, kw_only=True):
     """Streams that broke or couldn't be opened, by error code."""
     slot_name: str | None = None
     """The slot that this process reads; None if it reads none now."""
+    not_ready_reasons: tuple[str, ...] = ()
+    """Why others serve new clients better, apart from the stream being away."""
+    log: LogValues | None = None
+    """None without a log."""
 
 
 class Feed(Protocol):

@@ -134,8 +134,10 @@ class Intake:
 
     # -- entries
 
-    async def append(self, entry: Entry) -> None:
+    async def append(self, entry: Entry, now: float | None = None) -> None:
         """Append an entry once there is room for it. The caller wakes the follower.
+
+        ``now`` are the monotonic seconds from which its age is counted.
 
         A transaction larger than ``max_size`` is appended when nothing else waits.
         """
@@ -146,7 +148,7 @@ class Intake:
             follower.progressed.clear()
             follower.wake()
             await follower.progressed.wait()
-        self._append(entry, time.monotonic())
+        self._append(entry, time.monotonic() if now is None else now)
         match entry:
             case Transaction():
                 self.changes_received += len(entry.changes)
@@ -165,10 +167,10 @@ class Intake:
         _log_gap(reason, tables)
         self._follower.wake()
 
-    def append_lost_slot(self, start_lsn: LSN) -> None:
-        """Append a gap of all tables, up to where a new slot begins."""
-        self._append(Gap(start_lsn, "slot_lost"), time.monotonic())
-        _log_gap("slot_lost", None, lsn=format_lsn(start_lsn))
+    def append_missing(self, reason: str, upto: LSN) -> None:
+        """Append a gap of all tables, up to where what follows begins."""
+        self._append(Gap(upto, reason), time.monotonic())
+        _log_gap(reason, None, lsn=format_lsn(upto))
 
     def append_watermark(self, lsn: LSN, now: float, *, min_interval_seconds: float) -> bool:
         """Record that no table had a commit up to an LSN; return whether that was due."""

@@ -179,7 +179,7 @@ class ReplicationReader:
             self._timed_out_lsn = LSN(0)
             self._intake.restart(start_lsn)
         elif start_lsn > head_lsn:
-            self._intake.append_lost_slot(start_lsn)
+            self._intake.append_missing("slot_lost", start_lsn)
         return era
 
     def _era_of(self, stream: WalStream) -> Era:

@@ -24,6 +24,25 @@ _PREFIX = "pgrealtime_"
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
+class LogValues(Struct, frozen=True, kw_only=True):
+    """How the log between owner and replicas fares, as one of them sees it."""
+
+    is_owner: bool
+    taken_count: int
+    """How often this process became the owner."""
+    term: int
+    lag_messages: int
+    """Messages of the log that this process has yet to read, by the owner's last beat."""
+    lag_seconds: float
+    """Since this process last had them all; 0 if it has."""
+    append_seconds: float
+    """How long the owner's last message took to be stored; 0 elsewhere."""
+    void_count: int
+    fetched_count: int
+    replicas: Mapping[str, int]
+    """Replicas that are there, by the digest of their configurations."""
+
+
 class MetricValues(Struct, kw_only=True):
     """Counters and gauges of one moment. The configuration or the program bounds all labels."""
 
@@ -58,6 +77,8 @@ class MetricValues(Struct, kw_only=True):
     """Streams that broke, by error code."""
     changelog_bytes: int
     is_replication_connected: bool
+    log: LogValues | None = None
+    """None without a log."""
     lag_bytes: int | None
     """WAL that the slot hasn't confirmed; None if PostgreSQL doesn't answer."""
     retained_bytes: int | None
@@ -122,6 +143,15 @@ _HELP = {
     "changelog_bytes": "Size of the changes in the changelog.",
     "replication_connected": "Whether changes are being received.",
     "replication_lag_bytes": "WAL that was written and is not confirmed yet.",
+    "owner": "Whether this process reads the slot for all that follow the log.",
+    "owner_changes": "Times that this process became the owner.",
+    "log_term": "Term of the log's owner.",
+    "log_lag_messages": "Messages of the log that this process has yet to read.",
+    "log_lag_seconds": "Time since this process had read the whole log.",
+    "log_append_seconds": "How long the last message of this owner took to be stored.",
+    "log_void": "Messages of the log that did not count.",
+    "log_fetched": "Messages of the log that were asked for singly.",
+    "replicas": "Replicas that follow the log, by a digest of their configuration.",
     "slot_retained_bytes": "WAL that the server keeps for the slot.",
 }
 """Metric -> what it counts or measures."""
@@ -148,13 +178,27 @@ def _families(values: MetricValues) -> Iterable[Metric]:
     yield _counter("replication_breaks", values.stream_breaks, "code")
     yield _gauge("changelog_bytes", values.changelog_bytes)
     yield _gauge("replication_connected", int(values.is_replication_connected))
+    if values.log is not None:
+        yield from _log_families(values.log)
     if values.lag_bytes is not None:
         yield _gauge("replication_lag_bytes", values.lag_bytes)
     if values.retained_bytes is not None:
         yield _gauge("slot_retained_bytes", values.retained_bytes)
 
 
-_Samples: TypeAlias = int | Mapping[str, int] | Mapping[tuple[str, str], int]
+def _log_families(log: LogValues) -> Iterable[Metric]:
+    yield _gauge("owner", int(log.is_owner))
+    yield _counter("owner_changes", log.taken_count)
+    yield _gauge("log_term", log.term)
+    yield _gauge("log_lag_messages", log.lag_messages)
+    yield _gauge("log_lag_seconds", log.lag_seconds)
+    yield _gauge("log_append_seconds", log.append_seconds)
+    yield _counter("log_void", log.void_count)
+    yield _counter("log_fetched", log.fetched_count)
+    yield _gauge("replicas", log.replicas, "configuration")
+
+
+_Samples: TypeAlias = int | float | Mapping[str, int] | Mapping[tuple[str, str], int]
 """The value of a metric without labels, or a value for each label or labels."""
 
 
@@ -167,7 +211,7 @@ def _counter(name: str, samples: _Samples, *labels: str) -> Metric:
 
 
 def _with_samples(family: _Family, samples: _Samples) -> _Family:
-    if isinstance(samples, int):
+    if isinstance(samples, int | float):
         family.add_metric((), samples)
         return family
     for labels, value in samples.items():

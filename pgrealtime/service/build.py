@@ -29,9 +29,11 @@ from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigError
+from pgrealtime.feed.base import Feed
 from pgrealtime.feed.intake import Intake
 from pgrealtime.hub.hub import Hub
 from pgrealtime.hub.state.progress import HubSettings
+from pgrealtime.log.installed import require_client
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.metrics import Metrics
 from pgrealtime.postgres.connect import open_query_pool
@@ -109,7 +111,9 @@ async def run_service(
         )
         stack.callback(parts.login_service.close)
         status = StatusReader(
-            parts, warm_up=0.0 if config.cluster.bus == "none" else config.cluster.warm_up
+            # With a log a fresh process has the window of the others.
+            parts,
+            warm_up=config.cluster.warm_up if config.cluster.bus == "postgres" else 0.0,
         )
         coroutines = (
             parts.feed.run(),
@@ -197,7 +201,23 @@ def _build_parts(
     )
     intake = Intake(changelog, hub, max_size=config.changelog.max_size)
     publication = PublicationWatch(pool, config.replication.publication)
-    feed = LocalFeed(StreamOpener(config), intake, publication, applied.wanted_tables)
+    feed: Feed
+    if config.log.nats:
+        # The client library is an extra: loaded only where there is a log.
+        from pgrealtime.service.log_feed import LogFeed  # noqa: PLC0415
+
+        feed = LogFeed(
+            config,
+            StreamOpener(config),
+            intake,
+            publication,
+            pool,
+            wanted=applied.wanted_tables,
+            tag=bus.tag,
+            count_connections=lambda: len(hub.connections),
+        )
+    else:
+        feed = LocalFeed(StreamOpener(config), intake, publication, applied.wanted_tables)
     accounts = AccountLoader(pool, on_schema_mismatch=on_schema_mismatch)
     authenticator = Authenticator(
         config.auth,
@@ -230,6 +250,14 @@ async def _open_bus(config: Config) -> AsyncIterator[Bus]:
     tag, cluster = draw_tag(), config.cluster
     if cluster.bus == "none":
         yield NoBus(tag)
+        return
+    if cluster.bus == "nats":
+        require_client()
+        from pgrealtime.bus.nats import NatsBus  # noqa: PLC0415 (an extra, as for the feed)
+
+        nats_bus = NatsBus(config.log, name=cluster.name, secret=cluster.secret, tag=tag)
+        async with nats_bus.running():
+            yield nats_bus
         return
     bus = PostgresBus(config.database.url, name=cluster.name, secret=cluster.secret, tag=tag)
     async with bus.running():

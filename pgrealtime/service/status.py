@@ -56,6 +56,7 @@ class StatusReader:
             stream_breaks=feed.breaks,
             changelog_bytes=self._parts.changelog.size_bytes,
             is_replication_connected=feed.is_connected,
+            log=feed.log,
             lag_bytes=lag_bytes,
             retained_bytes=retained_bytes,
         )
@@ -69,6 +70,7 @@ class StatusReader:
             reasons.append("stream_away")
         if self._warm_up_seconds and self._is_warming_up():
             reasons.append("warming_up")
+        reasons += self._parts.feed.status.not_ready_reasons
         if await self._fetch_row("SELECT 1") is None or self._parts.executor.outage.is_ongoing:
             reasons.append("database_away")
         return reasons

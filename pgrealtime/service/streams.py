@@ -7,6 +7,7 @@ import structlog
 
 from pgrealtime.config.model import Config
 from pgrealtime.feed.base import WantedTables
+from pgrealtime.lsn import LSN
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.wal import slot_status
 from pgrealtime.wal.server import open_ordinary_connection
@@ -29,14 +30,17 @@ class StreamOpener:
         """Whether all streams read one durable slot."""
         return self._replication.slot.durable
 
-    def open(self, wanted: WantedTables) -> AbstractAsyncContextManager[WalStream]:
-        """Open a stream of the tables."""
+    def open(
+        self, wanted: WantedTables, start_lsn: LSN | None = None
+    ) -> AbstractAsyncContextManager[WalStream]:
+        """Open a stream of the tables; on a durable slot it may begin later than the slot."""
         return open_stream(
             self._url,
             self._replication,
             list(wanted.tables.values()),
             record_keys=wanted.record_keys,
             max_transaction_bytes=self._max_transaction_bytes,
+            start_lsn=start_lsn,
             on_wait=_log_slot_wait,
         )
 

@@ -24,7 +24,7 @@ from pgrealtime.errors import (
     SlotLostError,
     WalError,
 )
-from pgrealtime.lsn import LSN, parse_lsn
+from pgrealtime.lsn import LSN, format_lsn, parse_lsn
 from pgrealtime.wal.publication import Publication, check_publication, check_tables
 from pgrealtime.wal.server import ServerFacts, fetch_row, open_ordinary_connection
 from pgrealtime.wal.slot_status import SlotStatus, drop_slot, find_durable_slot
@@ -337,17 +337,19 @@ async def start_replication(
 ) -> None:
     """Start streaming from the slot; afterwards the connection can run no other command.
 
+    The server starts at the slot's confirmed flush LSN if that is higher than the ``start_lsn``.
+
     Raises:
         SlotLostError, SlotBusyError, SetupError, WalError: The server refuses.
     """
-    # From 0/0: the server starts at the slot's confirmed flush LSN if that is higher.
     # The grammar of replication commands has neither parameters nor E'' strings, which the driver
     # would use for a backslash: options are quoted here.
     listed = ", ".join(
         f"{quote_identifier(name)} '{value.replace(chr(39), chr(39) * 2)}'"
         for name, value in options.items()
     )
-    command = f"START_REPLICATION SLOT {quote_identifier(slot.name)} LOGICAL 0/0 ({listed})"
+    start = format_lsn(slot.start_lsn)
+    command = f"START_REPLICATION SLOT {quote_identifier(slot.name)} LOGICAL {start} ({listed})"
     try:
         await connection.execute(command.encode())
     except psycopg.Error as error:

@@ -4,6 +4,7 @@ Used by ``wal.slot`` and the command ``slot``. A durable slot outlives the proce
 keeps all WAL that was not read from it; so one is created only where the server limits that.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.server import ServerFacts
 
 _FAILOVER_VERSION = 170000
+_END_POLLS = 100
+_END_POLL_SECONDS = 0.01
 
 _SLOTS_QUERY = """
 SELECT coalesce(confirmed_flush_lsn, '0/0')::text,
@@ -113,6 +116,27 @@ async def advance_slot(connection: AsyncConnection[Any], name: str) -> None:
     await connection.execute(
         "SELECT pg_replication_slot_advance(%s, pg_current_wal_insert_lsn())", (name,)
     )
+
+
+async def end_walsender(connection: AsyncConnection[Any], name: str) -> bool:
+    """End the walsender that reads the slot; return whether the slot is free afterwards.
+
+    A role may end its own walsenders. One whose client is paused, or behind a network that drops
+    packets, would hold the slot for wal_sender_timeout, by default a minute.
+
+    Raises:
+        psycopg.Error: Another role's walsender reads it.
+    """
+    for _ in range(_END_POLLS):
+        cursor = await connection.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            " WHERE slot_name = %s AND active_pid IS NOT NULL",
+            (name,),
+        )
+        if await cursor.fetchone() is None:
+            return True
+        await asyncio.sleep(_END_POLL_SECONDS)
+    return False
 
 
 async def drop_slot(connection: AsyncConnection[Any], status: SlotStatus) -> None:

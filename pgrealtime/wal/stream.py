@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Self
 
@@ -394,9 +395,12 @@ async def open_stream(
     *,
     max_transaction_bytes: int,
     record_keys: RecordKeys | None = None,
+    start_lsn: LSN | None = None,
     on_wait: Callable[[SlotWait], None] | None = None,
 ) -> AsyncIterator[WalStream]:
     """Connect, create or reuse the slot, and stream the committed changes of the tables.
+
+    A durable slot's stream begins at ``start_lsn``, if the slot still has what follows.
 
     The URL must lead to the primary itself, with a role that has REPLICATION. A transaction with
     more than ``max_transaction_bytes`` of decoder output becomes an ``OversizedTransaction``.
@@ -416,6 +420,8 @@ async def open_stream(
             slot = await slots.acquire_slot(
                 connection, url, config, facts=facts, tables=tables, on_wait=on_wait
             )
+            if slot.is_durable and start_lsn is not None and start_lsn > slot.start_lsn:
+                slot = replace(slot, start_lsn=start_lsn)
             decoder, options = make_decoder(slot.plugin, tables, config)
             await slots.start_replication(connection, slot, options)
         stream = WalStream(

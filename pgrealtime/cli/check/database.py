@@ -24,6 +24,7 @@ from pgrealtime.collections.streamed_tables import reachable_tables, streamed_ta
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config, DatabaseConfig
 from pgrealtime.errors import ConfigProblem, PgRealtimeError, SetupError
+from pgrealtime.log.installed import require_client
 from pgrealtime.postgres.connect import URL_SETTING, connect_once
 from pgrealtime.rules.rule_set import rule_problems, rule_texts, syntax_problems
 from pgrealtime.wal.slot import SlotWait
@@ -94,6 +95,11 @@ async def _check_bus(config: Config) -> tuple[str, ...]:
     url, cluster = config.database.url, config.cluster
     if cluster.bus == "none":
         return ()
+    if cluster.bus == "nats":
+        require_client()
+        from pgrealtime.log.probe import probe_log  # noqa: PLC0415 (the client library is an extra)
+
+        return await probe_log(config)
     async with connect_once(url) as connection:
         report = await read_bus_report(connection, cluster.name)
     await probe_postgres_bus(url, name=cluster.name, secret=cluster.secret)

@@ -39,7 +39,7 @@ def config_warnings(config: Config) -> Iterator[ConfigProblem]:
         yield ConfigProblem("collections", "there are none: no subscriber receives anything", hint)
     yield from _issuer_warnings(config)
     yield from _issuer_key_warnings(config)
-    if config.cluster.bus != "none" and config.replication.slot.durable:
+    if config.cluster.bus == "postgres" and config.replication.slot.durable:
         yield ConfigProblem(
             "replication.slot.durable",
             "every process of the cluster needs a durable slot of its own: the second one of a name"

@@ -553,6 +553,28 @@ def test_metrics_that_others_reach_need_a_token(host: str) -> None:
     assert parse_config({"admin": {"host": "::1", "port": 8091}}, {}).admin.port == 8091
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"replication": {"slot": {"durable": False}}}, "replication.slot.durable"),
+        ({"cluster": {"bus": "postgres", "secret": "x" * 32}}, "cluster.bus: nats"),
+        ({"log": {}}, "needs log.nats"),
+        ({"cluster": {"bus": "nats", "secret": "x"}}, "a bus needs a secret"),
+    ],
+    ids=["temporary slot", "another bus", "no servers", "short secret"],
+)
+def test_a_log_needs_a_durable_slot_and_its_bus(change: dict[str, Any], message: str) -> None:
+    """Else each owner would begin at the end of the WAL, and calls would reach nobody."""
+    complete = {
+        "replication": {"slot": {"durable": True}},
+        "cluster": {"bus": "nats", "secret": "x" * 32},
+        "log": {"nats": "nats://127.0.0.1"},
+    }
+    assert parse_config(complete, {}).log.lag == 10.0
+    with pytest.raises(ConfigError, match=message):
+        parse_config(complete | change, {})
+
+
 @pytest.mark.parametrize("secret", ["", "x" * 31])
 def test_a_bus_needs_a_secret(secret: str) -> None:
     """What is passed on has tokens, and any role of the database may listen."""

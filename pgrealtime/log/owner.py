@@ -1,0 +1,388 @@
+"""Decides which replica reads the slot, and reads it while that is this one.
+
+There is no lease and no clock. An owner beats; without beats others append a fence to the log,
+which one of them can, and from then on nothing of the old owner counts, whatever it believes. A
+take-over costs a moment, and never a row: where to go on is what the log has.
+"""
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+from nats.errors import Error as NatsError
+
+from pgrealtime import __version__
+from pgrealtime.config.model import LogConfig
+from pgrealtime.errors import LogAwayError, PgRealtimeError
+from pgrealtime.feed.intake import Intake
+from pgrealtime.feed.reader import ReplicationReader
+from pgrealtime.log.beat import BEAT_SECONDS, CHANCE_SECONDS, VACANT_SECONDS, Beat, encode
+from pgrealtime.log.follower import LogFollower
+from pgrealtime.log.jetstream import AppendRefusedError, LogStream
+from pgrealtime.log.message import Chain, Kind
+from pgrealtime.log.writer import MAX_WAITING_BYTES, LogWriter
+from pgrealtime.lsn import LSN, format_lsn
+
+log = structlog.get_logger(__name__)
+
+_TICK_SECONDS = 0.05
+_PATIENCE_SECONDS = 1.0
+"""After another replica was faster, before this one tries again."""
+_RESIGNED_SECONDS = 2.0
+"""After this one resigned."""
+_RETRY_SECONDS = 0.3
+_HOLD_SECONDS = 10.0
+"""An owner whose log doesn't answer goes on beating for so long: it isn't dead."""
+_KEEPALIVE_SECONDS = 0.5
+_SILENT_SECONDS = 1.5
+"""Walsender and pool both silent for so long: the database is away from here."""
+_BUSY_SECONDS = 10.0
+"""Walsender silent, pool not: it may be decoding a large transaction. Doubled each time."""
+
+
+class OwnerDatabase(Protocol):
+    """What an owner asks of PostgreSQL, apart from the stream."""
+
+    async def slot_position(self) -> LSN | None:
+        """Return the slot's confirmed flush LSN; None if there is no slot.
+
+        Raises:
+            PgRealtimeError: The database can't be reached, or is no primary.
+        """
+
+    async def end_walsender(self) -> None:
+        """End the walsender that still reads the slot for an earlier owner, if there is one."""
+
+    async def is_answering(self, seconds: float) -> bool:
+        """Return whether a query is answered within so many seconds."""
+
+
+class _ResignError(PgRealtimeError):
+    """The database isn't heard from here: another replica may hear it."""
+
+    code = "database_unheard"
+    retryable = True
+
+
+class _FencedError(PgRealtimeError):
+    """Another replica has begun a term."""
+
+    code = "log_fenced"
+    retryable = True
+
+
+class Owner:
+    """Owns the log whenever nobody else does.
+
+    Args:
+        stream: Appended to.
+        follower: Of this replica; an owner follows the log like all others.
+        intake: Of this replica's changelog, which knows the log's era.
+        database: Asked for the slot.
+        make_reader: Makes a reader that fills an intake; its streams begin at a ``resume_lsn``.
+        config: Section ``log``.
+        tag: Of this process.
+        max_pause_seconds: Without an acknowledgement for so long the stream is closed.
+        era_bytes: The era is repeated at least after so many bytes of entries.
+
+    Attributes:
+        reader: While this replica is the owner.
+        writer: Likewise.
+        taken_count: How often this process became the owner.
+    """
+
+    def __init__(
+        self,
+        stream: LogStream,
+        follower: LogFollower,
+        intake: Intake,
+        database: OwnerDatabase,
+        make_reader: Callable[[Intake, LogWriter], Awaitable[ReplicationReader]],
+        *,
+        config: LogConfig,
+        tag: str,
+        max_pause_seconds: float,
+        era_bytes: int,
+    ) -> None:
+        self.reader: ReplicationReader | None = None
+        self.writer: LogWriter | None = None
+        self.taken_count = 0
+        self._stream = stream
+        self._follower = follower
+        self._intake = intake
+        self._database = database
+        self._make_reader = make_reader
+        self._config = config
+        self._tag = tag
+        self._max_pause_seconds = max_pause_seconds
+        self._era_bytes = era_bytes
+        self._chain: Chain | None = None
+        """Of the term that this replica owns, or owned last."""
+        self._fenced = asyncio.Event()
+        self._is_resigned = asyncio.Event()
+        self._patience_until = 0.0
+        self._hold_until = 0.0
+        self._busy_seconds = _BUSY_SECONDS
+        self._beats_heard = 0
+        self._heard_at = 0.0
+        """When the database was last heard."""
+        self._reported_code = ""
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this replica reads the slot."""
+        return self.reader is not None
+
+    # -- what the follower says
+
+    def on_fence(self, term: int, salt: int) -> None:
+        """Stop, if another replica has begun a term; it beats in a moment."""
+        if self._chain is None or (term, salt) != (self._chain.term, self._chain.salt):
+            self._beats_heard += 1
+            self._fenced.set()
+
+    def on_resigned(self) -> None:
+        """Take over at once."""
+        self._is_resigned.set()
+
+    def on_beat(self, beat: Beat) -> None:
+        """Take note that there is an owner."""
+        if beat.is_valid(self._follower.reading.term):
+            self._beats_heard += 1
+            self._is_resigned.clear()
+
+    # -- running
+
+    async def run(self) -> None:
+        """Own the log whenever nobody else does, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beat_for_ever(), name="log-beat")
+            while True:
+                vacant_term = await self._until_vacant()
+                try:
+                    await self._own(vacant_term)
+                except PgRealtimeError as error:
+                    self._on_stopped(error)
+                await asyncio.sleep(_TICK_SECONDS)
+
+    def _on_stopped(self, error: PgRealtimeError) -> None:
+        """Decide what becomes of the ownership, and when to try again.
+
+        Raises:
+            PgRealtimeError: Trying again doesn't help.
+        """
+        if not error.retryable:
+            raise error
+        now, was_owner = time.monotonic(), self._chain is not None
+        pause = _RETRY_SECONDS
+        if isinstance(error, _ResignError):
+            pause = _RESIGNED_SECONDS
+        elif isinstance(error, _FencedError | AppendRefusedError):
+            pause = _PATIENCE_SECONDS
+        self._patience_until = now + pause
+        if isinstance(error, LogAwayError) and not isinstance(error, AppendRefusedError):
+            if was_owner and now >= self._hold_until:
+                self._hold_until = now + _HOLD_SECONDS
+        else:
+            self._chain, self._hold_until = None, 0.0
+        if was_owner:
+            log.warning("owner.stopped", code=error.error_code, reason=error.message)
+        elif error.error_code != self._reported_code:
+            log.info("owner.waiting", code=error.error_code, reason=error.message)
+        self._reported_code = error.error_code
+
+    async def _until_vacant(self) -> int:
+        """Return when there is no owner, with the term that is in force then.
+
+        Counted in ticks: after this process was stopped for a while, what came meanwhile is read
+        before the owner counts as silent.
+        """
+        needed = (VACANT_SECONDS + random.uniform(0, CHANCE_SECONDS)) / _TICK_SECONDS  # noqa: S311
+        ticks, heard = 0, self._beats_heard
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            is_silent = heard == self._beats_heard and self._stream.is_connected
+            ticks, heard = ticks + 1 if is_silent else 0, self._beats_heard
+            if time.monotonic() < self._patience_until or not self._stream.is_connected:
+                continue
+            is_mine = self._chain is not None and time.monotonic() < self._hold_until
+            if ticks >= needed or self._is_resigned.is_set() or is_mine:
+                self._is_resigned.clear()
+                return self._follower.reading.term
+
+    # -- taking over
+
+    async def _own(self, vacant_term: int) -> None:
+        """Take over from the owner of a term and read the slot until something ends that.
+
+        Raises:
+            PgRealtimeError: What ended it.
+        """
+        began = time.monotonic()
+        slot_lsn = await self._database.slot_position()
+        self._fenced.clear()
+        connected = time.monotonic()
+        chain = await self._fence(vacant_term)
+        fenced = time.monotonic()
+        start = self._follower.log_head
+        if start is None:
+            start = slot_lsn or LSN(0)
+        await self._database.end_walsender()
+        writer = LogWriter(
+            self._stream,
+            chain,
+            era=self._intake.era,
+            start=start,
+            stored_upto=lambda: self._follower.log_head or start,
+            lag_seconds=self._config.lag,
+            max_pause_seconds=self._max_pause_seconds,
+            era_bytes=self._era_bytes,
+        )
+        writer.sequence = self._follower.reading.sequence
+        intake = Intake(writer, writer, max_size=MAX_WAITING_BYTES)
+        reader = await self._make_reader(intake, writer)
+        self._heard_at = time.monotonic()
+        self.reader, self.writer, self._chain, self._hold_until = reader, writer, chain, 0.0
+        self.taken_count += 1
+        ended = time.monotonic()
+        log.info(
+            "owner.taken",
+            term=chain.term,
+            lsn=format_lsn(start),
+            connect_ms=_ms(connected - began),
+            fence_ms=_ms(fenced - connected),
+            end_walsender_ms=_ms(ended - fenced),
+        )
+        try:
+            await _first_error(
+                reader.run(),
+                reader.expire_periodically(),
+                writer.run(),
+                self._watch_database(reader),
+                self._watch_fence(),
+            )
+        except (_ResignError, asyncio.CancelledError):
+            await self._resign()
+            raise
+        finally:
+            self.reader = self.writer = None
+
+    async def _fence(self, vacant_term: int) -> Chain:
+        """Begin a term; return its chain once the log was read up to the own fence.
+
+        Raises:
+            AppendRefusedError: Another replica was faster, or the log changed meanwhile.
+            LogAwayError: The log doesn't answer.
+        """
+        follower, reading = self._follower, self._follower.reading
+        await follower.catch_up()
+        if reading.term > vacant_term:
+            raise AppendRefusedError("another replica was faster")
+        beat = follower.beat
+        term = max(reading.term, 0 if beat is None else beat.term)
+        noted = reading.sequence
+        chain = Chain(
+            term + 1, noted, salt=secrets.randbits(16), max_payload=self._stream.max_payload
+        )
+        body = msgspec.msgpack.encode((self._tag, __version__))
+        ((after, payload),) = chain.messages(Kind.FENCE, body)
+        self._chain = chain
+        future = await self._stream.append(payload, after)
+        try:
+            async with asyncio.timeout(self._max_pause_seconds):
+                sequence = await future
+        except TimeoutError:
+            raise LogAwayError("the fence isn't acknowledged") from None
+        await follower.catch_up()
+        if (reading.term, reading.salt) != (chain.term, chain.salt) or sequence != noted + 1:
+            self._chain = None
+            raise AppendRefusedError("the fence doesn't count: another owner's precedes it")
+        return chain
+
+    # -- while this is the owner
+
+    async def _resign(self) -> None:
+        """Let others take over at once. What is unfinished or unacknowledged doesn't matter."""
+        if self._chain is None or not self._stream.is_connected:
+            return
+        with suppress(LogAwayError, NatsError):
+            for after, payload in self._chain.messages(Kind.RESIGNED, b""):
+                await self._stream.append(payload, after)
+            await self._stream.client.flush(1)
+
+    async def _watch_fence(self) -> None:
+        await self._fenced.wait()
+        raise _FencedError("another replica has begun a term")
+
+    async def _watch_database(self, reader: ReplicationReader) -> None:
+        """Resign if neither walsender nor pool are heard."""
+        while True:
+            await asyncio.sleep(_KEEPALIVE_SECONDS)
+            stream = reader.stream
+            if stream is None:
+                continue
+            stream.request_keepalive()
+            silent = time.monotonic() - stream.last_received_at
+            if silent < _SILENT_SECONDS - _KEEPALIVE_SECONDS:
+                continue
+            if not await self._database.is_answering(_KEEPALIVE_SECONDS):
+                if time.monotonic() - stream.last_received_at >= _SILENT_SECONDS - 0.1:
+                    raise _ResignError("neither walsender nor pool are heard")
+            elif silent > self._busy_seconds:
+                self._busy_seconds *= 2
+                raise _ResignError(f"the walsender has been silent for {silent:.0f} s")
+
+    def beat(self) -> Beat | None:
+        """Return what this owner says of itself; None if it is none."""
+        chain, writer, reader = self._chain, self.writer, self.reader
+        if chain is None:
+            return None
+        if writer is None and time.monotonic() > self._hold_until:
+            return None
+        stream = None if reader is None else reader.stream
+        if stream is not None:
+            self._heard_at = stream.last_received_at
+        return Beat(
+            created=self._follower.created,
+            term=chain.term,
+            salt=chain.salt,
+            tag=self._tag,
+            sequence=0 if writer is None else writer.sequence,
+            head_lsn=LSN(0) if writer is None else writer.stored_lsn,
+            wal_end=LSN(0) if stream is None else stream.wal_end,
+            deaf_seconds=time.monotonic() - self._heard_at,
+            is_streaming=stream is not None,
+        )
+
+    async def _beat_for_ever(self) -> None:
+        subject = self._stream.names.subject("beat")
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            beat = self.beat()
+            if beat is not None and self._stream.is_connected:
+                await self._stream.client.publish(subject, encode(beat))
+
+
+async def _first_error(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run the coroutines until one raises, and end the others; raise what it raised."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        # Again and again: the client library swallows a cancellation that comes while it sends.
+        while running := [task for task in tasks if not task.done()]:
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running, timeout=_TICK_SECONDS)
+    for task in done:
+        task.result()
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
