@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -374,6 +374,19 @@ class _CompiledCollections:
         fields = request.query.get("fields", "")
         if parse_fields(fields) is None:
             raise ReadError("fields can't be read")
+        encoders = [
+            self._encoder(
+                collection.name,
+                View(
+                    sees_hidden=isinstance(request.principal, Superuser),
+                    sees_email=sees_email,
+                    fields=fields or None,
+                ),
+            )
+            for sees_email in (False, True)
+        ]
+        if collection.type != "auth" and not self.queries_more(collection, request):
+            return await _collect(map(encoders[0], rows), max_bytes)
         nodes = [
             RecordNode(collection, unpadded_id(collection, row[collection.key.name] or ""), row)
             for row in rows
@@ -392,22 +405,12 @@ class _CompiledCollections:
             if viewer is None
             else ExpandRenderer(nodes, viewer, self._render_node, max_bytes=max_bytes)
         )
-        encoders = [
-            self._encoder(
-                collection.name,
-                View(
-                    sees_hidden=isinstance(request.principal, Superuser),
-                    sees_email=sees_email,
-                    fields=fields or None,
-                ),
-            )
-            for sees_email in (False, True)
-        ]
         try:
             if renderer is not None:
                 await _run_in_pieces(renderer.find_paths())
                 await _run_in_pieces(renderer.write_related())
-            return await _encode(nodes, encoders, shows_email, renderer, max_bytes)
+            records = _encode(nodes, encoders, shows_email, renderer)
+            return await _collect(records, max_bytes)
         except ExpandTooLargeError as error:
             raise ReadError("the answer is too large") from error
 
@@ -488,25 +491,29 @@ class _CompiledCollections:
         return encode(node.row, node.junction_ids, expand)
 
 
-async def _encode(
+def _encode(
     nodes: Sequence[RecordNode],
     encoders: Sequence[RecordEncoder],
     shows_email: Sequence[bool],
     renderer: ExpandRenderer | None,
-    max_bytes: int,
-) -> list[bytes]:
-    records: list[bytes] = []
-    size, yield_timer = 0, YieldTimer()
+) -> Iterator[bytes]:
     for node, is_shown in zip(nodes, shows_email, strict=True):
         expand = None if renderer is None else renderer.render(node)
-        record = encoders[is_shown](node.row, node.junction_ids, expand)
-        records.append(record)
+        yield encoders[is_shown](node.row, node.junction_ids, expand)
+
+
+async def _collect(records: Iterable[bytes], max_bytes: int) -> list[bytes]:
+    """Return the records, which are encoded as they are taken, a few at a time."""
+    collected: list[bytes] = []
+    size, yield_timer = 0, YieldTimer()
+    for record in records:
+        collected.append(record)
         size += len(record)
         if size > max_bytes:
             raise ReadError("the answer is too large")
         if yield_timer.is_due():
             await yield_timer.pause()
-    return records
+    return collected
 
 
 async def _run_in_pieces(steps: Iterator[None]) -> None:
