@@ -163,9 +163,13 @@ class Changelog:
 
     def _index_after(self, cursor: Cursor) -> int:
         """Return the index of the first entry with a change after the cursor."""
-        index = bisect_right(
-            self._entries, cursor.lsn, lo=self._first_index, key=lambda stored: stored.end_lsn
-        )
+        entries, first, lsn = self._entries, self._first_index, cursor.lsn
+        index = len(entries)
+        # The newest entry or what follows it is asked for by far the most often.
+        if index > first and entries[-1].end_lsn > lsn:
+            index -= 1
+            if index > first and entries[index - 1].end_lsn > lsn:
+                index = bisect_right(entries, lsn, lo=first, key=lambda stored: stored.end_lsn)
         if cursor.ordinal != END_ORDINAL and index > self._first_index:
             before = self._entries[index - 1]
             if before.end_lsn == cursor.lsn and _change_count(before.entry) > cursor.ordinal:

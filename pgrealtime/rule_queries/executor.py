@@ -98,6 +98,8 @@ class QueryExecutor:
         the budget is spent is neither. The returned collections' rules are not at fault: their
         subscribers may miss events.
         """
+        if not evaluation.questions():
+            return frozenset()
         budget = budget or TimeBudget()
         for retry_delay in self.outage.retry_delays():
             questions = evaluation.questions()

@@ -4,14 +4,14 @@ The dispatcher and catching up evaluate and render by it; subscribe calls bind t
 """
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal
 
 import structlog
 
-from pgrealtime.auth.principal import AuthRecord, Caller
+from pgrealtime.auth.principal import AuthRecord, Caller, Guest
 from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import HiddenFieldsMode
@@ -34,7 +34,12 @@ from pgrealtime.rules.language.request import RuleRequest
 log = structlog.get_logger(__name__)
 
 _FEW_TOPICS = 100
-"""Topics that are parsed at once if they have no options: half a microsecond each."""
+"""Topics that are parsed at once if nothing is to be compiled: half a microsecond each."""
+_FEW_FILTERS = 8
+"""Of these, those with options. The compiler keeps more than ``_MAX_COMPILED_TOPICS`` filters of
+``_MAX_COMPILED_TEXT``; should one be gone, to compile it takes half a millisecond."""
+_MAX_COMPILED_TOPICS = 200
+_MAX_COMPILED_TEXT = 500
 
 
 class Generation:
@@ -76,6 +81,8 @@ class Generation:
         )
         self.subscription_counts: Counter[str] = Counter()
         """Subscriptions in groups, by collection."""
+        self._compiled_topics: OrderedDict[tuple[str, str], Topic] = OrderedDict()
+        """Topics with options that were compiled last, by text and kind of caller."""
         self._on_schema_mismatch = on_schema_mismatch
         self._reported_rule_errors: set[tuple[str, str]] = set()
 
@@ -93,8 +100,8 @@ class Generation:
         Yields the loop in between, and works for one call at a time: a call may bring a thousand
         topics that take 2 ms each, and there may be many calls.
         """
-        if len(topic_texts) <= _FEW_TOPICS and not any("?" in text for text in topic_texts):
-            return {text: parse_topic(text) for text in topic_texts}  # nothing to compile
+        if (known := self._known_topics(topic_texts, caller)) is not None:
+            return known
         topics: dict[str, Topic] = {}
         left = FILTER_CHARACTERS_PER_CONNECTION
         rest = iter(topic_texts)
@@ -105,9 +112,36 @@ class Generation:
                     # What is too long is refused when it is bound: it isn't compiled first.
                     left -= len(topic.query.get("filter", ""))
                     self._precompile(topic, caller, may_compile_filter=left >= 0)
+                    if topic.query and left >= 0:
+                        self._remember_compiled(topic, caller)
                     if yield_timer.is_due():
                         break
         return topics
+
+    def _known_topics(self, topic_texts: Sequence[str], caller: Caller) -> dict[str, Topic] | None:
+        """Return the topics by text if there are few and nothing has to be compiled, else None."""
+        if len(topic_texts) > _FEW_TOPICS:
+            return None
+        topics: dict[str, Topic] = {}
+        compiled_count = 0
+        for text in topic_texts:
+            if "?" not in text:
+                topics[text] = parse_topic(text)
+                continue
+            compiled = self._compiled_topics.get((text, _kind_of(caller)))
+            compiled_count += 1
+            if compiled is None or compiled_count > _FEW_FILTERS:
+                return None
+            topics[text] = compiled
+        return topics
+
+    def _remember_compiled(self, topic: Topic, caller: Caller) -> None:
+        # What an expand shows is compiled for each caller.
+        if "expand" in topic.query or len(topic.text) > _MAX_COMPILED_TEXT:
+            return
+        self._compiled_topics[topic.text, _kind_of(caller)] = topic
+        if len(self._compiled_topics) > _MAX_COMPILED_TOPICS:
+            self._compiled_topics.popitem(last=False)
 
     def _precompile(self, topic: Topic, caller: Caller, *, may_compile_filter: bool) -> None:
         """Compile what ``bind_subscription`` will need; an invalid rule is its to report."""
@@ -167,6 +201,14 @@ class Generation:
         if (collection, error.message) not in self._reported_rule_errors:
             self._reported_rule_errors.add((collection, error.message))
             log.error("rule.error", collection=collection, reason=error.message)
+
+
+def _kind_of(caller: Caller) -> str:
+    """Return what a filter is compiled for: a collection's records, guests or superusers."""
+    principal = caller.principal
+    if isinstance(principal, AuthRecord):
+        return principal.collection_name
+    return "" if isinstance(principal, Guest) else "*"  # no collection's name
 
 
 def _rule_request(topic: Topic, caller: Caller) -> RuleRequest:

@@ -320,11 +320,14 @@ class ConnectionTimeouts:
         while True:
             await asyncio.sleep(pause)
             now = self.clock()
+            unix_now = time.time()
             for connection in list(self.registry.connections):
-                with self.registry.closing_on_error(connection):
-                    self._apply_timeouts(connection, now)
+                try:
+                    self._apply_timeouts(connection, now, unix_now)
+                except Exception as error:  # noqa: BLE001 (as closing_on_error, which is slower)
+                    self.registry.close_failed(connection, error)
 
-    def _apply_timeouts(self, connection: Connection, now: float) -> None:
+    def _apply_timeouts(self, connection: Connection, now: float, unix_now: float) -> None:
         if connection.state is ConnectionState.CONNECTING:
             if now - connection.opened_at >= _CONNECT_TIMEOUT_SECONDS:
                 self.registry.close(connection, "no_stream")
@@ -332,7 +335,7 @@ class ConnectionTimeouts:
         connection.record_drained(now)
         if now - connection.last_drained_at >= self.limits.stall_timeout:
             self.registry.abort(connection)
-        elif reason := self._reason_to_close(connection, now):
+        elif reason := self._reason_to_close(connection, now, unix_now):
             if connection.may_close(now):
                 self.registry.close(connection, reason)
         elif (
@@ -342,7 +345,7 @@ class ConnectionTimeouts:
             head = self.progress.head
             connection.write_heartbeat(head if connection.state is LIVE else connection.cursor, now)
 
-    def _reason_to_close(self, connection: Connection, now: float) -> str:
+    def _reason_to_close(self, connection: Connection, now: float, unix_now: float) -> str:
         expires_at = connection.caller.expires_at
         connected_seconds = now - connection.connected_at
         if connection.close_reason:
@@ -351,7 +354,7 @@ class ConnectionTimeouts:
             return "idle"
         if connected_seconds >= self.limits.max_lifetime:
             return "lifetime"
-        if expires_at is not None and time.time() >= expires_at:
+        if expires_at is not None and unix_now >= expires_at:
             return "token_expired"
         waits_for_call = connection.is_resumable and connection.first_call_answered_at is None
         return (

@@ -166,6 +166,8 @@ class VisibilityTracker:
                     log.warning("visibility.unknown", error=repr(type(error)))
 
     def _discard_visible(self, snapshot: Snapshot) -> None:
+        if not self._not_yet_visible:
+            return
         self._not_yet_visible = deque(
             (end_lsn, xid) for end_lsn, xid in self._not_yet_visible if not snapshot.sees(xid)
         )

@@ -115,6 +115,9 @@ class Evaluation(Generic[K, M]):
 
         ``resume`` continues once they have been answered, abandoned or postponed.
         """
+        if not any(row.open_keys or row.has_open_tests for row in self.rows.values()):
+            self._key_questions, self._pair_questions = [], []
+            return []
         self._key_questions = list(self._make_key_questions())
         self._pair_questions = list(self._make_pair_questions())
         questions: list[Question] = [question for question, _ in self._key_questions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from urllib.parse import quote
 
 import pytest
 
@@ -62,6 +63,25 @@ async def test_a_connection_with_nothing_to_read_is_live_when_its_call_ends() ->
         await sink.wait_for(2)
 
     assert state_after_the_call is LIVE
+
+
+async def test_a_filter_that_others_of_its_kind_have_is_not_compiled_again() -> None:
+    """Its topic is that of the first call."""
+    options = quote(json.dumps({"query": {"filter": "title = 'x'"}}))
+    topic = f"posts/*?options={options}"
+    callers = (ANN, BOB, Caller(Superuser("root")), Caller())
+    async with open_harness() as harness:
+        opened = [harness.connect() for _ in callers]
+        for (connection, _), caller in zip(opened, callers, strict=True):
+            await harness.subscribe(connection, topic, caller=caller)
+        topics = [connection.subscriptions[topic].topic for connection, _ in opened]
+        harness.commit(insert("a", "x"), insert("b", "y"))
+        await harness.until_delivered()
+
+    assert topics[0] is topics[1]
+    assert all(other is not topics[0] for other in topics[2:])
+    received = [[action_and_id(event)[1] for event in sink.events()[1:]] for _, sink in opened]
+    assert received == [["a"]] * len(callers)
 
 
 async def test_events_come_in_commit_order_and_in_order_within_a_commit() -> None:
