@@ -18,7 +18,7 @@ class Gap(Struct, frozen=True):
     end_lsn: LSN
     """Changes up to here may be missing; what follows is complete."""
     reason: str
-    """Sent to clients: ``slot_lost``, ``too_large``, ``decoder`` or ``schema``."""
+    """Sent to clients: ``slot_lost``, ``too_large``, ``decoder``, ``schema`` or ``expired``."""
     tables: frozenset[TableName] | None = None
 
 

@@ -165,6 +165,7 @@ _PURE = (
     *("bus.calls", "bus.seal"),
     *("api.error_responses", "api.subscribe_body", "api.login_body", "api.cors"),
     *("rule_queries.slow_queries", "explain.text", "feed.repeats", "feed.wire"),
+    "feed.window",
     *("expand.plan", "expand.node", "expand.render", "expand.undo", "expand.link_history"),
 )
 """Code without loop, socket, clock and log; what keeps state does so without touching the world."""
