@@ -159,6 +159,13 @@ class LogMessageError(LogError):
     code = "log_unreadable"
 
 
+class WorkerGoneError(PgRealtimeError):
+    """A process of the service has ended before it answered."""
+
+    code = "worker_gone"
+    retryable = True
+
+
 class RuleError(PgRealtimeError):
     """A rule or filter can't be used; ``start`` and ``end`` are offsets in its characters."""
 

@@ -15,6 +15,7 @@ _COMMANDS = {
     "run": "pgrealtime.cli.run",
     "slot": "pgrealtime.cli.slot",
     "token": "pgrealtime.cli.token",
+    "worker": "pgrealtime.cli.worker",
 }
 
 

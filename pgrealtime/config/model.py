@@ -130,6 +130,9 @@ class ServerConfig(Section):
     cors_origins: TextList = ("*",)
     locale: Literal["auto", "en", "zh"] = "auto"
     """Language of error messages; ``auto`` follows ``Accept-Language``."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that serve the port; ``auto`` is one per core. More than one are fed by a process
+    of their own, which reads the slot."""
     shutdown_grace: Seconds = 25.0
     """At SIGTERM connections are ended in small groups, never taking longer than this."""
 

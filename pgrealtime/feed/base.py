@@ -57,6 +57,12 @@ class Feed(Protocol):
             PgRealtimeError: The stream can't be read, and waiting doesn't help.
         """
 
+    async def catch_up(self) -> None:
+        """Return once the changelog can serve connections; ``run`` runs already.
+
+        It may lack a stream, but where it is filled from another process it has what that has.
+        """
+
     async def wait_for_changelog(self, lsn: LSN) -> bool:
         """Wait until the changelog has all commits up to an LSN; return whether it does.
 

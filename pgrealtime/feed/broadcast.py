@@ -8,6 +8,7 @@ reads nothing at all is not.
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from pgrealtime.feed.window import EncodedWindow
 from pgrealtime.lsn import Cursor
@@ -36,9 +37,8 @@ class FrameSender(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send what the window holds."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.set_write_buffer_limits(high=MAX_BUFFERED_BYTES)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)
+        self._transport.set_write_buffer_limits(high=MAX_BUFFERED_BYTES)
         self.send()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the protocol's)
@@ -54,6 +54,11 @@ class FrameSender(asyncio.Protocol):
         self._is_full = False
         self.send()
         self._on_progress()
+
+    def close(self) -> None:
+        """Close the socket; what the process hasn't read is dropped."""
+        if self._transport is not None:
+            self._transport.abort()
 
     @property
     def sent_upto(self) -> Cursor:

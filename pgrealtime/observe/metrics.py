@@ -1,8 +1,9 @@
 """The metrics in Prometheus' text format. Other packages count; this one names the metrics."""
 
 import platform
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias, TypeVar
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from msgspec import Struct
 from prometheus_client import (
@@ -85,6 +86,48 @@ class MetricValues(Struct, kw_only=True):
     """WAL that the server keeps for the slot; None if PostgreSQL doesn't answer."""
 
 
+def sum_values(processes: Sequence[MetricValues]) -> MetricValues:
+    """Return the values of several processes together; what is unknown in one is left out."""
+
+    def total(values: Sequence[Any]) -> Any:
+        known = [value for value in values if value is not None]
+        match known:
+            case []:
+                return None
+            case [bool(), *_]:
+                return any(known)
+            case [int(), *_]:
+                return sum(known)
+            case _:
+                return sum(map(Counter, known), Counter())
+
+    names = MetricValues.__struct_fields__
+    return MetricValues(**{name: total([getattr(p, name) for p in processes]) for name in names})
+
+
+Sample: TypeAlias = tuple[str, Mapping[str, str], float]
+"""Name, labels and value."""
+
+_SampleKey: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
+
+
+def _sample_key(name: str, labels: Mapping[str, str]) -> _SampleKey:
+    return name, tuple(sorted(labels.items()))
+
+
+_OF_ONE_PROCESS = ("process_start_time_seconds", "process_max_fds")
+"""Samples that can't be summed over processes; also those with the suffix ``_created``."""
+
+
+def sum_samples(processes: Iterable[Sequence[Sample]]) -> Sequence[Sample]:
+    """Return the samples of several processes together, without those that can't be summed."""
+    sums: defaultdict[_SampleKey, float] = defaultdict(float)
+    for name, labels, value in (sample for samples in processes for sample in samples):
+        if name not in _OF_ONE_PROCESS and not name.endswith("_created"):
+            sums[_sample_key(name, labels)] += value
+    return [(name, dict(labels), value) for (name, labels), value in sums.items()]
+
+
 class Metrics:
     """The histogram that is filled as queries run; all other values are read at each scrape."""
 
@@ -102,25 +145,52 @@ class Metrics:
         """Record how long a statement took."""
         self._rule_query_seconds.observe(seconds)
 
-    def exposition(self, values: MetricValues) -> bytes:
-        """Return all metrics as text of the type ``CONTENT_TYPE``."""
-        return generate_latest(_CombinedCollector(self._registry, values))
+    def samples(self) -> Sequence[Sample]:
+        """Return what this process measures of itself: CPU, memory, and its statements' times."""
+        return [(s.name, s.labels, s.value) for f in self._registry.collect() for s in f.samples]
+
+    def exposition(
+        self, values: MetricValues, others: Sequence[Sequence[Sample]] = (), workers: int = 0
+    ) -> bytes:
+        """Return all metrics as text of the type ``CONTENT_TYPE``.
+
+        ``others`` are the samples of other processes, which are added to this one's; ``workers`` is
+        their number, if they serve the port.
+        """
+        more = {_sample_key(name, labels): value for name, labels, value in sum_samples(others)}
+        return generate_latest(_CombinedCollector(self._registry, values, more, workers))
 
 
 class _CombinedCollector(Collector):
     """The registry and the values of a scrape as one collector."""
 
-    def __init__(self, registry: CollectorRegistry, values: MetricValues) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        values: MetricValues,
+        more: Mapping[_SampleKey, float],
+        workers: int,
+    ) -> None:
         self._registry = registry
         self._values = values
+        self._more = more
+        self._workers = workers
 
     def collect(self) -> Iterable[Metric]:
         yield from _families(self._values)
-        yield from self._registry.collect()
+        if self._workers:
+            yield _gauge("workers", self._workers)
+        for family in self._registry.collect():
+            family.samples = [
+                s._replace(value=s.value + self._more.get(_sample_key(s.name, s.labels), 0))
+                for s in family.samples
+            ]
+            yield family
 
 
 _HELP = {
     "build_info": "Versions of pgrealtime and Python.",
+    "workers": "Processes that serve the port and answer.",
     "connections": "Open connections.",
     "subscriptions": "Subscriptions of open connections that an event can match.",
     "events_sent": "Events written to connections.",

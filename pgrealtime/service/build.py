@@ -6,11 +6,12 @@ module that knows all parts; each part receives what it needs as arguments.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psycopg
 from aiohttp import web
 
 from pgrealtime.api.app import build_app
@@ -42,14 +43,12 @@ from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.reads.reader import ReadLimits, RecordReader
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules, rule_problems
-from pgrealtime.service.applied_config import AppliedConfig
+from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
+from pgrealtime.service.feeds import make_feed
 from pgrealtime.service.listen import serve_admin, serve_public
-from pgrealtime.service.local_feed import LocalFeed
 from pgrealtime.service.parts import ServiceParts
-from pgrealtime.service.published_tables import PublicationWatch
 from pgrealtime.service.reload import Reloader, report_unreadable_tables
 from pgrealtime.service.status import StatusReader
-from pgrealtime.service.streams import StreamOpener
 
 _STANDBY_POLL_SECONDS = 10.0
 
@@ -61,6 +60,28 @@ class RunningService:
     port: int
     hub: Hub
     reloader: Reloader
+    status: StatusReader
+    metrics: Metrics
+    schema_mismatch: asyncio.Event
+    """To be set where the schema may have changed."""
+
+    @property
+    def connection_count(self) -> int:
+        """The open connections."""
+        return len(self.hub.connections)
+
+    async def reload(self) -> None:
+        """Apply the configuration as it is now; the log says what became of it."""
+        await self.reloader.reload()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbours:
+    """What joins the service to the other processes that serve the same port."""
+
+    connect_feed: Callable[[Intake], Feed]
+    """Returns the feed that fills the intake."""
+    bus: Bus
 
 
 @asynccontextmanager
@@ -69,6 +90,7 @@ async def run_service(
     *,
     read_config: Callable[[], ParsedConfig] | None = None,
     extend_app: Callable[[web.Application], None] | None = None,
+    neighbours: Neighbours | None = None,
 ) -> AsyncIterator[RunningService]:
     """Run the service for the duration of the block.
 
@@ -77,7 +99,9 @@ async def run_service(
     bus and the query pool. A background task that fails ends the block with its error.
 
     ``read_config`` reads the configuration again for a reload; by default ``config`` stays.
-    ``extend_app`` adds routes and middlewares to the public port.
+    ``extend_app`` adds routes and middlewares to the public port. Without ``neighbours`` the
+    service reads the replication stream by itself. With them it shares the port, and collections
+    that don't fit the schema are locked, as after a change of it.
 
     Raises:
         PgRealtimeError: The service can't start.
@@ -85,11 +109,18 @@ async def run_service(
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_query_pool(config.database))
         reads_pool = await stack.enter_async_context(_open_reads_pool(config))
-        applied = await _apply_at_start(config, pool)
-        await report_unreadable_tables(pool, applied.collections)
+        if neighbours is None:
+            applied = await apply_at_start(config, pool)
+            await report_unreadable_tables(pool, applied.collections)
+        else:
+            applied = fit_to_schema(config, await read_configured_catalog(config, pool))
+            with suppress(psycopg.Error):  # reported by the next query
+                await pool.configure_row_security(reachable_tables(applied.collections).values())
         if reads_pool is not None:
             await reads_pool.configure_row_security(reachable_tables(applied.collections).values())
-        bus = await stack.enter_async_context(_open_bus(config))
+        bus = await stack.enter_async_context(
+            _open_bus(config, NoBus(draw_tag()) if neighbours is None else neighbours.bus)
+        )
         metrics, schema_mismatch = Metrics(), asyncio.Event()
         unchanged = ParsedConfig(config=config, locations=ConfigLocations(source="configuration"))
         parts = _build_parts(
@@ -101,6 +132,7 @@ async def run_service(
             on_schema_mismatch=schema_mismatch.set,
             refresh_schema=lambda: reloader.wait_for_schema_refresh(),  # noqa: PLW0108 (made below)
             on_statement_seconds=metrics.observe_rule_query,
+            neighbours=neighbours,
         )
         reloader = Reloader(
             applied,
@@ -124,7 +156,14 @@ async def run_service(
             _watch_standbys(parts.executor, parts.hub),
         )
         await stack.enter_async_context(background_tasks(coroutines))
-        await stack.enter_async_context(serve_admin(config.admin, status, metrics))
+        await stack.enter_async_context(
+            serve_admin(
+                config.admin, status.not_ready_reasons, partial(_fetch_metrics, status, metrics)
+            )
+        )
+        if neighbours is not None:
+            await parts.feed.want(applied.wanted_tables)
+        await parts.feed.catch_up()
         app = build_app(parts.hub, parts.authenticator, parts.calls, config)
         LoginRoutes(
             parts.login_service, parts.authenticator, config.server, parts.own_records
@@ -139,11 +178,18 @@ async def run_service(
             ).add_routes(app.router)
         if extend_app is not None:
             extend_app(app)
-        port = await stack.enter_async_context(serve_public(app, parts.hub, config.server))
-        yield RunningService(port, parts.hub, reloader)
+        port = await stack.enter_async_context(
+            serve_public(app, parts.hub, config.server, is_shared=neighbours is not None)
+        )
+        yield RunningService(port, parts.hub, reloader, status, metrics, schema_mismatch)
 
 
-async def _apply_at_start(config: Config, pool: QueryPool) -> AppliedConfig:
+async def _fetch_metrics(status: StatusReader, metrics: Metrics) -> bytes:
+    """Return the metrics of this process in Prometheus' text format."""
+    return metrics.exposition(await status.read_metrics())
+
+
+async def apply_at_start(config: Config, pool: QueryPool) -> AppliedConfig:
     """Return the collections of the configuration; unlike a later schema, they must all be valid.
 
     Raises:
@@ -171,6 +217,7 @@ def _build_parts(
     on_schema_mismatch: Callable[[], None],
     refresh_schema: Callable[[], Awaitable[bool]],
     on_statement_seconds: Callable[[float], None],
+    neighbours: Neighbours | None,
 ) -> ServiceParts:
     collections = applied.collections
     executor = QueryExecutor(
@@ -200,24 +247,18 @@ def _build_parts(
         refresh_schema=refresh_schema,
     )
     intake = Intake(changelog, hub, max_size=config.changelog.max_size)
-    publication = PublicationWatch(pool, config.replication.publication)
-    feed: Feed
-    if config.log.nats:
-        # The client library is an extra: loaded only where there is a log.
-        from pgrealtime.service.log_feed import LogFeed  # noqa: PLC0415
-
-        feed = LogFeed(
+    feed = (
+        make_feed(
             config,
-            StreamOpener(config),
             intake,
-            publication,
             pool,
-            wanted=applied.wanted_tables,
+            applied.wanted_tables,
             tag=bus.tag,
             count_connections=lambda: len(hub.connections),
         )
-    else:
-        feed = LocalFeed(StreamOpener(config), intake, publication, applied.wanted_tables)
+        if neighbours is None
+        else neighbours.connect_feed(intake)
+    )
     accounts = AccountLoader(pool, on_schema_mismatch=on_schema_mismatch)
     authenticator = Authenticator(
         config.auth,
@@ -246,20 +287,21 @@ def _build_parts(
 
 
 @asynccontextmanager
-async def _open_bus(config: Config) -> AsyncIterator[Bus]:
-    tag, cluster = draw_tag(), config.cluster
+async def _open_bus(config: Config, local: Bus) -> AsyncIterator[Bus]:
+    """Give the bus of the cluster, or the local one if there is no other machine."""
+    cluster, url = config.cluster, config.database.url
     if cluster.bus == "none":
-        yield NoBus(tag)
+        yield local
         return
     if cluster.bus == "nats":
         require_client()
         from pgrealtime.bus.nats import NatsBus  # noqa: PLC0415 (an extra, as for the feed)
 
-        nats_bus = NatsBus(config.log, name=cluster.name, secret=cluster.secret, tag=tag)
+        nats_bus = NatsBus(config.log, name=cluster.name, secret=cluster.secret, tag=draw_tag())
         async with nats_bus.running():
             yield nats_bus
         return
-    bus = PostgresBus(config.database.url, name=cluster.name, secret=cluster.secret, tag=tag)
+    bus = PostgresBus(url, name=cluster.name, secret=cluster.secret, tag=draw_tag())
     async with bus.running():
         yield bus
 

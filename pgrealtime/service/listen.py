@@ -1,7 +1,7 @@
 """Serves the public and the admin port."""
 
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from aiohttp import web
@@ -11,16 +11,18 @@ from pgrealtime.api.app import build_runner
 from pgrealtime.config.model import AdminConfig, ServerConfig
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.hub.hub import Hub
-from pgrealtime.observe.metrics import Metrics
-from pgrealtime.service.status import StatusReader
 
 _BACKLOG = 4096
 """Connections that the kernel may hold for us: all clients reconnect at once after a restart."""
 
 
 @asynccontextmanager
-async def serve_public(app: web.Application, hub: Hub, config: ServerConfig) -> AsyncIterator[int]:
+async def serve_public(
+    app: web.Application, hub: Hub, config: ServerConfig, *, is_shared: bool = False
+) -> AsyncIterator[int]:
     """Serve the API and give its port; at the end stop listening, then end the connections.
+
+    A shared port is one that other processes listen on, too: the kernel distributes connections.
 
     Raises:
         PgRealtimeError: Code ``port_unavailable``.
@@ -30,7 +32,9 @@ async def serve_public(app: web.Application, hub: Hub, config: ServerConfig) -> 
     async with AsyncExitStack() as stack:
         stack.push_async_callback(runner.cleanup)
         stack.push_async_callback(hub.shutdown, config.shutdown_grace)
-        site = web.TCPSite(runner, config.host, config.port, backlog=_BACKLOG)
+        site = web.TCPSite(
+            runner, config.host, config.port, backlog=_BACKLOG, reuse_port=is_shared or None
+        )
         await _start_listening(site, "server")
         stack.push_async_callback(site.stop)
         yield runner.addresses[0][1]
@@ -38,7 +42,9 @@ async def serve_public(app: web.Application, hub: Hub, config: ServerConfig) -> 
 
 @asynccontextmanager
 async def serve_admin(
-    config: AdminConfig, status: StatusReader, metrics: Metrics
+    config: AdminConfig,
+    not_ready_reasons: Callable[[], Awaitable[list[str]]],
+    fetch_metrics: Callable[[], Awaitable[bytes]],
 ) -> AsyncIterator[None]:
     """Serve probes and metrics, if a port is configured for them.
 
@@ -48,13 +54,7 @@ async def serve_admin(
     if not config.port:
         yield
         return
-
-    async def fetch_metrics() -> bytes:
-        return metrics.exposition(await status.read_metrics())
-
-    app = build_admin_app(
-        config, not_ready_reasons=status.not_ready_reasons, fetch_metrics=fetch_metrics
-    )
+    app = build_admin_app(config, not_ready_reasons=not_ready_reasons, fetch_metrics=fetch_metrics)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -68,12 +68,17 @@ async def _start_listening(site: web.TCPSite, section: str) -> None:
     try:
         await site.start()
     except OSError as error:
-        raise PgRealtimeError(
-            f"can't listen on {section}.port",
-            detail=str(error.strerror or error),
-            hint=_port_hint(error, section),
-            code="port_unavailable",
-        ) from error
+        raise port_error(error, section) from error
+
+
+def port_error(error: OSError, section: str) -> PgRealtimeError:
+    """Return the error of a port that can't be listened on."""
+    return PgRealtimeError(
+        f"can't listen on {section}.port",
+        detail=str(error.strerror or error),
+        hint=_port_hint(error, section),
+        code="port_unavailable",
+    )
 
 
 def _port_hint(error: OSError, section: str) -> str:

@@ -51,6 +51,9 @@ class LocalFeed:
             group.create_task(self._reader.run())
             group.create_task(self._reader.expire_periodically())
 
+    async def catch_up(self) -> None:
+        """Return at once: connections wait for the stream by themselves."""
+
     async def wait_for_changelog(self, lsn: LSN) -> bool:
         """Wait for an LSN; see ``ReplicationReader.wait_for_changelog``."""
         return await self._reader.wait_for_changelog(lsn)

@@ -476,6 +476,9 @@ class LogFeed:
 
     # -- what hub and service ask
 
+    async def catch_up(self) -> None:
+        """Return at once: connections wait for the log by themselves."""
+
     async def wait_for_changelog(self, lsn: LSN) -> bool:
         """Wait for an LSN; see ``ReplicationReader.wait_for_changelog``."""
         if max(self._intake.end_lsn, self._complete_upto) >= lsn:

@@ -1,22 +1,22 @@
 """Runs the service as a process: signals, open files, garbage collection, logging.
 
-Called by the command ``run``; tests and the demo use ``run_service`` alone.
+Called by the command ``run`` and by workers; tests and the demo use ``run_service`` alone.
 """
 
 import asyncio
 import gc
 import resource
 import signal
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Protocol, TypeVar
 
 import structlog
 
 from pgrealtime import __version__
-from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config
 from pgrealtime.observe.log import configure_logging
-from pgrealtime.service.build import RunningService, background_tasks, run_service
+from pgrealtime.service.build import background_tasks
 
 log = structlog.get_logger(__name__)
 
@@ -27,40 +27,65 @@ _GC_THRESHOLD = 10_000
 delivered; with Python's default of 700, looking for garbage among them took a fifth of the CPU."""
 
 
-async def serve(config: Config, read_config: Callable[[], ParsedConfig]) -> None:
-    """Run the service until SIGTERM or SIGINT; at SIGHUP apply what ``read_config`` returns.
+_S = TypeVar("_S")
+
+
+class Service(Protocol):
+    """A service that accepts connections, in one process or in several."""
+
+    @property
+    def port(self) -> int:
+        """Of the API."""
+
+    @property
+    def connection_count(self) -> int:
+        """The open connections."""
+
+    async def reload(self) -> None:
+        """Apply the configuration as it is now; the log says what became of it."""
+
+
+async def serve(config: Config, running: AbstractAsyncContextManager[Service]) -> None:
+    """Run the service until SIGTERM or SIGINT, and have it reload at SIGHUP.
 
     Raises:
         PgRealtimeError: The service can't start, or can't continue.
     """
     configure_logging(config.logging)
-    gc.set_threshold(_GC_THRESHOLD, 10, 10)
-    _raise_file_limit(config.realtime.max_connections)
+    prepare_process(config)
     stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
     async with AsyncExitStack() as stack:
-        starting = stack.enter_async_context(run_service(config, read_config=read_config))
-        service = await _start_unless_stopped(stop, starting)
+        service = await start_unless_stopped(stop, stack.enter_async_context(running))
         if service is None:
             return
-        # What was made until now is mostly there for good: modules, configuration, schema. Looking
-        # for garbage among it too took ten times as long, all in one piece.
-        gc.collect()
-        gc.freeze()
+        settle_memory()
         await stack.enter_async_context(background_tasks([_reload_on_signal(hangup, service)]))
         log.info(
             "server.started", version=__version__, url=f"http://{config.server.host}:{service.port}"
         )
         await stop.wait()
-        log.info("server.stopping", connections=len(service.hub.connections))
+        log.info("server.stopping", connections=service.connection_count)
 
 
-async def _start_unless_stopped(
-    stop: asyncio.Event, starting: Awaitable[RunningService]
-) -> RunningService | None:
+def prepare_process(config: Config) -> None:
+    """Set what the whole process has: its limits of open files and of garbage."""
+    gc.set_threshold(_GC_THRESHOLD, 10, 10)
+    _raise_file_limit(config.realtime.max_connections)
+
+
+def settle_memory() -> None:
+    """Exempt what was made until now from garbage collection; called once the service runs."""
+    # It is mostly there for good: modules, configuration, schema. Looking for garbage among it too
+    # took ten times as long, all in one piece.
+    gc.collect()
+    gc.freeze()
+
+
+async def start_unless_stopped(stop: asyncio.Event, starting: Awaitable[_S]) -> _S | None:
     """Return the service once it runs, or None if the process is to stop before that.
 
     The start is awaited in this task, because the task that enters the service's task group has to
@@ -93,8 +118,8 @@ def _raise_file_limit(max_connections: int) -> None:
         log.warning("files.limited", limit=hard, max_connections=max_connections)
 
 
-async def _reload_on_signal(hangup: asyncio.Event, service: RunningService) -> None:
+async def _reload_on_signal(hangup: asyncio.Event, service: Service) -> None:
     while True:
         await hangup.wait()
         hangup.clear()
-        await service.reloader.reload()
+        await service.reload()

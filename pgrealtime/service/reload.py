@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeAlias
 
 import psycopg
@@ -45,6 +46,44 @@ class _SchemaRead:
     def __init__(self) -> None:
         self.is_applied = False
         self.completed = asyncio.Event()
+
+
+async def fit_reloaded(
+    parsed: ParsedConfig, running: Config, read_catalog: Callable[[Config], Awaitable[Catalog]]
+) -> AppliedConfig:
+    """Return the reloadable sections of a configuration, fitted to the current schema.
+
+    The other sections are those of ``running``.
+
+    Raises:
+        PgRealtimeError: With every problem found.
+    """
+    read = parsed.require_valid()
+    update = {name: getattr(read, name) for name in _RELOADABLE_SECTIONS}
+    config = running.model_copy(update=update)
+    applied = fit_to_schema(config, await read_catalog(config))
+    if problems := (*applied.problems, *issuer_key_problems(config)):
+        raise parsed.locations.locate(ConfigError(problems))
+    return applied
+
+
+def log_rejected(error: PgRealtimeError) -> None:
+    """Log all problems of a configuration that was not applied."""
+    is_list = isinstance(error, ConfigError)
+    problems = error.detail.splitlines() if is_list else [str(error)]
+    log.error("config.rejected", code=error.error_code, reason=error.message, problems=problems)
+
+
+def log_reloaded(read: Config, applied: AppliedConfig, seconds: float) -> None:
+    """Log that a configuration was applied, and which sections of it only a restart applies."""
+    running = applied.config
+    if waiting := [n for n in Config.model_fields if getattr(read, n) != getattr(running, n)]:
+        log.warning("config.restart_needed", sections=waiting)
+    log.info(
+        "config.reloaded",
+        collections=len(applied.collections),
+        duration_ms=round(seconds * 1000),
+    )
 
 
 class Reloader:
@@ -89,43 +128,45 @@ class Reloader:
             began = time.monotonic()
             try:
                 parsed = self._read_config()
-                await self._apply(await self._fit_config(parsed))
-            except PgRealtimeError as error:
-                is_list = isinstance(error, ConfigError)
-                problems = error.detail.splitlines() if is_list else [str(error)]
-                log.error(  # noqa: TRY400 (the traceback says nothing more)
-                    "config.rejected",
-                    code=error.error_code,
-                    reason=error.message,
-                    problems=problems,
+                await self._apply(
+                    await fit_reloaded(parsed, self._applied.config, self._read_catalog)
                 )
+            except PgRealtimeError as error:
+                log_rejected(error)
                 return False
             await self._parts.feed.check_publication()
             await report_unreadable_tables(self._parts.pool, self._applied.collections)
-            read, running = parsed.require_valid(), self._applied.config
-            names = Config.model_fields
-            if waiting := [n for n in names if getattr(read, n) != getattr(running, n)]:
-                log.warning("config.restart_needed", sections=waiting)
-            log.info(
-                "config.reloaded",
-                collections=len(self._applied.collections),
-                duration_ms=round((time.monotonic() - began) * 1000),
-            )
+            log_reloaded(parsed.require_valid(), self._applied, time.monotonic() - began)
             return True
 
-    async def _fit_config(self, parsed: ParsedConfig) -> AppliedConfig:
-        """Return the reloadable sections of a configuration, fitted to the current schema.
+    async def reload_if_agreed(
+        self, parsed: ParsedConfig, agree: Callable[[], Awaitable[bool]]
+    ) -> bool:
+        """Apply a configuration if ``agree`` says so; return whether it was applied.
+
+        ``agree`` is called when nothing but its answer stands in the way: the stream has the
+        tables. Nothing is logged.
 
         Raises:
-            PgRealtimeError: With every problem found.
+            PgRealtimeError: There is a problem; everything is as it was.
         """
-        read = parsed.require_valid()
-        update = {name: getattr(read, name) for name in _RELOADABLE_SECTIONS}
-        config = self._applied.config.model_copy(update=update)
-        applied = fit_to_schema(config, await self._read_catalog(config))
-        if problems := (*applied.problems, *issuer_key_problems(config)):
-            raise parsed.locations.locate(ConfigError(problems))
-        return applied
+        async with self._lock:
+            applied = await fit_reloaded(parsed, self._applied.config, self._read_catalog)
+            if _table_identities(applied.streamed_tables) != _table_identities(
+                self._streamed_tables
+            ):
+                # More than both have to be streamed if the others don't agree.
+                before = self._applied.streamed_tables
+                await self._parts.feed.want(
+                    replace(applied.wanted_tables, tables={**before, **applied.streamed_tables})
+                )
+            if not await agree():
+                return False
+            await self._apply(applied)
+            with suppress(psycopg.Error):  # reported by the next query
+                tables = reachable_tables(applied.collections)
+                await self._parts.pool.configure_row_security(tables.values())
+            return True
 
     # -- the schema
 

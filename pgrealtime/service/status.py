@@ -8,6 +8,7 @@ import psycopg
 from psycopg_pool import PoolTimeout
 
 from pgrealtime.observe.metrics import MetricValues
+from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.service.parts import ServiceParts
 
 _QUERY_TIMEOUT_SECONDS = 1.0
@@ -33,7 +34,8 @@ class StatusReader:
 
     async def read_metrics(self) -> MetricValues:
         """Return the counters and gauges of this moment."""
-        lag_bytes, retained_bytes = await self._read_slot_lag()
+        slot_name = self._parts.feed.status.slot_name
+        lag_bytes, retained_bytes = await read_slot_lag(self._parts.pool, slot_name)
         hub, counters = self._parts.hub, self._parts.hub.counters
         reader, feed = self._parts.record_reader, self._parts.feed.status
         return MetricValues(
@@ -71,7 +73,8 @@ class StatusReader:
         if self._warm_up_seconds and self._is_warming_up():
             reasons.append("warming_up")
         reasons += self._parts.feed.status.not_ready_reasons
-        if await self._fetch_row("SELECT 1") is None or self._parts.executor.outage.is_ongoing:
+        is_answered = await fetch_row(self._parts.pool, "SELECT 1") is not None
+        if not is_answered or self._parts.executor.outage.is_ongoing:
             reasons.append("database_away")
         return reasons
 
@@ -79,19 +82,22 @@ class StatusReader:
         began_at = self._parts.hub.stream_began_at
         return began_at is None or time.monotonic() - began_at < self._warm_up_seconds
 
-    async def _read_slot_lag(self) -> tuple[int | None, int | None]:
-        name = self._parts.feed.status.slot_name
-        row = None if name is None else await self._fetch_row(_SLOT_LAG_QUERY, name)
-        return (None, None) if row is None else (int(row[0]), int(row[1]))
 
-    async def _fetch_row(self, query: str, *params: str) -> tuple[Any, ...] | None:
-        try:
-            async with (
-                asyncio.timeout(_QUERY_TIMEOUT_SECONDS),
-                self._parts.pool.connection(_QUERY_TIMEOUT_SECONDS) as connection,
-            ):
-                cursor = await connection.execute(query.encode(), params or None)
-                row: tuple[Any, ...] | None = await cursor.fetchone()
-                return row
-        except (psycopg.Error, PoolTimeout, TimeoutError):
-            return None
+async def read_slot_lag(pool: QueryPool, slot_name: str | None) -> tuple[int | None, int | None]:
+    """Return the WAL that a slot hasn't confirmed, and that it retains; None if that is unknown."""
+    row = None if slot_name is None else await fetch_row(pool, _SLOT_LAG_QUERY, slot_name)
+    return (None, None) if row is None else (int(row[0]), int(row[1]))
+
+
+async def fetch_row(pool: QueryPool, query: str, *params: str) -> tuple[Any, ...] | None:
+    """Return the row of a query for probes and metrics; None if PostgreSQL doesn't answer soon."""
+    try:
+        async with (
+            asyncio.timeout(_QUERY_TIMEOUT_SECONDS),
+            pool.connection(_QUERY_TIMEOUT_SECONDS) as connection,
+        ):
+            cursor = await connection.execute(query.encode(), params or None)
+            row: tuple[Any, ...] | None = await cursor.fetchone()
+            return row
+    except (psycopg.Error, PoolTimeout, TimeoutError):
+        return None

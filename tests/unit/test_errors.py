@@ -81,6 +81,7 @@ def test_only_what_mends_itself_is_retried() -> None:
         "SlotLostError",
         "StreamInterruptedError",
         "UnexpectedMessageError",
+        "WorkerGoneError",
     }
     assert issubclass(SlotBusyError, WalError)
     assert not issubclass(DatabaseUnreachableError, WalError)

@@ -119,6 +119,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
         *("rule_queries", "records", "reads", "hub.evaluation", "observe.redact"),
     ),
     "service": ("",),
+    "workers": ("",),
     "cli": ("",),
     "demo": ("",),
     "__main__": ("cli.main",),
@@ -128,7 +129,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 
 _IMPORTERS: dict[str, tuple[str, ...]] = {
     "explain": ("cli",),
-    "service": ("cli", "demo"),
+    "service": ("workers", "cli", "demo"),
+    "workers": ("cli",),
     "demo": ("cli",),
     "cli": ("__main__",),
     "__main__": (),

@@ -112,6 +112,9 @@ class NoFeed:
     async def run(self) -> None:
         raise AssertionError
 
+    async def catch_up(self) -> None:
+        raise AssertionError
+
     async def wait_for_changelog(self, lsn: LSN) -> bool:
         raise AssertionError(lsn)
 

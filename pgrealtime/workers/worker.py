@@ -1,0 +1,186 @@
+"""A worker process: serves connections from a changelog that the main process fills.
+
+Started by the hidden command ``worker``.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+from contextlib import AsyncExitStack
+
+import structlog
+
+from pgrealtime.config.load import ConfigLocations, ParsedConfig
+from pgrealtime.config.model import Config
+from pgrealtime.errors import PgRealtimeError
+from pgrealtime.feed.intake import Intake
+from pgrealtime.observe.log import configure_logging
+from pgrealtime.service.build import Neighbours, RunningService, run_service
+from pgrealtime.service.process import prepare_process, settle_memory, start_unless_stopped
+from pgrealtime.workers.feed import FrameReceiver, WorkerBus, WorkerFeed
+from pgrealtime.workers.link import Link
+from pgrealtime.workers.messages import (
+    BEAT_SECONDS,
+    Answer,
+    Apply,
+    Beat,
+    Bytes,
+    Counts,
+    Failed,
+    Hello,
+    Message,
+    Prepare,
+    ReadCounts,
+    Ready,
+    RefreshSchema,
+    StartFailed,
+    Stop,
+)
+
+log = structlog.get_logger(__name__)
+
+_EXIT_ABANDONED = 1
+
+
+async def run_worker(frames: socket.socket, messages: socket.socket) -> None:
+    """Serve until the main process says stop, or ends; the sockets lead to it."""
+    loop = asyncio.get_running_loop()
+    worker = _Worker()
+    loop.add_signal_handler(signal.SIGTERM, worker.stop.set)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        # A terminal sends them to all processes; what is to be done the main process says.
+        loop.add_signal_handler(number, lambda: None)
+    await loop.create_unix_connection(lambda: worker.link, sock=messages)
+    await loop.create_unix_connection(lambda: worker.receiver, sock=frames)
+    tasks = {
+        asyncio.create_task(_exit_when_abandoned(worker.link), name="main process"),
+        asyncio.create_task(_beat(worker), name="beat"),
+    }
+    hello = await worker.hello
+    structlog.contextvars.bind_contextvars(worker=hello.number)
+    config = Config.model_validate_json(hello.config)
+    server = config.server.model_copy(update={"port": hello.port})
+    config = config.model_copy(update={"server": server})
+    configure_logging(config.logging)
+    prepare_process(config)
+    try:
+        await _serve(worker, config)
+    except (PgRealtimeError, ExceptionGroup) as error:
+        worker.link.tell(StartFailed(_as_failed(error)))
+    finally:
+        for task in tasks:
+            task.cancel()
+        worker.link.close()
+        await worker.link.closed.wait()
+
+
+async def _serve(worker: "_Worker", config: Config) -> None:
+    neighbours = Neighbours(connect_feed=worker.connect_feed, bus=worker.bus)
+    async with AsyncExitStack() as stack:
+        running = stack.enter_async_context(run_service(config, neighbours=neighbours))
+        service = await start_unless_stopped(worker.stop, running)
+        if service is None:
+            return
+        settle_memory()
+        worker.service.set_result(service)
+        worker.link.tell(Ready(worker.bus.tag))
+        await worker.stop.wait()
+        log.info("worker.stopping", connections=service.connection_count)
+
+
+async def _beat(worker: "_Worker") -> None:
+    """Tell the main process for ever that the event loop runs."""
+    while True:
+        is_running = worker.service.done() and not worker.service.cancelled()
+        worker.link.tell(Beat(worker.service.result().connection_count if is_running else 0))
+        await asyncio.sleep(BEAT_SECONDS)
+
+
+async def _exit_when_abandoned(link: Link) -> None:
+    """End the process when the main process has ended: nothing feeds this one any more."""
+    await link.closed.wait()
+    log.error("worker.abandoned")
+    # As one process that was killed does: clients reconnect, and resume when there is a new one.
+    os._exit(_EXIT_ABANDONED)
+
+
+def _as_failed(error: Exception) -> Failed:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, PgRealtimeError):
+        return Failed.of(error)
+    log.error("worker.failed", exc_info=error)
+    return Failed(PgRealtimeError.code, "a worker has failed", detail=type(error).__name__)
+
+
+class _Worker:
+    """The ends of the sockets, and what the main process asks."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.stop = asyncio.Event()
+        self.hello: asyncio.Future[Hello] = loop.create_future()
+        self.service: asyncio.Future[RunningService] = loop.create_future()
+        self.receiver = FrameReceiver()
+        self.link = Link(self._answer)
+        self.bus = WorkerBus(self.link)
+        self._verdict: asyncio.Future[bool] = loop.create_future()
+        self._reload: asyncio.Task[bool] | None = None
+
+    def connect_feed(self, intake: Intake) -> WorkerFeed:
+        """Return the feed of the service that is being built."""
+        return WorkerFeed(self.receiver, self.link, intake)
+
+    async def _answer(self, message: Message) -> Message | None:
+        match message:
+            case Hello():
+                self.hello.set_result(message)
+            case Stop():
+                self.stop.set()
+            case Answer(request=request):
+                return Bytes(await self.bus.answer(request))
+            case ReadCounts():
+                return await _read_counts(await asyncio.shield(self.service))
+            case RefreshSchema():
+                (await asyncio.shield(self.service)).schema_mismatch.set()
+            case Prepare(config=config):
+                await self._prepare(config)
+            case Apply(is_accepted=is_accepted):
+                await self._apply(is_accepted=is_accepted)
+            case _:
+                raise AssertionError(message)
+        return None
+
+    async def _prepare(self, config: str) -> None:
+        """Check a configuration, and hold it until the main process has decided."""
+        service = await asyncio.shield(self.service)
+        locations = ConfigLocations(source="configuration")
+        parsed = ParsedConfig(config=Config.model_validate_json(config), locations=locations)
+        verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._verdict = verdict
+        is_prepared = asyncio.Event()
+
+        async def agree() -> bool:
+            is_prepared.set()
+            return await verdict
+
+        self._reload = asyncio.create_task(service.reloader.reload_if_agreed(parsed, agree))
+        waiting = asyncio.create_task(is_prepared.wait())
+        await asyncio.wait({self._reload, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if not is_prepared.is_set():
+            await self._reload  # raises what keeps it from being applied
+
+    async def _apply(self, *, is_accepted: bool) -> None:
+        if self._reload is not None and not self._verdict.done():
+            self._verdict.set_result(is_accepted)
+            await self._reload
+
+
+async def _read_counts(service: RunningService) -> Counts:
+    return Counts(
+        values=await service.status.read_metrics(),
+        samples=service.metrics.samples(),
+        not_ready_reasons=await service.status.not_ready_reasons(),
+    )
