@@ -18,7 +18,7 @@ import yaml
 
 from tests.conformance.http_client import Address, EventStream, ProtocolError, Request, send
 from tests.conformance.pgrealtime_server import command
-from tests.conformance.process import ServerProcess, free_port
+from tests.conformance.process import ServerDiedError, ServerProcess, free_port
 from tests.e2e.listener import parse
 from tests.lacking import lacking
 from tests.realtime import subscribe
@@ -115,6 +115,11 @@ class Link:
 
     def cut(self) -> None:
         self._mended.clear()
+
+    def lead_to(self, port: int) -> None:
+        """Forward to another server; connections to the one before are reset."""
+        self._target = port
+        self.mend()
 
     def mend(self) -> None:
         """Forward again; connections of before the cut are reset."""
@@ -237,7 +242,7 @@ async def cluster(
     log: Mapping[str, Any] | None = None,
     starts: bool = True,
 ) -> AsyncIterator[Cluster]:
-    """Make the table, and start replicas one after the other."""
+    """Make the table, and start the replicas."""
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
         await connection.execute(SCHEMA.encode())
     made = Cluster(database_url, nats)
@@ -250,17 +255,19 @@ async def cluster(
                 )
             )
         if starts:
-            for replica in made.replicas:
-                await replica.start()
+            await asyncio.gather(*(replica.start() for replica in made.replicas))
         yield made
     finally:
         for replica in made.replicas:
             replica.database.mend()
             replica.nats.mend()
-        await asyncio.gather(*(r.stop() for r in made.replicas), return_exceptions=True)
+        stopped = await asyncio.gather(*(r.stop() for r in made.replicas), return_exceptions=True)
         for replica in made.replicas:
             await replica.database.close()
             await replica.nats.close()
+        for error in stopped:
+            if isinstance(error, ServerDiedError):
+                raise error  # one that ignores SIGTERM
 
 
 async def _make_replica(
@@ -356,7 +363,7 @@ class Listener:
     def _receive(self, number: int) -> None:
         if number in self.arrived:
             self.faults.append(f"{number} again after {self.last}")
-        elif number != self.last + 1:
+        elif number != self.last + 1 and not self.resyncs:
             self.faults.append(f"{number} after {self.last}")
         self.arrived.setdefault(number, time.monotonic())
         self.last = number
@@ -368,9 +375,12 @@ class Writer:
 
     url: str
     pause: float = 0.005
+    filler: int = 100
+    """Bytes of most rows."""
     committed: dict[int, float] = field(default_factory=dict)
     last: int = 0
     """Known to be committed."""
+    _connection: psycopg.AsyncConnection[Any] | None = None
 
     async def write(self) -> None:
         while True:
@@ -378,6 +388,7 @@ class Writer:
                 async with await psycopg.AsyncConnection.connect(
                     self.url, autocommit=True, application_name="writer", connect_timeout=2
                 ) as connection:
+                    self._connection = connection
                     cursor = await connection.execute("SELECT coalesce(max(id), 0) FROM numbers")
                     row = await cursor.fetchone()
                     assert row is not None
@@ -387,10 +398,15 @@ class Writer:
                         await asyncio.sleep(self.pause)
             await asyncio.sleep(0.05)
 
+    async def reconnect(self) -> None:
+        """Go on at the server that ``url`` names now."""
+        if self._connection is not None:
+            await self._connection.close()
+
     async def _commit(self, connection: psycopg.AsyncConnection[Any]) -> None:
         first = self.last + 1
         last = first if first % 10 else first + 20
-        size = 3_000_000 if first % 1500 == 1499 else 100
+        size = 3_000_000 if first % 1500 == 1499 else self.filler
         await connection.execute(
             "INSERT INTO numbers SELECT i, repeat('x', %s) FROM generate_series(%s::int8, %s) i",
             [size, first, last],

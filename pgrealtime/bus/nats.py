@@ -31,6 +31,7 @@ from pgrealtime.bus.seal import (
 from pgrealtime.config.model import LogConfig
 from pgrealtime.errors import BusError, HolderGoneError, HolderSilentError
 from pgrealtime.log.connection import LogNames, connect
+from pgrealtime.log.tasks import end_tasks
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +96,6 @@ class NatsBus:
         self._calls: dict[bytes, _Call] = {}
         """By the id of the request."""
         self._client: Client | None = None
-        self._is_over = False
         self._inbox = ""
         self._settled_at = float("-inf")
         """From then on silence means that a process has gone: after a restart of NATS each of them
@@ -172,8 +172,7 @@ class NatsBus:
             try:
                 yield
             finally:
-                self._is_over = True
-                task.cancel()
+                await end_tasks([task])
 
     async def _run(self) -> None:
         async with connect(
@@ -207,8 +206,7 @@ class NatsBus:
 
     async def _say_here(self, client: Client) -> None:
         """Say once a second that this process is there, and end calls to those that aren't."""
-        # Ended by a flag, too: the client library swallows a cancellation while it sends.
-        while not self._is_over:
+        while True:
             if client.is_connected:
                 with suppress(NatsError):
                     await client.publish(self._names.subject("here"), self.tag.encode())

@@ -64,6 +64,7 @@ async def connect(
         LogError: The credentials can't be read.
     """
     reported = set[str]()
+    is_closing = False
 
     async def on_any_error(error: Exception) -> None:
         # While the server is away, each attempt fails in the same way.
@@ -75,6 +76,8 @@ async def connect(
             log.warning("nats.error", reason=reason)
 
     async def on_away() -> None:
+        if is_closing:
+            return
         log.warning("log.away", stream=names.stream)
         if on_disconnected is not None:
             on_disconnected()
@@ -105,6 +108,7 @@ async def connect(
     try:
         yield client
     finally:
+        is_closing = True
         await client.close()
 
 

@@ -23,6 +23,7 @@ from pgrealtime.log.beat import AWAY_SECONDS, Beat
 from pgrealtime.log.jetstream import LogStream, StoredMessage, StreamState
 from pgrealtime.log.message import Kind
 from pgrealtime.log.reading import LogReading, Taken, Verdict
+from pgrealtime.log.tasks import run_together
 from pgrealtime.lsn import LSN, format_lsn
 
 log = structlog.get_logger(__name__)
@@ -180,9 +181,7 @@ class LogFollower:
         """Follow the log for ever."""
         await self._stream.follow(self._on_live)
         self._must_catch_up.set()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_caught_up(), name="log-catch-up")
-            group.create_task(self._watch(), name="log-watch")
+        await run_together(self._keep_caught_up(), self._watch())
 
     async def _keep_caught_up(self) -> None:
         while True:

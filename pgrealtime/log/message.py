@@ -4,7 +4,6 @@ A body larger than the server's ``max_payload`` is cut into parts, each a messag
 """
 
 import struct
-from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -97,12 +96,14 @@ class Chain:
         """Whether no number is left for a body of any size: another term has to begin."""
         return self._number > MAX_NUMBER - _MAX_PARTS
 
-    def messages(self, kind: Kind, body: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield for each part of a body the sequence that it has to follow, and the message."""
+    def messages(self, kind: Kind, body: bytes) -> list[tuple[int, bytes]]:
+        """Return for each part of a body the sequence that it has to follow, and the message."""
         size = self._body_bytes
         parts = max(1, -(-len(body) // size))
+        made: list[tuple[int, bytes]] = []
         for part in range(parts):
             head = format_head(Head(kind, part, parts, self.salt, self.term, self._number))
-            yield self._sequence, head + body[part * size : (part + 1) * size]
+            made.append((self._sequence, head + body[part * size : (part + 1) * size]))
             self._number += 1
             self._sequence += 1
+        return made

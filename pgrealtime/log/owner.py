@@ -9,9 +9,9 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -19,13 +19,14 @@ from nats.errors import Error as NatsError
 
 from pgrealtime import __version__
 from pgrealtime.config.model import LogConfig
-from pgrealtime.errors import LogAwayError, PgRealtimeError
+from pgrealtime.errors import DatabaseUnreachableError, LogAwayError, PgRealtimeError
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.log.beat import BEAT_SECONDS, CHANCE_SECONDS, VACANT_SECONDS, Beat, encode
 from pgrealtime.log.follower import LogFollower
 from pgrealtime.log.jetstream import AppendRefusedError, LogStream
 from pgrealtime.log.message import Chain, Kind
+from pgrealtime.log.tasks import run_together
 from pgrealtime.log.writer import MAX_WAITING_BYTES, LogWriter
 from pgrealtime.lsn import LSN, format_lsn
 
@@ -37,6 +38,11 @@ _PATIENCE_SECONDS = 1.0
 _RESIGNED_SECONDS = 2.0
 """After this one resigned."""
 _RETRY_SECONDS = 0.3
+_FIRST_CANDIDATES = 5
+"""Of so many replicas each tries at once."""
+_TIMELINE_SECONDS = 5.0
+_OLD_PRIMARY_SECONDS = 30.0
+"""Without an owner for so long a primary of an earlier timeline is read: it was restored."""
 _HOLD_SECONDS = 10.0
 """An owner whose log doesn't answer goes on beating for so long: it isn't dead."""
 _KEEPALIVE_SECONDS = 0.5
@@ -46,11 +52,20 @@ _BUSY_SECONDS = 10.0
 """Walsender silent, pool not: it may be decoding a large transaction. Doubled each time."""
 
 
+class SlotPosition(NamedTuple):
+    """Where the slot is, and in which history."""
+
+    confirmed_lsn: LSN | None
+    """None if there is no slot yet."""
+    timeline: int
+    """Of the primary."""
+
+
 class OwnerDatabase(Protocol):
     """What an owner asks of PostgreSQL, apart from the stream."""
 
-    async def slot_position(self) -> LSN | None:
-        """Return the slot's confirmed flush LSN; None if there is no slot.
+    async def slot_position(self) -> SlotPosition:
+        """Return the slot's position.
 
         Raises:
             PgRealtimeError: The database can't be reached, or is no primary.
@@ -58,6 +73,9 @@ class OwnerDatabase(Protocol):
 
     async def end_walsender(self) -> None:
         """End the walsender that still reads the slot for an earlier owner, if there is one."""
+
+    async def timeline(self) -> int:
+        """Return the primary's timeline; 0 if none is reached."""
 
     async def is_answering(self, seconds: float) -> bool:
         """Return whether a query is answered within so many seconds."""
@@ -88,6 +106,7 @@ class Owner:
         make_reader: Makes a reader that fills an intake; its streams begin at a ``resume_lsn``.
         config: Section ``log``.
         tag: Of this process.
+        rank: Returns how many replicas are to try before this one.
         max_pause_seconds: Without an acknowledgement for so long the stream is closed.
         era_bytes: The era is repeated at least after so many bytes of entries.
 
@@ -107,6 +126,7 @@ class Owner:
         *,
         config: LogConfig,
         tag: str,
+        rank: Callable[[], int],
         max_pause_seconds: float,
         era_bytes: int,
     ) -> None:
@@ -120,12 +140,15 @@ class Owner:
         self._make_reader = make_reader
         self._config = config
         self._tag = tag
+        self._rank = rank
         self._max_pause_seconds = max_pause_seconds
         self._era_bytes = era_bytes
         self._chain: Chain | None = None
         """Of the term that this replica owns, or owned last."""
         self._fenced = asyncio.Event()
         self._is_resigned = asyncio.Event()
+        self._is_outdated = asyncio.Event()
+        """Set while the log's era is of an earlier timeline than this replica's primary."""
         self._patience_until = 0.0
         self._hold_until = 0.0
         self._busy_seconds = _BUSY_SECONDS
@@ -160,16 +183,21 @@ class Owner:
     # -- running
 
     async def run(self) -> None:
-        """Own the log whenever nobody else does, for ever."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._beat_for_ever(), name="log-beat")
-            while True:
-                vacant_term = await self._until_vacant()
-                try:
-                    await self._own(vacant_term)
-                except PgRealtimeError as error:
-                    self._on_stopped(error)
-                await asyncio.sleep(_TICK_SECONDS)
+        """Own the log whenever nobody else does, for ever.
+
+        Raises:
+            PgRealtimeError: The slot can't be read, and trying again doesn't help.
+        """
+        await run_together(self._beat_for_ever(), self._watch_timeline(), self._run_terms())
+
+    async def _run_terms(self) -> None:
+        while True:
+            vacant_term = await self._until_vacant()
+            try:
+                await self._own(vacant_term)
+            except PgRealtimeError as error:
+                self._on_stopped(error)
+            await asyncio.sleep(_TICK_SECONDS)
 
     def _on_stopped(self, error: PgRealtimeError) -> None:
         """Decide what becomes of the ownership, and when to try again.
@@ -204,6 +232,9 @@ class Owner:
         before the owner counts as silent.
         """
         needed = (VACANT_SECONDS + random.uniform(0, CHANCE_SECONDS)) / _TICK_SECONDS  # noqa: S311
+        if self._rank() >= _FIRST_CANDIDATES:
+            # Of many replicas not all connect to the database at once.
+            needed += _PATIENCE_SECONDS / _TICK_SECONDS
         ticks, heard = 0, self._beats_heard
         while True:
             await asyncio.sleep(_TICK_SECONDS)
@@ -212,9 +243,22 @@ class Owner:
             if time.monotonic() < self._patience_until or not self._stream.is_connected:
                 continue
             is_mine = self._chain is not None and time.monotonic() < self._hold_until
-            if ticks >= needed or self._is_resigned.is_set() or is_mine:
+            is_called = self._is_resigned.is_set() or self._is_outdated.is_set()
+            if ticks >= needed or is_called or is_mine:
                 self._is_resigned.clear()
                 return self._follower.reading.term
+
+    async def _watch_timeline(self) -> None:
+        """Take over from an owner that reads on from an old primary after a failover."""
+        while True:
+            await asyncio.sleep(_TIMELINE_SECONDS)
+            era = self._intake.era
+            if era is None or self.is_owner:
+                self._is_outdated.clear()
+            elif await self._database.timeline() > era.system.timeline:
+                self._is_outdated.set()
+            else:
+                self._is_outdated.clear()
 
     # -- taking over
 
@@ -225,14 +269,15 @@ class Owner:
             PgRealtimeError: What ended it.
         """
         began = time.monotonic()
-        slot_lsn = await self._database.slot_position()
+        slot = await self._database.slot_position()
+        self._check_timeline(slot.timeline)
         self._fenced.clear()
         connected = time.monotonic()
         chain = await self._fence(vacant_term)
         fenced = time.monotonic()
         start = self._follower.log_head
         if start is None:
-            start = slot_lsn or LSN(0)
+            start = slot.confirmed_lsn or LSN(0)
         await self._database.end_walsender()
         writer = LogWriter(
             self._stream,
@@ -260,7 +305,7 @@ class Owner:
             end_walsender_ms=_ms(ended - fenced),
         )
         try:
-            await _first_error(
+            await run_together(
                 reader.run(),
                 reader.expire_periodically(),
                 writer.run(),
@@ -272,6 +317,21 @@ class Owner:
             raise
         finally:
             self.reader = self.writer = None
+
+    def _check_timeline(self, timeline: int) -> None:
+        """Leave it to others, if this replica still reaches the primary of before a failover.
+
+        Raises:
+            DatabaseUnreachableError: So it is, and others may reach the new one.
+        """
+        era = self._intake.era
+        is_old = era is not None and timeline < era.system.timeline
+        if is_old and self._follower.seconds_without_beat() < _OLD_PRIMARY_SECONDS:
+            raise DatabaseUnreachableError(
+                "the database is the primary of before a failover",
+                detail=f"Its timeline is {timeline}, and the log has changes of a later one.",
+                code="standby",
+            )
 
     async def _fence(self, vacant_term: int) -> Chain:
         """Begin a term; return its chain once the log was read up to the own fence.
@@ -367,21 +427,6 @@ class Owner:
             beat = self.beat()
             if beat is not None and self._stream.is_connected:
                 await self._stream.client.publish(subject, encode(beat))
-
-
-async def _first_error(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run the coroutines until one raises, and end the others; raise what it raised."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        # Again and again: the client library swallows a cancellation that comes while it sends.
-        while running := [task for task in tasks if not task.done()]:
-            for task in running:
-                task.cancel()
-            await asyncio.wait(running, timeout=_TICK_SECONDS)
-    for task in done:
-        task.result()
 
 
 def _ms(seconds: float) -> int:

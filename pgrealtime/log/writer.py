@@ -184,7 +184,7 @@ class LogWriter:
 
     async def _send(self, body: _Body, under_way: deque[_UnderWay]) -> None:
         """Send a body's messages; wait while as many are under way as may be."""
-        parts = list(self._chain.messages(body.kind, body.data))
+        parts = self._chain.messages(body.kind, body.data)
         for part, (after, payload) in enumerate(parts, start=1):
             if len(under_way) >= MAX_UNACKNOWLEDGED:
                 await self._await_stored(under_way.popleft())

@@ -4,22 +4,24 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
-import psycopg
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from pgrealtime import __version__
-from pgrealtime.catalog.introspect import read_catalog
-from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName
 from pgrealtime.config.model import Config
-from pgrealtime.errors import LogAwayError, LogMessageError, PgRealtimeError, SetupError
+from pgrealtime.errors import (
+    LogAwayError,
+    LogMessageError,
+    PgRealtimeError,
+    SetupError,
+)
 from pgrealtime.feed.base import FeedStatus, WantedTables
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
@@ -38,20 +40,15 @@ from pgrealtime.log.questions import (
     decode_question,
     refusal,
 )
+from pgrealtime.log.tasks import run_together
 from pgrealtime.log.union import WantedUnion
 from pgrealtime.log.writer import LogWriter
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.metrics import LogValues
-from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.service.published_tables import PublicationWatch
+from pgrealtime.service.slot_database import SlotDatabase
 from pgrealtime.service.streams import StreamOpener
-from pgrealtime.wal.server import (
-    fetch_row,
-    open_ordinary_connection,
-    translate_driver_errors,
-)
-from pgrealtime.wal.slot_status import end_walsender, list_own_slots
 
 log = structlog.get_logger(__name__)
 
@@ -67,83 +64,6 @@ _GAP_SECONDS = 10.0
 _SAME_GAP_SECONDS = 5.0
 _ASK_RETRY_SECONDS = 0.2
 _ONE_ASK_SECONDS = 1.0
-
-
-class SlotDatabase:
-    """What the owner asks of PostgreSQL; an ``OwnerDatabase``."""
-
-    def __init__(self, config: Config, pool: QueryPool) -> None:
-        self._url = config.database.url
-        self._slot_name = config.replication.slot.name
-        self._pool = pool
-        self._probe: asyncio.Task[bool] | None = None
-
-    async def slot_position(self) -> LSN | None:
-        """Return the slot's confirmed flush LSN; None if there is no slot.
-
-        Raises:
-            PgRealtimeError: The database can't be reached.
-        """
-        with translate_driver_errors():
-            async with await open_ordinary_connection(self._url) as connection:
-                for status in await list_own_slots(connection, self._slot_name):
-                    if status.name == self._slot_name:
-                        return status.confirmed_flush_lsn
-        return None
-
-    async def identity(self) -> tuple[str, str]:
-        """Return the system's identifier and the database's name.
-
-        Raises:
-            PgRealtimeError: The database can't be reached.
-        """
-        with translate_driver_errors():
-            async with await open_ordinary_connection(self._url) as connection:
-                system_id, name = await fetch_row(
-                    connection,
-                    "SELECT system_identifier::text, pg_catalog.current_database()::text"
-                    " FROM pg_catalog.pg_control_system()",
-                )
-        return system_id, name
-
-    async def end_walsender(self) -> None:
-        """End the walsender that still reads the slot, if there is one, and wait for its end."""
-        with translate_driver_errors():
-            async with await open_ordinary_connection(self._url) as connection:
-                await end_walsender(connection, self._slot_name)
-
-    async def is_answering(self, seconds: float) -> bool:
-        """Return whether a query is answered within so many seconds."""
-        # Not cancelled and waited for: ending a query behind a network that drops packets takes
-        # the driver seconds.
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self._run_probe())
-        await asyncio.wait([self._probe], timeout=seconds)
-        return self._probe.done() and self._probe.result()
-
-    async def _run_probe(self) -> bool:
-        try:
-            async with self._pool.connection(_PROBE_SECONDS) as connection:
-                await connection.execute(b"SELECT 1")
-        except psycopg.Error:
-            return False
-        return True
-
-    async def read_tables(self, names: frozenset[TableName]) -> Mapping[TableName, Table]:
-        """Return those of the tables that are there.
-
-        Raises:
-            PgRealtimeError: Code ``catalog``: PostgreSQL doesn't answer.
-        """
-        if not names:
-            return {}
-        try:
-            async with self._pool.connection() as connection:
-                return (await read_catalog(connection, names=names)).tables
-        except psycopg.Error as error:
-            raise PgRealtimeError(
-                "the catalogue can't be read", detail=message_without_values(error), code="catalog"
-            ) from error
 
 
 class LogFeed:
@@ -177,8 +97,8 @@ class LogFeed:
         self._replicas: dict[str, tuple[float, Presence]] = {}
         """By tag: when a replica was last heard, and what it said."""
         self._gaps: dict[tuple[str, frozenset[TableName]], float] = {}
-        self._complete_upto = LSN(0)
-        """An LSN up to which the changelog has all commits, as the owner said."""
+        self._complete_upto = "", LSN(0)
+        """Epoch, and an LSN up to which the changelog has all its commits, as the owner said."""
         self._says_tables = True
         self._owner_intake: Intake | None = None
         self._asked: Subscription | None = None
@@ -227,6 +147,9 @@ class LogFeed:
         Raises:
             PgRealtimeError: The log or the stream can't be read, and waiting doesn't help.
         """
+        await run_together(self._run())
+
+    async def _run(self) -> None:
         config, names = self._config, self._names
         changelog = config.changelog
         limits = stream_config(
@@ -257,17 +180,16 @@ class LogFeed:
                 self._make_reader,
                 config=config.log,
                 tag=self._tag,
+                rank=self._rank,
                 max_pause_seconds=config.replication.max_pause,
                 era_bytes=max(1, changelog.max_size // 4),
             )
             await client.subscribe(names.subject("beat"), cb=self._on_beat)
             await client.subscribe(names.subject("node"), cb=self._on_presence)
             await client.subscribe(names.subject("ask"), cb=self._on_question)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(follower.run(), name="log-follower")
-                group.create_task(owner.run(), name="log-owner")
-                group.create_task(self._say_presence(client), name="log-presence")
-                group.create_task(self._keep_union(), name="log-union")
+            await run_together(
+                follower.run(), owner.run(), self._say_presence(client), self._keep_union()
+            )
 
     async def _open(self, stream: LogStream) -> None:
         is_reported = False
@@ -337,6 +259,10 @@ class LogFeed:
             tag: said for tag, said in self._replicas.items() if now - said[0] < GONE_SECONDS
         }
         return [presence for _, presence in self._replicas.values()]
+
+    def _rank(self) -> int:
+        """Return how many replicas with a lower tag there are."""
+        return sum(presence.tag < self._tag for presence in self.replicas())
 
     # -- tables
 
@@ -481,18 +407,21 @@ class LogFeed:
 
     async def wait_for_changelog(self, lsn: LSN) -> bool:
         """Wait for an LSN; see ``ReplicationReader.wait_for_changelog``."""
-        if max(self._intake.end_lsn, self._complete_upto) >= lsn:
+        follower, era = self.follower, self._intake.era
+        if follower is None or era is None:
+            return False
+        epoch, complete_upto = self._complete_upto
+        if self._intake.end_lsn >= lsn or (epoch == era.epoch and complete_upto >= lsn):
             return True
         deadline = time.monotonic() + _POSITION_SECONDS
         try:
             answer = await self._ask(PositionQuestion(lsn), _POSITION_SECONDS)
         except LogAwayError:
             return False
-        follower = self.follower
-        if answer.error_code or follower is None:
+        if answer.error_code:
             return False
         if await follower.wait_for(answer.sequence, deadline - time.monotonic()):
-            self._complete_upto = max(self._complete_upto, lsn)
+            self._complete_upto = era.epoch, lsn
             return True
         return False
 

@@ -8,10 +8,11 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -44,6 +45,24 @@ class World:
     nats: NatsServer
     writer: Writer
     listeners: list[Listener]
+    database_url: str
+    slot_name: str
+    _is_forgiven: bool = False
+    """Whether rows may be missing at the end: clients were told."""
+
+    def forgive(self) -> None:
+        """Let the end wait for no rows: clients were told that some are missing."""
+        self._is_forgiven = True
+
+    async def execute(self, statement: str, *values: object) -> None:
+        async with await psycopg.AsyncConnection.connect(
+            self.database_url, autocommit=True
+        ) as connection:
+            await connection.execute(statement.encode(), values)
+
+    async def stop(self) -> None:
+        """End all replicas."""
+        await asyncio.gather(*(r.stop() for r in self.cluster.replicas), return_exceptions=True)
 
     async def heal(self) -> None:
         """Return once every listener has what was committed by now."""
@@ -52,8 +71,16 @@ class World:
 
 
 @asynccontextmanager
-async def world(database_url: str, folder: Path, *, count: int = 3) -> AsyncIterator[World]:
-    slot = {"name": f"log_{uuid4().hex[:8]}", "durable": True, "allow_unlimited_wal": True}
+async def world(
+    database_url: str,
+    folder: Path,
+    *,
+    count: int = 3,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+    log: Mapping[str, Any] | None = None,
+) -> AsyncIterator[World]:
+    name = f"log_{uuid4().hex[:8]}"
+    slot = {"name": name, "durable": True, "allow_unlimited_wal": True}
     async with (
         nats_server() as nats,
         cluster(
@@ -61,7 +88,8 @@ async def world(database_url: str, folder: Path, *, count: int = 3) -> AsyncIter
             [nats],
             folder,
             count=count,
-            sections={"replication": {"slot": slot}},
+            sections={"replication": {"slot": slot}, **(sections or {})},
+            log=log,
         ) as made,
     ):
         writer = Writer(database_url)
@@ -73,10 +101,12 @@ async def world(database_url: str, folder: Path, *, count: int = 3) -> AsyncIter
         writing = asyncio.create_task(writer.write())
         try:
             await asyncio.sleep(1.0)
-            yield World(made, nats, writer, listeners)
+            yielded = World(made, nats, writer, listeners, database_url, name)
+            yield yielded
             writing.cancel()
             await asyncio.wait([writing])
-            await everyone_has(listeners, await last_number(database_url))
+            if not yielded._is_forgiven:
+                await everyone_has(listeners, await last_number(database_url))
         except BaseException:
             for replica in made.replicas:
                 assert replica.process is not None
@@ -86,7 +116,7 @@ async def world(database_url: str, folder: Path, *, count: int = 3) -> AsyncIter
             for task in (*tasks, writing):
                 task.cancel()
             await asyncio.wait([*tasks, writing])
-            await drop_slot(database_url, slot["name"], made)
+            await drop_slot(database_url, name, made)
 
 
 async def last_number(url: str) -> int:
@@ -101,7 +131,7 @@ async def drop_slot(url: str, name: object, made: Cluster) -> None:
     for replica in made.replicas:
         replica.database.mend()
         replica.nats.mend()
-    await asyncio.gather(*(r.stop() for r in made.replicas), return_exceptions=True)
+    await asyncio.gather(*(r.stop() for r in made.replicas))
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute(
             "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
@@ -160,15 +190,13 @@ async def undo(owner: Replica) -> None:
     await owner.start()
 
 
-OWNER_FAULTS: list[tuple[Fault, float]] = [
-    (kill, 2.0),
-    (pause, 2.0),
-    (cut_from_nats, 2.0),
-    (cut_from_database, 3.5),
-    (cut_from_both, 2.0),
-    (terminate, 2.0),
+SLOWEST = 3.0
+"""Seconds until others go on: 2 on a machine of one's own."""
+
+OWNER_FAULTS: list[Fault] = [
+    *(kill, pause, cut_from_database, terminate),
+    *((cut_from_nats, cut_from_both) if ALL else ()),
 ]
-"""What happens to an owner, and within how many seconds others go on."""
 
 
 async def test_an_owner_that_is_lost_is_replaced_and_nothing_is_missed(
@@ -177,7 +205,7 @@ async def test_an_owner_that_is_lost_is_replaced_and_nothing_is_missed(
     """Killed, paused and woken, cut from NATS or from the database, ended."""
     took: dict[str, str] = {}
     async with world(database_url, tmp_path) as made:
-        for fault, seconds in OWNER_FAULTS:
+        for fault in OWNER_FAULTS * (3 if ALL else 1):
             owner = await made.cluster.owner()
             began = time.monotonic()
             await fault(made, owner)
@@ -187,7 +215,7 @@ async def test_an_owner_that_is_lost_is_replaced_and_nothing_is_missed(
             silence = max(longest_silence(listener, began) for listener in others)
             took[fault.__name__] = f"{silence:.2f} s"
             print(fault.__name__, f"{silence:.2f} s", successor.logged("owner.taken")[-1])  # noqa: T201
-            assert silence < seconds, fault.__name__
+            assert silence < SLOWEST, fault.__name__
             await undo(owner)
             await made.heal()
     print(took)  # noqa: T201
@@ -222,7 +250,10 @@ async def nats_away(made: World) -> None:
     await made.nats.start()
 
 
-NATS_FAULTS = [restart_nats, kill_nats, wipe_nats, set_nats_back, nats_away]
+NATS_FAULTS = [
+    *(wipe_nats, set_nats_back),
+    *((restart_nats, kill_nats, nats_away) if ALL else ()),
+]
 
 
 async def test_nats_may_restart_and_lose_everything(database_url: str, tmp_path: Path) -> None:
@@ -244,7 +275,7 @@ async def test_nats_may_restart_and_lose_everything(database_url: str, tmp_path:
 async def test_postgresql_may_restart_and_crash(server: OwnServer, tmp_path: Path) -> None:
     """Nobody fences while it is away; whoever reaches it first goes on."""
     async with world(server.url, tmp_path) as made:
-        for mode in ("fast", "immediate"):
+        for mode in ("fast", "immediate") if ALL else ("immediate",):
             began = time.monotonic()
             arguments = ("restart", f"--mode={mode}", f"--log={server.folder}/log")
             await asyncio.to_thread(server.control, *arguments)
@@ -254,3 +285,98 @@ async def test_postgresql_may_restart_and_crash(server: OwnServer, tmp_path: Pat
             print(mode, f"{silence:.2f} s, {time.monotonic() - back:.2f} s after it")  # noqa: T201
     for listener in made.listeners:
         assert (listener.faults, listener.resyncs) == ([], [])
+
+
+# -- what is told, and not silently missed
+
+
+async def test_a_lost_slot_is_told(database_url: str, tmp_path: Path) -> None:
+    """As one that exceeded ``max_slot_wal_keep_size``: a new one is made, clients are notified."""
+    async with world(database_url, tmp_path) as made:
+        owner = await made.cluster.owner()
+        await made.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            " WHERE slot_name = %s",
+            made.slot_name,
+        )
+        async with asyncio.timeout(20):
+            while True:
+                with suppress(psycopg.Error):
+                    await made.execute("SELECT pg_drop_replication_slot(%s)", made.slot_name)
+                    break
+                await asyncio.sleep(0.001)
+        async with asyncio.timeout(20):
+            while not all(listener.resyncs for listener in made.listeners):
+                await asyncio.sleep(0.05)
+        made.forgive()
+        assert owner.logged("replication.broken")
+    for listener in made.listeners:
+        assert all("slot_lost" in said for said in listener.resyncs)
+        assert listener.faults == []
+
+
+@by_hand
+async def test_a_replica_that_the_log_has_passed_says_so(database_url: str, tmp_path: Path) -> None:
+    """It was cut off for longer than the log reaches back: ``expired``, and then everything."""
+    sizes = {"changelog": {"max_size": "1MiB"}}
+    async with world(database_url, tmp_path, sections=sizes) as made:
+        owner = await made.cluster.owner()
+        cut_off = next(replica for replica in made.cluster.replicas if replica is not owner)
+        (listener,) = (each for each in made.listeners if each.address == cut_off.address)
+        cut_off.nats.cut()
+        made.writer.filler = 20_000
+        await asyncio.sleep(5.0)
+        made.writer.filler = 100
+        cut_off.nats.mend()
+        async with asyncio.timeout(30):
+            while not listener.resyncs:
+                await asyncio.sleep(0.05)
+        assert cut_off.logged("log.passed")
+        made.forgive()
+    assert "expired" in listener.resyncs[0]
+    assert listener.faults == []
+
+
+@by_hand
+async def test_what_nats_loses_beyond_the_lag_is_told(database_url: str, tmp_path: Path) -> None:
+    """The slot was acknowledged further than the log reaches now; who had the rows goes on."""
+    async with world(database_url, tmp_path, log={"lag": "1s"}) as made:
+        for replica in made.cluster.replicas[1:]:
+            await replica.kill()
+        # The first one has what the log loses; one that starts afterwards has not.
+        await made.nats.set_back(5.0)
+        await asyncio.sleep(2.0)
+        for replica in made.cluster.replicas[1:]:
+            await replica.start()
+        await asyncio.sleep(3.0)
+        made.forgive()
+    for listener in made.listeners:
+        assert all("slot_lost" in said or "expired" in said for said in listener.resyncs)
+
+
+@by_hand
+async def test_a_failover_that_the_owner_does_not_see(server: OwnServer, tmp_path: Path) -> None:
+    """The owner reads the old primary on. A replica that reaches the new one takes over."""
+    server.configure(wal_keep_size="256MB", max_wal_senders="20")
+    async with world(server.url, tmp_path) as made:
+        owner = await made.cluster.owner()
+        with server.standby() as standby:
+            standby.control("promote")
+            for replica in made.cluster.replicas:
+                if replica is not owner:
+                    replica.database.lead_to(standby.port)
+            successor = await made.cluster.owner(but=owner, seconds=30)
+            made.writer.url = standby.url
+            await asyncio.sleep(1.0)
+            await made.writer.reconnect()
+            async with asyncio.timeout(30):
+                while not all(listener.resyncs for listener in made.listeners):
+                    await asyncio.sleep(0.1)
+            await asyncio.sleep(2.0)
+            assert owner.logged("owner.stopped")
+            assert successor.logged("replication.started")
+            assert len(owner.logged("owner.taken")) == 1
+            made.forgive()
+            await made.stop()
+    for listener in made.listeners:
+        assert all("unknown" in said for said in listener.resyncs)

@@ -53,7 +53,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "changelog": _FLOOR,
     "observe": _FLOOR,
     "bus": (*_FLOOR, "postgres.url", "observe.redact"),
-    "bus.nats": (*_FLOOR, "bus", "log.connection"),
+    "bus.nats": (*_FLOOR, "bus", "log.connection", "log.tasks"),
     "collections": (*_FLOOR, "catalog"),
     "collections.load": (*_FLOOR, "catalog", "collections", "postgres", "observe.redact"),
     "auth.principal": ("lsn", "snapshot"),

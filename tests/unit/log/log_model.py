@@ -194,7 +194,7 @@ class Owner:
 
     def _send(self, kind: Kind, numbers: list[int]) -> None:
         assert self.head is not None
-        messages = list(self._chain.messages(kind, encode(numbers)))
+        messages = self._chain.messages(kind, encode(numbers))
         for index, (expected, payload) in enumerate(messages):
             ends = numbers[-1] if index == len(messages) - 1 else 0
             self.under_way.append((expected, payload, ends))

@@ -123,7 +123,7 @@ def test_parts_are_bounded() -> None:
 
 def test_a_fence_drops_what_was_unfinished() -> None:
     owner, other = chain(1, 0, payload=HEAD_BYTES + 2), chain(2, 2, payload=HEAD_BYTES + 2)
-    begun = [message(owner, Kind.FENCE), next(owner.messages(Kind.ENTRIES, b"abcd"))[1]]
+    begun = [message(owner, Kind.FENCE), owner.messages(Kind.ENTRIES, b"abcd")[0][1]]
     taken = read_all([*begun, message(other, Kind.FENCE), *_entries(other, b"xy")])
     assert taken[-1] == (Verdict.COUNTS, b"xy")
 
