@@ -34,6 +34,8 @@ class CallRouter:
         self._authenticator = authenticator
         self._bus = bus
         self._forwarded: Counter[str] = Counter()
+        self._silent_tags: set[str] = set()
+        """Processes of which the log says already that they don't answer."""
         bus.serve(self.answer)
 
     @property
@@ -75,10 +77,14 @@ class CallRouter:
             answer = decode(await self._bus.call(tag, encode(call)), CallAnswer)
         except BusError as error:
             self._forwarded[error.error_code] += 1
-            if error.error_code != HolderGoneError.code:
+            if isinstance(error, HolderGoneError):
+                self._silent_tags.discard(tag)
+            elif tag not in self._silent_tags:
+                self._silent_tags.add(tag)
                 code, reason = error.error_code, error.message
                 log.warning("call.unanswered", code=code, holder=tag, reason=reason)
             raise
+        self._silent_tags.discard(tag)
         self._forwarded[answer.error_code or "ok"] += 1
         if (limit := answer.limit) is not None:
             raise SubscriptionLimitError(

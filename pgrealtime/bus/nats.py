@@ -26,7 +26,9 @@ from pgrealtime.bus.seal import (
     Opened,
     Opener,
     derive_key,
+    is_compressed,
     seal,
+    unpack,
 )
 from pgrealtime.config.model import LogConfig
 from pgrealtime.errors import BusError, HolderGoneError, HolderSilentError
@@ -241,9 +243,15 @@ class NatsBus:
         if opened is None:
             return
         if opened.envelope.kind is Kind.REQUEST:
-            self._accept(opened)
-        elif not (answer := self._calls[opened.envelope.message_id].answer).done():
-            answer.set_result(opened.data)
+            task = asyncio.create_task(self._serve(opened))
+            self._served.add(task)
+            task.add_done_callback(self._served.discard)
+        elif not (call := self._calls[opened.envelope.message_id]).answer.done():
+            # An answer is short.
+            try:
+                call.answer.set_result(unpack(opened.content))
+            except BusError as error:
+                self._ignore(error.error_code)
 
     def _ignore(self, code: str) -> None:
         self._ignored[code] += 1
@@ -251,24 +259,27 @@ class NatsBus:
             hint = "Somebody else writes to the bus, or a replica has another cluster.secret."
             log.warning("bus.message_ignored", code=code, hint=hint)
 
-    def _accept(self, opened: Opened) -> None:
-        size = len(opened.data)
-        if self._answer is None or self._served_bytes + size > _MAX_SERVED_BYTES:
+    async def _serve(self, opened: Opened) -> None:
+        content, answer = opened.content, self._answer
+        try:
+            if is_compressed(content):
+                data = await asyncio.to_thread(unpack, content)
+            else:
+                data = unpack(content)
+        except BusError as error:
+            self._ignore(error.error_code)
+            return
+        if answer is None or self._served_bytes + len(data) > _MAX_SERVED_BYTES:
             self._ignore("call_refused")
             return
-        self._served_bytes += size
-        task = asyncio.create_task(self._serve(opened, self._answer))
-        self._served.add(task)
-        task.add_done_callback(self._served.discard)
-
-    async def _serve(self, opened: Opened, answer: Answerer) -> None:
+        self._served_bytes += len(data)
         try:
-            data = await answer(opened.data)
+            answered = await answer(data)
         finally:
-            self._served_bytes -= len(opened.data)
+            self._served_bytes -= len(data)
         envelope = opened.envelope
         with suppress(HolderSilentError):  # the caller waits no more once its own connection broke
-            await self._send(Kind.ANSWER, envelope.message_id, envelope.sender, data)
+            await self._send(Kind.ANSWER, envelope.message_id, envelope.sender, answered)
 
 
 def _now_ms() -> int:

@@ -10,7 +10,7 @@ import binascii
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,13 +23,16 @@ from psycopg.sql import SQL, Identifier
 
 from pgrealtime.bus.base import Answerer, draw_tag
 from pgrealtime.bus.seal import (
+    LARGE_BYTES,
     MESSAGE_ID_BYTES,
     Envelope,
     Kind,
     Opened,
     Opener,
     derive_key,
+    is_compressed,
     seal,
+    unpack,
 )
 from pgrealtime.errors import (
     BusError,
@@ -53,6 +56,8 @@ _CHECK_SECONDS: Final = 1.0
 _RECONNECT_SECONDS: Final = 0.5
 _PART_BYTES: Final = 5250
 """7,000 bytes in base64; a notification has less than 8,000 (``NOTIFY`` in PostgreSQL's docs)."""
+_PARTS_WITHOUT_YIELD: Final = 64
+"""Parts that are opened at once; each takes 15 us."""
 _BATCH_PARTS: Final = 200
 """Parts sent in one statement, or all of one message."""
 _MAX_SERVED_BYTES: Final = 64 * 1024 * 1024
@@ -73,13 +78,14 @@ _SESSION_SQL: Final = (
     "SET tcp_keepalives_idle TO 5; SET tcp_keepalives_interval TO 2; SET tcp_keepalives_count TO 3;"
     " SET tcp_user_timeout TO 10000; SET search_path TO pg_catalog;"
     # Nothing here runs for long, and the connection is idle most of the time.
-    " SET statement_timeout TO 10000; SET idle_session_timeout TO 0"
+    " SET statement_timeout TO 10000; SET idle_session_timeout TO 0;"
+    # A notification is a commit: without this it would wait for the disk, and for standbys.
+    " SET synchronous_commit TO off"
 )
 
-_FACTS_QUERY: Final = """
-SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(),
-       (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000)::int8
-"""
+_FACTS_QUERY: Final = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery()"
+
+_SERVER_MS_SQL: Final = "(extract(epoch FROM pg_catalog.clock_timestamp()) * 1000)::int8"
 
 _PRESENT_SQL: Final = """
 SELECT DISTINCT objid::int8 AS present FROM pg_catalog.pg_locks
@@ -90,7 +96,7 @@ WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid::int8 = %(c
 
 _NOTIFY_SQL: Final = f"""
 WITH holders AS MATERIALIZED ({_PRESENT_SQL})
-SELECT part.message, pg_catalog.pg_notify(part.channel, part.payload)
+SELECT part.message, {_SERVER_MS_SQL}, pg_catalog.pg_notify(part.channel, part.payload)
 FROM unnest(%(messages)s::int4[], %(locks)s::int8[], %(channels)s::text[], %(payloads)s::text[])
   AS part(message, lock, channel, payload)
 WHERE part.lock IN (SELECT present FROM holders)
@@ -131,7 +137,7 @@ class _Outgoing:
 
 
 class PostgresBus:
-    """A process on the bus; ``open_postgres_bus`` makes one.
+    """A process on the bus, for the duration of ``running``.
 
     Args:
         url: A direct connection to the database.
@@ -163,16 +169,21 @@ class PostgresBus:
         self._calls: dict[bytes, _Call] = {}
         """By the id of the request."""
         self._outgoing: deque[_Outgoing] = deque()
+        self._incoming: deque[str] = deque()
         self._wakeup = asyncio.Event()
         self._connection: AsyncConnection[Any] | None = None
         self._settled_at = float("-inf")
         """From then on a missing lock means that a process has gone: after a restart of the server
         each of them comes back at its own time."""
         self._clock_offset_ms = 0
-        """Of the server's clock, which all processes share, to this one's monotonic one."""
+        """Of the server's clock, which all processes share, to this one's monotonic one. Read with
+        each message that is sent: clocks drift, and a machine that was paused has lost time."""
+        self._is_clock_doubtful = False
         self._answer: Answerer | None = None
         self._served: set[asyncio.Task[None]] = set()
         self._served_bytes = 0
+        self._away_reason = ""
+        """Why it couldn't connect the last time."""
 
     @property
     def ignored(self) -> Mapping[str, int]:
@@ -206,19 +217,23 @@ class PostgresBus:
         message_id = secrets.token_bytes(MESSAGE_ID_BYTES)
         self._calls[message_id] = call
         try:
-            self._send(Kind.REQUEST, message_id, tag, request, call)
+            await self._send(Kind.REQUEST, message_id, tag, request, call)
             return await answer
         except _AbsentError:
             raise HolderGoneError(tag) from None
         finally:
             del self._calls[message_id]
 
-    def _send(
+    async def _send(
         self, kind: Kind, message_id: bytes, recipient: str, data: bytes, call: _Call | None = None
     ) -> None:
         envelope = Envelope(kind=kind, message_id=message_id, sender=self.tag, recipient=recipient)
-        parts = seal(self._key, envelope, data, now_ms=self._now_ms(), part_bytes=_PART_BYTES)
-        payloads = [base64.b64encode(part).decode() for part in parts]
+        if len(data) < LARGE_BYTES:
+            payloads = _make_payloads(self._key, envelope, data, self._now_ms())
+        else:
+            payloads = await asyncio.to_thread(
+                _make_payloads, self._key, envelope, data, self._now_ms()
+            )
         self._outgoing.append(_Outgoing(recipient, payloads, call))
         self._wakeup.set()
 
@@ -259,7 +274,7 @@ class PostgresBus:
         self._connection = connection
 
     async def _set_up(self, connection: AsyncConnection[Any]) -> None:
-        pid, is_standby, server_ms = await _fetch_row(connection, _FACTS_QUERY)
+        pid, is_standby = await _fetch_row(connection, _FACTS_QUERY)
         if pid != connection.info.backend_pid:
             # A pooler makes up the process id that it gives its client.
             raise SetupError(
@@ -271,9 +286,11 @@ class PostgresBus:
             )
         if is_standby:
             raise SetupError("the bus needs the primary", code="standby")
-        self._clock_offset_ms = server_ms - round(time.monotonic() * 1000)
+        await self._read_clock(connection)
         await connection.execute(_SESSION_SQL)
-        connection.add_notify_handler(lambda notification: self._receive(notification.payload))
+        connection.add_notify_handler(
+            lambda notification: self._incoming.append(notification.payload)
+        )
         await connection.execute(SQL("LISTEN {}").format(Identifier(self._channel(self.tag))))
         (is_locked,) = await _fetch_row(
             connection,
@@ -285,6 +302,14 @@ class PostgresBus:
             raise SetupError(
                 "another session holds the advisory lock of this process", code="bus_refused"
             )
+
+    async def _read_clock(self, connection: AsyncConnection[Any]) -> None:
+        self._is_clock_doubtful = False
+        (server_ms,) = await _fetch_row(connection, f"SELECT {_SERVER_MS_SQL}")
+        self._set_clock(server_ms)
+
+    def _set_clock(self, server_ms: int) -> None:
+        self._clock_offset_ms = server_ms - round(time.monotonic() * 1000)
 
     def _channel(self, tag: str) -> str:
         return f"pgrealtime_{self._name}_{tag}"
@@ -306,8 +331,12 @@ class PostgresBus:
         try:
             await self.connect()
         except (DatabaseUnreachableError, SetupError) as error:
-            log.warning("bus.away", code=error.error_code, reason=error.message)
+            reason = error.detail or error.message
+            if reason != self._away_reason:
+                log.warning("bus.away", code=error.error_code, reason=reason)
+            self._away_reason = reason
             return
+        self._away_reason = ""
         self._settled_at = time.monotonic() + self._gone_seconds
         log.info("bus.connected", tag=self.tag)
 
@@ -321,6 +350,7 @@ class PostgresBus:
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         self._outgoing.clear()
+        self._incoming.clear()
         self._opener.clear()
         for call in self._calls.values():
             # Whether it, or its answer, got through isn't known.
@@ -337,9 +367,15 @@ class PostgresBus:
             if self._oldest_seen_at() <= checked_before and checked_at <= checked_before:
                 checked_at = time.monotonic()
                 await self._check_holders(connection)
-            if not self._outgoing:
+            if self._is_clock_doubtful:
+                await self._read_clock(connection)
+            if not self._outgoing and not self._incoming:
                 await self._wait(connection)
             self._read(connection)
+            for n, payload in enumerate(_drain(self._incoming), start=1):
+                self._receive(payload)
+                if not n % _PARTS_WITHOUT_YIELD:
+                    await asyncio.sleep(0)
 
     def _oldest_seen_at(self) -> float:
         oldest = next(iter(self._calls.values()), None)
@@ -361,7 +397,7 @@ class PostgresBus:
         pgconn = connection.pgconn
         pgconn.consume_input()
         while notification := pgconn.notifies():
-            self._receive(notification.extra.decode())
+            self._incoming.append(notification.extra.decode())
 
     async def _send_outgoing(self, connection: AsyncConnection[Any]) -> None:
         for _ in range(_TURNS_BEFORE_SENDING):
@@ -373,6 +409,8 @@ class PostgresBus:
             if message.call is None or not message.call.answer.done():
                 batch.append(message)
                 parts += len(message.payloads)
+        if not batch:
+            return
         numbered = [(n, m, payload) for n, m in enumerate(batch) for payload in m.payloads]
         cursor = await connection.execute(
             _NOTIFY_SQL.encode(),
@@ -384,7 +422,10 @@ class PostgresBus:
                 "payloads": [payload for _, _, payload in numbered],
             },
         )
-        sent = {number for number, _ in await cursor.fetchall()}
+        sent = set()
+        for number, server_ms, _ in await cursor.fetchall():
+            sent.add(number)
+            self._set_clock(server_ms)
         for number, message in enumerate(batch):
             if number not in sent and message.call is not None:
                 message.call.fail(_AbsentError())
@@ -416,15 +457,26 @@ class PostgresBus:
         try:
             part = base64.b64decode(payload, validate=True)
             opened = self._opener.open(part, now_ms=self._now_ms())
-        except (BusError, binascii.Error, ValueError) as error:
-            self._ignore(error.error_code if isinstance(error, BusError) else "call_malformed")
+        except BusError as error:
+            # One that was sent just now is stale if one of the clocks is wrong.
+            self._is_clock_doubtful |= error.error_code == "call_stale"
+            self._ignore(error.error_code)
+            return
+        except (binascii.Error, ValueError):
+            self._ignore("call_malformed")
             return
         if opened is None:
             return
         if opened.envelope.kind is Kind.REQUEST:
-            self._accept(opened)
-        elif not (answer := self._calls[opened.envelope.message_id].answer).done():
-            answer.set_result(opened.data)
+            task = asyncio.create_task(self._serve(opened))
+            self._served.add(task)
+            task.add_done_callback(self._served.discard)
+        elif not (call := self._calls[opened.envelope.message_id]).answer.done():
+            # An answer is short.
+            try:
+                call.answer.set_result(unpack(opened.content))
+            except BusError as error:
+                self._ignore(error.error_code)
 
     def _ignore(self, code: str) -> None:
         self._ignored[code] += 1
@@ -432,23 +484,27 @@ class PostgresBus:
             hint = "Somebody else writes to the bus, or a replica has another cluster.secret."
             log.warning("bus.message_ignored", code=code, hint=hint)
 
-    def _accept(self, opened: Opened) -> None:
-        size = len(opened.data)
-        if self._answer is None or self._served_bytes + size > _MAX_SERVED_BYTES:
+    async def _serve(self, opened: Opened) -> None:
+        content, answer = opened.content, self._answer
+        try:
+            if is_compressed(content):
+                data = await asyncio.to_thread(unpack, content)
+            else:
+                data = unpack(content)
+        except BusError as error:
+            self._ignore(error.error_code)
+            return
+        if answer is None or self._served_bytes + len(data) > _MAX_SERVED_BYTES:
             self._ignore("call_refused")
             return
-        self._served_bytes += size
-        task = asyncio.create_task(self._serve(opened, self._answer))
-        self._served.add(task)
-        task.add_done_callback(self._served.discard)
-
-    async def _serve(self, opened: Opened, answer: Answerer) -> None:
+        self._served_bytes += len(data)
         try:
-            data = await answer(opened.data)
+            answered = await answer(data)
         finally:
-            self._served_bytes -= len(opened.data)
+            self._served_bytes -= len(data)
         if self._connection is not None:
-            self._send(Kind.ANSWER, opened.envelope.message_id, opened.envelope.sender, data)
+            envelope = opened.envelope
+            await self._send(Kind.ANSWER, envelope.message_id, envelope.sender, answered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -487,6 +543,16 @@ async def read_bus_report(connection: AsyncConnection[Any], name: str) -> BusRep
     present = await connection.execute(_PRESENT_SQL.encode(), {"cluster": _cluster_lock(name)})
     slots, walsenders = await _fetch_row(connection, _ROOM_QUERY)
     return BusReport(replicas=len(await present.fetchall()), room=min(slots, walsenders))
+
+
+def _make_payloads(key: bytes, envelope: Envelope, data: bytes, now_ms: int) -> list[str]:
+    parts = seal(key, envelope, data, now_ms=now_ms, part_bytes=_PART_BYTES)
+    return [base64.b64encode(part).decode() for part in parts]
+
+
+def _drain(payloads: deque[str]) -> Iterator[str]:
+    while payloads:
+        yield payloads.popleft()
 
 
 class _AbsentError(Exception):

@@ -33,7 +33,7 @@ _VERSION: Final = 1
 _HEAD: Final = struct.Struct(">BBHHHQ6s16s")
 _TAG_BYTES: Final = 16
 """Of AES-GCM, at the end of the sealed text."""
-_COMPRESS_FROM: Final = 64 * 1024
+LARGE_BYTES: Final = 64 * 1024
 _PLAIN: Final = b"\x00"
 _DEFLATED: Final = b"\x01"
 _MAX_COLLECTED_BYTES: Final = 16 * 1024 * 1024
@@ -67,8 +67,11 @@ def derive_key(secret: str, name: str) -> bytes:
 def seal(
     key: bytes, envelope: Envelope, data: bytes, *, now_ms: int, part_bytes: int
 ) -> list[bytes]:
-    """Return the parts of a message, of at most ``part_bytes`` each."""
-    content = _PLAIN + data if len(data) < _COMPRESS_FROM else _DEFLATED + zlib.compress(data, 1)
+    """Return the parts of a message, of at most ``part_bytes`` each.
+
+    Takes milliseconds for more than ``LARGE_BYTES``.
+    """
+    content = _PLAIN + data if len(data) < LARGE_BYTES else _DEFLATED + zlib.compress(data, 1)
     room = part_bytes - _HEAD.size - _TAG_BYTES
     chunks = [content[start : start + room] for start in range(0, len(content), room)]
     cipher, sender = _cipher(key, envelope), envelope.sender.encode()
@@ -105,7 +108,8 @@ class Opened:
     """A whole message that was sealed with this cluster's key, for this process, and is new."""
 
     envelope: Envelope
-    data: bytes
+    content: bytes
+    """For ``unpack``, which takes milliseconds where it is large."""
 
 
 class Opener:
@@ -127,8 +131,8 @@ class Opener:
         """Take a part; return the message that it completes, if any.
 
         Raises:
-            BusError: The part is ignored, by its code: ``call_malformed``, ``call_stale``,
-                ``call_replayed``, ``call_unsealed`` or ``call_too_large``.
+            BusError: The part is ignored, by its code: ``call_malformed``, ``call_unsealed``,
+                ``call_stale``, ``call_replayed`` or ``call_too_large``.
         """
         if len(part) < _HEAD.size + _TAG_BYTES:
             raise _ignored("malformed")
@@ -158,7 +162,7 @@ class Opener:
             return None
         if envelope.kind is Kind.REQUEST:
             self._seen[message_id] = sent_ms
-        return Opened(envelope, _unpack(content))
+        return Opened(envelope, content)
 
     def clear(self) -> None:
         """Forget incomplete messages: their parts were lost with a connection."""
@@ -201,7 +205,17 @@ class Opener:
         self._collected_bytes -= sum(map(len, dropped.chunks.values()))
 
 
-def _unpack(content: bytes) -> bytes:
+def is_compressed(content: bytes) -> bool:
+    """Whether to unpack it takes long."""
+    return content[:1] == _DEFLATED
+
+
+def unpack(content: bytes) -> bytes:
+    """Return the data of a message.
+
+    Raises:
+        BusError: Code ``call_malformed`` or ``call_too_large``.
+    """
     if content[:1] == _PLAIN:
         data = content[1:]
     elif content[:1] == _DEFLATED:

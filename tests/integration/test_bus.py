@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +31,18 @@ from pgrealtime.errors import (
     SetupError,
 )
 from pgrealtime.postgres.connect import connect_once
-from tests.own_server import OwnServer
+from tests.own_server import OwnServer, own_server
 from tests.pgbouncer import pgbouncer
 
 SECRET = "a secret of more than thirty-two characters"
 DEADLINE = 20.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OwnServer]:
+    """A server of this module's own, which may be restarted."""
+    with own_server() as running:
+        yield running
 
 
 @dataclass
@@ -258,6 +265,38 @@ async def test_a_restarted_server_is_waited_for(server: OwnServer) -> None:
 
     assert answer == other.bus.tag.encode() + b"x"
     assert waited < 5
+
+
+async def test_a_wrong_clock_is_set_right(database_url: str) -> None:
+    """The monotonic clock of a machine that was paused stood still, and others drift."""
+    async with processes(database_url, silence_seconds=0.5) as (one, other):
+        for wrong in (other, one):
+            wrong.bus._clock_offset_ms -= 60_000
+            with pytest.raises(HolderSilentError):
+                await one.bus.call(other.bus.tag, b"lost")
+            assert await one.bus.call(other.bus.tag, b"x") == other.bus.tag.encode() + b"x"
+            assert dict(other.bus.ignored).keys() == {"call_stale"}
+
+    assert b"lost" not in other.asked
+
+
+async def test_calls_don_t_wait_for_standbys(server: OwnServer) -> None:
+    """A notification is a commit, and with synchronous replication commits wait."""
+    server.configure(synchronous_standby_names="nobody")
+    async with (
+        processes(server.url) as (one, other),
+        await psycopg.AsyncConnection.connect(server.url) as writing,
+    ):
+        await writing.execute("CREATE TABLE t ()")
+        committing = asyncio.create_task(writing.commit())
+        answer = await one.bus.call(other.bus.tag, b"x")
+        done, _ = await asyncio.wait([committing], timeout=0.1)
+        writing.cancel()
+        await committing
+    server.configure()
+
+    assert answer == other.bus.tag.encode() + b"x"
+    assert not done
 
 
 async def test_a_pooler_is_refused(database_url: str) -> None:

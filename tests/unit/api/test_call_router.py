@@ -219,6 +219,7 @@ async def test_a_holder_that_is_gone_is_404_and_a_silent_one_503() -> None:
         async with pair() as two:
             two.bus.is_silent = True
             silent = await two.post(two.other)
+            await two.post(two.other)
             two.bus.is_silent = False
             del two.bus.peers[two.client_id[:6]]
             gone = await two.post(two.other)
