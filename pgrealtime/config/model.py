@@ -48,6 +48,16 @@ _MIN_SECRET_CHARACTERS = 32
 """Any role of the database can listen, and try secrets offline."""
 
 
+_MIN_RETAINED_WAL = 64 * 1024 * 1024
+"""Four segments of WAL. A slot retains one or two although everything was read from it."""
+
+
+def _require_wal_limit(size: int) -> int:
+    if 0 < size < _MIN_RETAINED_WAL:
+        raise ValueError("too small; 64MiB is the least, and 0 sets no limit")
+    return size
+
+
 class SecretMarker:
     """Marks a key that may also be given as ``KEY_file``, and whose value no message shows."""
 
@@ -87,6 +97,8 @@ class SlotConfig(Section):
     """Whether standbys have the durable slot, too (PostgreSQL 17 and newer)."""
     allow_unlimited_wal: bool = False
     """Whether a durable slot may be created although ``max_slot_wal_keep_size`` sets no limit."""
+    max_retained_wal: Annotated[Bytes, AfterValidator(_require_wal_limit)] = 16 * 1024**3
+    """A slot that retains more is given up and made anew, which is a gap; 0 sets no limit."""
     create_timeout: PositiveSeconds = 300.0
     """Creating a slot waits for every open writing transaction of the cluster; then it fails."""
 

@@ -1,4 +1,4 @@
-"""Parses durations and sizes of the configuration."""
+"""Parses durations and sizes of the configuration, and writes sizes."""
 
 import re
 
@@ -38,3 +38,9 @@ def parse_size(value: object) -> int:
     if match is None:
         raise ValueError("not a size; write it as 64KiB, 16MiB or 1GiB")
     return int(match[1]) * _BYTES[match[2] or "B"]
+
+
+def format_size(size: int) -> str:
+    """Return bytes as an operator reads them: ``1.5 GiB``, ``64.0 MiB``."""
+    unit = "GiB" if size >= _BYTES["GiB"] else "MiB"
+    return f"{size / _BYTES[unit]:,.1f} {unit}"

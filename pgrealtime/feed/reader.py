@@ -143,6 +143,7 @@ class ReplicationReader:
             plugin=stream.slot.plugin,
             reason=stream.slot.plugin_reason or None,
             slot=stream.slot.name,
+            replaced_slot=stream.slot.replace_reason or None,
             lsn=format_lsn(stream.slot.start_lsn),
         )
         self._intake.start_era(era)

@@ -24,7 +24,7 @@ def make_feed(
 
     A log's others see the process's ``tag`` and its connections.
     """
-    streams = StreamOpener(config)
+    streams = StreamOpener(config, pool)
     publication = PublicationWatch(pool, config.replication.publication)
     if not config.log.nats:
         return LocalFeed(streams, intake, publication, wanted)

@@ -1,6 +1,8 @@
 """Opens replication streams, and advances the durable slot. The feed receives these methods."""
 
-from contextlib import AbstractAsyncContextManager
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import psycopg
 import structlog
@@ -9,6 +11,8 @@ from pgrealtime.config.model import Config
 from pgrealtime.feed.base import WantedTables
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.redact import message_without_values
+from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.service.slot_watch import SlotWatch
 from pgrealtime.wal import slot_status
 from pgrealtime.wal.server import open_ordinary_connection
 from pgrealtime.wal.slot import SlotWait
@@ -18,9 +22,13 @@ log = structlog.get_logger(__name__)
 
 
 class StreamOpener:
-    """Opens streams with the database, slot and size limits that the process was started with."""
+    """Opens streams with the database, slot and size limits that the process was started with.
 
-    def __init__(self, config: Config) -> None:
+    ``pool`` is asked how much WAL their slots retain.
+    """
+
+    def __init__(self, config: Config, pool: QueryPool) -> None:
+        self._pool = pool
         self._url = config.database.url
         self._replication = config.replication
         self._max_transaction_bytes = config.changelog.max_size
@@ -30,11 +38,15 @@ class StreamOpener:
         """Whether all streams read one durable slot."""
         return self._replication.slot.durable
 
-    def open(
+    @asynccontextmanager
+    async def open(
         self, wanted: WantedTables, start_lsn: LSN | None = None
-    ) -> AbstractAsyncContextManager[WalStream]:
-        """Open a stream of the tables; on a durable slot it may begin later than the slot."""
-        return open_stream(
+    ) -> AsyncIterator[WalStream]:
+        """Open a stream of the tables; on a durable slot it may begin later than the slot.
+
+        It ends with SlotLostError when its slot retains too much WAL.
+        """
+        async with open_stream(
             self._url,
             self._replication,
             list(wanted.tables.values()),
@@ -42,7 +54,14 @@ class StreamOpener:
             max_transaction_bytes=self._max_transaction_bytes,
             start_lsn=start_lsn,
             on_wait=_log_slot_wait,
-        )
+        ) as stream:
+            watch = SlotWatch(stream, self._pool, self._replication.slot.max_retained_wal)
+            watch_task = asyncio.create_task(watch.run(), name="slot-watch")
+            try:
+                yield stream
+            finally:
+                watch_task.cancel()
+                await asyncio.wait((watch_task,))
 
     async def check_reopenable(self, wanted: WantedTables) -> None:
         """Check that the durable slot could be reopened with other tables.

@@ -58,6 +58,8 @@ class Slot:
     is_durable: bool = False
     plugin_reason: str = ""
     """Why ``auto`` chose pgoutput; empty otherwise."""
+    replace_reason: str = ""
+    """Why the durable slot of that name was dropped for this one; empty if there was none."""
 
 
 async def acquire_slot(
@@ -71,15 +73,35 @@ async def acquire_slot(
 ) -> Slot:
     """Create a slot for the configured or the first usable decoder, or reuse the durable one.
 
+    A durable slot that was invalidated, or retains too much WAL, is dropped first.
+
     Raises:
         SetupError: No allowed decoder, or not the durable slot, can be used.
-        SlotBusyError: As ``create_slot``.
+        SlotBusyError: As ``create_slot``, or the slot to drop is being read.
     """
     check_tables(tables)
-    if config.slot.durable and (durable := await _reuse_durable_slot(connection, config, facts)):
-        if durable.plugin == "pgoutput":
-            await _check_publication(connection, config, tables, facts)
-        return durable
+    reason = ""
+    if config.slot.durable and (status := await find_durable_slot(connection, config, facts)):
+        reason = status.reason_to_replace(config.slot.max_retained_wal)
+        if not reason:
+            return await _reuse_durable_slot(connection, config, status, tables, facts)
+        await drop_slot(connection, status)
+    slot = await _create_usable_slot(
+        connection, url, config, facts=facts, tables=tables, on_wait=on_wait
+    )
+    return replace(slot, replace_reason=reason)
+
+
+async def _create_usable_slot(
+    connection: AsyncConnection[Any],
+    url: str,
+    config: ReplicationConfig,
+    *,
+    facts: ServerFacts,
+    tables: Collection[Table],
+    on_wait: Callable[[SlotWait], None] | None,
+) -> Slot:
+    """Create a slot for the configured or the first usable decoder."""
     refusal: SetupError | None = None
     if config.plugin != "pgoutput":
         try:
@@ -119,20 +141,21 @@ async def dry_run_config(
 
 
 async def _reuse_durable_slot(
-    connection: AsyncConnection[Any], config: ReplicationConfig, facts: ServerFacts
-) -> Slot | None:
-    """Return the durable slot, None if there is none; drop one that was invalidated."""
-    status = await find_durable_slot(connection, config, facts)
-    if status is None:
-        return None
-    if status.is_lost:
-        await drop_slot(connection, status)
-        return None
+    connection: AsyncConnection[Any],
+    config: ReplicationConfig,
+    status: SlotStatus,
+    tables: Collection[Table],
+    facts: ServerFacts,
+) -> Slot:
+    """Return the durable slot, once it has what is configured."""
+    plugin = _plugin_of(status)
+    if plugin == "pgoutput":
+        await _check_publication(connection, config, tables, facts)
     if config.slot.failover and not status.has_failover:
         await connection.execute(f'ALTER_REPLICATION_SLOT "{status.name}" (FAILOVER true)'.encode())
     return Slot(
         name=status.name,
-        plugin=_plugin_of(status),
+        plugin=plugin,
         start_lsn=status.confirmed_flush_lsn,
         is_durable=True,
     )

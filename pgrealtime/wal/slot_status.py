@@ -12,6 +12,7 @@ from psycopg import AsyncConnection
 from psycopg import errors as pg
 
 from pgrealtime.config.model import ReplicationConfig
+from pgrealtime.config.units import format_size
 from pgrealtime.errors import SetupError, SlotBusyError
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.server import ServerFacts
@@ -25,6 +26,7 @@ SELECT coalesce(confirmed_flush_lsn, '0/0')::text,
        slot_name, coalesce(plugin, ''), coalesce(database, ''), temporary, active_pid,
        coalesce(wal_status, ''),
        coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint,
+       coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn), 0)::bigint,
        coalesce((to_jsonb(s) ->> 'failover')::boolean, false),
        coalesce(to_jsonb(s) ->> 'invalidation_reason', '')
 FROM pg_replication_slots s
@@ -46,6 +48,9 @@ class SlotStatus:
     """Of the walsender that reads it; None if none does."""
     wal_status: str
     retained_bytes: int
+    unconfirmed_bytes: int
+    """WAL that was written since what its reader confirmed. The slot retains more than that while
+    a transaction that began before is open, or was when the server last noted (every 15 s)."""
     has_failover: bool
     invalidation_reason: str
 
@@ -53,6 +58,20 @@ class SlotStatus:
     def is_lost(self) -> bool:
         """Whether it was invalidated and can't be read any more."""
         return self.wal_status == "lost" or bool(self.invalidation_reason)
+
+    def reason_to_replace(self, max_retained_wal: int) -> str:
+        """Return why the slot is to be dropped and made anew; empty if it can be read.
+
+        ``max_retained_wal`` is in bytes; 0 is no limit.
+        """
+        if self.is_lost:
+            return f"the server invalidated it ({self.invalidation_reason or 'wal_removed'})"
+        if 0 < max_retained_wal < self.retained_bytes:
+            return (
+                f"it retained {format_size(self.retained_bytes)} of WAL, more than"
+                f" replication.slot.max_retained_wal, {format_size(max_retained_wal)}"
+            )
+        return ""
 
 
 async def list_own_slots(connection: AsyncConnection[Any], name: str) -> list[SlotStatus]:

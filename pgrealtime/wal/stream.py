@@ -174,6 +174,10 @@ class WalStream:
             self._send(self.feedback.final_updates())
         self._end_with(StreamInterruptedError("the stream was closed", code="stream_closed"))
 
+    def end(self, error: PgRealtimeError) -> None:
+        """Close the connection; once what it brought is taken, iterating raises the error."""
+        self._end_with(error)
+
     # Reading
 
     def _resume_reading(self) -> None:

@@ -22,12 +22,13 @@ from pgrealtime.collections.model import Collections
 from pgrealtime.collections.names import configured_table_names
 from pgrealtime.collections.streamed_tables import reachable_tables, streamed_tables
 from pgrealtime.config.load import ParsedConfig
-from pgrealtime.config.model import Config, DatabaseConfig
+from pgrealtime.config.model import Config, DatabaseConfig, SlotConfig
 from pgrealtime.errors import ConfigProblem, PgRealtimeError, SetupError
 from pgrealtime.log.installed import require_client
 from pgrealtime.postgres.connect import URL_SETTING, connect_once
 from pgrealtime.rules.rule_set import rule_problems, rule_texts, syntax_problems
 from pgrealtime.wal.slot import SlotWait
+from pgrealtime.wal.slot_status import list_own_slots
 from pgrealtime.wal.stream import dry_run_stream
 
 _SYSTEM_QUERY = """
@@ -137,6 +138,7 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
                 lists = list_index_warnings(connection, collections)
                 warnings += [warning async for warning in lists]
         warnings += await _timeout_warnings(connection, database)
+        warnings += await _slot_warnings(connection, config.replication.slot)
         errors = await read_privilege_errors(connection, reachable_tables(collections).values())
         major, minor = divmod(connection.info.server_version, 10_000)
         return _SchemaCheck(
@@ -186,6 +188,24 @@ async def _timeout_warnings(
         )
         for role, name, milliseconds in await cursor.fetchall()
         if 0 < milliseconds < statement_timeout_ms
+    ]
+
+
+async def _slot_warnings(
+    connection: AsyncConnection[Any], config: SlotConfig
+) -> list[ConfigProblem]:
+    """Return a warning if the durable slot exists and the service would not go on from it."""
+    if not config.durable:
+        return []
+    return [
+        ConfigProblem(
+            "replication.slot",
+            f'the service will drop slot "{status.name}" and create it anew, because {reason}',
+            "clients are notified of the gap; nothing is left to be done",
+        )
+        for status in await list_own_slots(connection, config.name)
+        if status.name == config.name
+        and (reason := status.reason_to_replace(config.max_retained_wal))
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgrealtime.config.units import parse_duration, parse_size
+from pgrealtime.config.units import format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,11 @@ def test_what_is_no_size_is_refused(value: object) -> None:
     """``16MB`` is refused too: it is 4.6 % less than most authors of it mean."""
     with pytest.raises(ValueError, match="not a size; write it as 64KiB"):
         parse_size(value)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 MiB"), (96 << 20, "96.0 MiB"), (3 << 29, "1.5 GiB"), (5 << 40, "5,120.0 GiB")],
+)
+def test_sizes_are_written_in_units(size: int, text: str) -> None:
+    assert format_size(size) == text
