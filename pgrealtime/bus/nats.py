@@ -5,12 +5,9 @@ known without asking others. What travels is sealed as on every bus. ``service.b
 """
 
 import asyncio
-import secrets
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -18,63 +15,27 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from pgrealtime.bus.base import Answerer
-from pgrealtime.bus.seal import (
-    MESSAGE_ID_BYTES,
-    Envelope,
-    Kind,
-    Opened,
-    Opener,
-    derive_key,
-    is_compressed,
-    seal,
-    unpack,
-)
+from pgrealtime.bus.seal import Envelope, Kind
+from pgrealtime.bus.sealed import GONE_SECONDS, SILENCE_SECONDS, SealedBus
 from pgrealtime.config.model import LogConfig
-from pgrealtime.errors import BusError, HolderGoneError, HolderSilentError
+from pgrealtime.errors import HolderGoneError, HolderSilentError
 from pgrealtime.log.connection import LogNames, connect
 from pgrealtime.log.tasks import end_tasks
 
 log = structlog.get_logger(__name__)
 
-SILENCE_SECONDS: Final = 15.0
-"""How long an answer is waited for: the barrier of a subscribe call may take 10."""
-GONE_SECONDS: Final = 3.0
-"""A process that hasn't said for so long that it is there has ended, or lost NATS."""
 _HERE_SECONDS: Final = 1.0
-_RETRY_SECONDS: Final = 0.2
 _HEADER_BYTES: Final = 512
 """Room that a part leaves of the server's ``max_payload``."""
-_MAX_SERVED_BYTES: Final = 64 * 1024 * 1024
-"""Requests of others that are being answered; further ones are ignored."""
 _NO_RESPONDERS: Final = "503"
 
 
-@dataclass(eq=False, slots=True)
-class _Call:
-    """A request whose answer is waited for."""
-
-    tag: str
-    answer: asyncio.Future[bytes]
-    seen_at: float
-    """When that process was there, in monotonic seconds."""
-
-    def fail(self, error: Exception) -> None:
-        """End the wait with an error, unless it has ended."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
-
-
-class NatsBus:
+class NatsBus(SealedBus):
     """A process on the bus, within ``running``.
 
     Args:
         config: Section ``log``, which names the servers.
-        name: Of the cluster.
-        secret: Of the cluster.
-        tag: Of this process.
-        silence_seconds: How long an answer is waited for.
-        gone_seconds: How long a process that was called may not be heard.
+        name: As for ``SealedBus``, like all others.
     """
 
     def __init__(
@@ -87,76 +48,39 @@ class NatsBus:
         silence_seconds: float = SILENCE_SECONDS,
         gone_seconds: float = GONE_SECONDS,
     ) -> None:
-        self.tag = tag
-        self._ignored: Counter[str] = Counter()
+        super().__init__(
+            name=name,
+            secret=secret,
+            tag=tag,
+            silence_seconds=silence_seconds,
+            gone_seconds=gone_seconds,
+        )
         self._config = config
         self._names = LogNames(name=name)
-        self._key = derive_key(secret, name)
-        self._silence_seconds = silence_seconds
-        self._gone_seconds = gone_seconds
-        self._opener = Opener(self._key, tag, lambda message_id: message_id in self._calls)
-        self._calls: dict[bytes, _Call] = {}
-        """By the id of the request."""
         self._client: Client | None = None
         self._inbox = ""
-        self._settled_at = float("-inf")
-        """From then on silence means that a process has gone: after a restart of NATS each of them
-        comes back at its own time."""
-        self._answer: Answerer | None = None
-        self._served: set[asyncio.Task[None]] = set()
-        self._served_bytes = 0
 
-    @property
-    def ignored(self) -> Mapping[str, int]:
-        """Numbers of messages that were ignored, by the error's code."""
-        return self._ignored
+    def _now_ms(self) -> int:
+        # The clocks of all replicas must agree within seal.FRESH_MS: NATS has none to share.
+        return round(time.time() * 1000)
 
-    def serve(self, answer: Answerer) -> None:
-        """Answer requests of the other processes from now on."""
-        self._answer = answer
+    def _part_bytes(self) -> int:
+        return int(self._connected().max_payload) - _HEADER_BYTES
 
-    async def call(self, tag: str, request: bytes) -> bytes:
-        """Have another process answer a request; see ``Bus.call``."""
-        try:
-            async with asyncio.timeout(self._silence_seconds):
-                while True:
-                    try:
-                        return await self._ask(tag, request)
-                    except HolderGoneError:
-                        if time.monotonic() >= self._settled_at:
-                            raise
-                    await asyncio.sleep(_RETRY_SECONDS)
-        except TimeoutError:
-            reason = f"the holder gave no answer in {self._silence_seconds:g} s"
-            raise HolderSilentError(reason) from None
-
-    async def _ask(self, tag: str, request: bytes) -> bytes:
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        message_id = secrets.token_bytes(MESSAGE_ID_BYTES)
-        self._calls[message_id] = _Call(tag, answer, time.monotonic())
-        try:
-            await self._send(Kind.REQUEST, message_id, tag, request)
-            return await answer
-        finally:
-            del self._calls[message_id]
-
-    async def _send(self, kind: Kind, message_id: bytes, recipient: str, data: bytes) -> None:
+    def _connected(self) -> Client:
         client = self._client
         if client is None or not client.is_connected:
             raise HolderSilentError("the bus is not connected to NATS")
-        envelope = Envelope(kind=kind, message_id=message_id, sender=self.tag, recipient=recipient)
-        parts = seal(
-            self._key,
-            envelope,
-            data,
-            now_ms=_now_ms(),
-            part_bytes=int(client.max_payload) - _HEADER_BYTES,
-        )
+        return client
+
+    async def _transmit(self, envelope: Envelope, parts: Sequence[bytes]) -> None:
+        client, subject = self._connected(), self._names.subject("call", envelope.recipient)
         # NATS answers there if nobody listens.
-        reply = f"{self._inbox}.{message_id.hex()}" if kind is Kind.REQUEST else ""
+        is_request = envelope.kind is Kind.REQUEST
+        reply = f"{self._inbox}.{envelope.message_id.hex()}" if is_request else ""
         try:
             for part in parts:
-                await client.publish(self._names.subject("call", recipient), part, reply=reply)
+                await client.publish(subject, part, reply=reply)
         except NatsError as error:
             raise HolderSilentError(f"the bus can't send: {type(error).__name__}") from error
 
@@ -194,14 +118,10 @@ class NatsBus:
                 await self._say_here(client)
             finally:
                 self._client = None
-                for task in self._served:
-                    task.cancel()
+                self._cancel_served()
 
     def _on_disconnected(self) -> None:
-        self._opener.clear()
-        for call in self._calls.values():
-            # Whether it, or its answer, got through isn't known.
-            call.fail(HolderSilentError("the bus lost its connection to NATS"))
+        self._fail_calls("the bus lost its connection to NATS")
 
     def _on_reconnected(self) -> None:
         self._settled_at = time.monotonic() + self._gone_seconds
@@ -213,10 +133,7 @@ class NatsBus:
                 with suppress(NatsError):
                     await client.publish(self._names.subject("here"), self.tag.encode())
             await asyncio.sleep(_HERE_SECONDS)
-            now = time.monotonic()
-            for call in self._calls.values():
-                if now - call.seen_at >= self._gone_seconds:
-                    call.fail(HolderGoneError(call.tag))
+            self._fail_unseen_calls()
 
     # -- what comes
 
@@ -235,53 +152,4 @@ class NatsBus:
                 call.fail(HolderGoneError(call.tag))
 
     async def _on_part(self, message: Msg) -> None:
-        try:
-            opened = self._opener.open(message.data, now_ms=_now_ms())
-        except BusError as error:
-            self._ignore(error.error_code)
-            return
-        if opened is None:
-            return
-        if opened.envelope.kind is Kind.REQUEST:
-            task = asyncio.create_task(self._serve(opened))
-            self._served.add(task)
-            task.add_done_callback(self._served.discard)
-        elif not (call := self._calls[opened.envelope.message_id]).answer.done():
-            # An answer is short.
-            try:
-                call.answer.set_result(unpack(opened.content))
-            except BusError as error:
-                self._ignore(error.error_code)
-
-    def _ignore(self, code: str) -> None:
-        self._ignored[code] += 1
-        if self._ignored[code] == 1:
-            hint = "Somebody else writes to the bus, or a replica has another cluster.secret."
-            log.warning("bus.message_ignored", code=code, hint=hint)
-
-    async def _serve(self, opened: Opened) -> None:
-        content, answer = opened.content, self._answer
-        try:
-            if is_compressed(content):
-                data = await asyncio.to_thread(unpack, content)
-            else:
-                data = unpack(content)
-        except BusError as error:
-            self._ignore(error.error_code)
-            return
-        if answer is None or self._served_bytes + len(data) > _MAX_SERVED_BYTES:
-            self._ignore("call_refused")
-            return
-        self._served_bytes += len(data)
-        try:
-            answered = await answer(data)
-        finally:
-            self._served_bytes -= len(data)
-        envelope = opened.envelope
-        with suppress(HolderSilentError):  # the caller waits no more once its own connection broke
-            await self._send(Kind.ANSWER, envelope.message_id, envelope.sender, answered)
-
-
-def _now_ms() -> int:
-    # The clocks of all replicas must agree within seal.FRESH_MS: NATS has none to share.
-    return round(time.time() * 1000)
+        self._receive(message.data)

@@ -7,10 +7,9 @@ is there; both on one connection, so what can't be reached isn't there. ``servic
 import asyncio
 import base64
 import binascii
-import secrets
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,21 +20,10 @@ import structlog
 from psycopg import AsyncConnection
 from psycopg.sql import SQL, Identifier
 
-from pgrealtime.bus.base import Answerer, draw_tag
-from pgrealtime.bus.seal import (
-    LARGE_BYTES,
-    MESSAGE_ID_BYTES,
-    Envelope,
-    Kind,
-    Opened,
-    Opener,
-    derive_key,
-    is_compressed,
-    seal,
-    unpack,
-)
+from pgrealtime.bus.base import draw_tag
+from pgrealtime.bus.seal import Envelope, Kind
+from pgrealtime.bus.sealed import GONE_SECONDS, SILENCE_SECONDS, PendingCall, SealedBus
 from pgrealtime.errors import (
-    BusError,
     DatabaseUnreachableError,
     HolderGoneError,
     HolderSilentError,
@@ -46,10 +34,6 @@ from pgrealtime.postgres.url import DEAD_NETWORK_SETTINGS, parse_database_url
 
 log = structlog.get_logger(__name__)
 
-SILENCE_SECONDS: Final = 15.0
-"""How long an answer is waited for: the barrier of a subscribe call may take 10."""
-GONE_SECONDS: Final = 3.0
-"""A process whose lock is missing for so long has ended, or lost the database."""
 _PROBE_SECONDS: Final = 5.0
 _CHECK_SECONDS: Final = 1.0
 """Between two looks at the locks while answers are waited for."""
@@ -60,8 +44,6 @@ _PARTS_WITHOUT_YIELD: Final = 64
 """Parts that are opened at once; each takes 15 us."""
 _BATCH_PARTS: Final = 200
 """Parts sent in one statement, or all of one message."""
-_MAX_SERVED_BYTES: Final = 64 * 1024 * 1024
-"""Requests of others that are being answered; further ones are ignored."""
 _TURNS_BEFORE_SENDING: Final = 3
 """Turns of the event loop. A client may cancel its call and at once make another, which reaches
 another process. A loop that was busy meanwhile learns in these turns that the first was cancelled,
@@ -110,42 +92,22 @@ SELECT current_setting('max_replication_slots')::int
 """
 
 
-@dataclass(eq=False, slots=True)
-class _Call:
-    """A request whose answer is waited for."""
-
-    lock: int
-    """Of the process that shall answer."""
-    answer: asyncio.Future[bytes]
-    seen_at: float
-    """When that process was there, in monotonic seconds."""
-
-    def fail(self, error: Exception) -> None:
-        """End the wait with an error, unless it has ended."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
-
-
 @dataclass(frozen=True, slots=True)
 class _Outgoing:
     """A message that waits to be sent."""
 
     recipient: str
     payloads: list[str]
-    call: _Call | None
+    call: PendingCall | None
     """Of a request."""
 
 
-class PostgresBus:
+class PostgresBus(SealedBus):
     """A process on the bus, for the duration of ``running``.
 
     Args:
         url: A direct connection to the database.
-        name: Of the cluster; others of the same name in the same database need the same secret.
-        secret: Of the cluster.
-        tag: Of this process.
-        silence_seconds: How long an answer is waited for.
-        gone_seconds: How long the lock of a process that was called may be missing.
+        name: As for ``SealedBus``, like all others.
     """
 
     def __init__(
@@ -158,87 +120,40 @@ class PostgresBus:
         silence_seconds: float = SILENCE_SECONDS,
         gone_seconds: float = GONE_SECONDS,
     ) -> None:
-        self.tag = tag
-        self._ignored: Counter[str] = Counter()
+        super().__init__(
+            name=name,
+            secret=secret,
+            tag=tag,
+            silence_seconds=silence_seconds,
+            gone_seconds=gone_seconds,
+        )
         self._url = url
         self._name = name
-        self._key = derive_key(secret, name)
-        self._silence_seconds = silence_seconds
-        self._gone_seconds = gone_seconds
-        self._opener = Opener(self._key, tag, lambda message_id: message_id in self._calls)
-        self._calls: dict[bytes, _Call] = {}
-        """By the id of the request."""
         self._outgoing: deque[_Outgoing] = deque()
         self._incoming: deque[str] = deque()
         self._wakeup = asyncio.Event()
         self._connection: AsyncConnection[Any] | None = None
-        self._settled_at = float("-inf")
-        """From then on a missing lock means that a process has gone: after a restart of the server
-        each of them comes back at its own time."""
         self._clock_offset_ms = 0
         """Of the server's clock, which all processes share, to this one's monotonic one. Read with
         each message that is sent: clocks drift, and a machine that was paused has lost time."""
         self._is_clock_doubtful = False
-        self._answer: Answerer | None = None
-        self._served: set[asyncio.Task[None]] = set()
-        self._served_bytes = 0
         self._away_reason = ""
         """Why it couldn't connect the last time."""
 
-    @property
-    def ignored(self) -> Mapping[str, int]:
-        """Numbers of messages that were ignored, by the error's code."""
-        return self._ignored
-
-    def serve(self, answer: Answerer) -> None:
-        """Answer requests of the other processes from now on."""
-        self._answer = answer
-
-    async def call(self, tag: str, request: bytes) -> bytes:
-        """Have another process answer a request; see ``Bus.call``."""
-        try:
-            async with asyncio.timeout(self._silence_seconds):
-                while True:
-                    try:
-                        return await self._ask(tag, request)
-                    except HolderGoneError:
-                        if time.monotonic() >= self._settled_at:
-                            raise
-                    await asyncio.sleep(_RECONNECT_SECONDS)
-        except TimeoutError:
-            reason = f"the holder gave no answer in {self._silence_seconds:g} s"
-            raise HolderSilentError(reason) from None
-
-    async def _ask(self, tag: str, request: bytes) -> bytes:
-        if self._connection is None:
-            raise HolderSilentError("the bus is not connected to the database")
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        call = _Call(_lock_of(tag), answer, time.monotonic())
-        message_id = secrets.token_bytes(MESSAGE_ID_BYTES)
-        self._calls[message_id] = call
-        try:
-            await self._send(Kind.REQUEST, message_id, tag, request, call)
-            return await answer
-        except _AbsentError:
-            raise HolderGoneError(tag) from None
-        finally:
-            del self._calls[message_id]
-
-    async def _send(
-        self, kind: Kind, message_id: bytes, recipient: str, data: bytes, call: _Call | None = None
-    ) -> None:
-        envelope = Envelope(kind=kind, message_id=message_id, sender=self.tag, recipient=recipient)
-        if len(data) < LARGE_BYTES:
-            payloads = _make_payloads(self._key, envelope, data, self._now_ms())
-        else:
-            payloads = await asyncio.to_thread(
-                _make_payloads, self._key, envelope, data, self._now_ms()
-            )
-        self._outgoing.append(_Outgoing(recipient, payloads, call))
-        self._wakeup.set()
-
     def _now_ms(self) -> int:
         return round(time.monotonic() * 1000) + self._clock_offset_ms
+
+    def _part_bytes(self) -> int:
+        return _PART_BYTES
+
+    async def _transmit(self, envelope: Envelope, parts: Sequence[bytes]) -> None:
+        if self._connection is None:
+            raise HolderSilentError("the bus is not connected to the database")
+        payloads = [base64.b64encode(part).decode() for part in parts]
+        is_request = envelope.kind is Kind.REQUEST
+        call = self._calls[envelope.message_id] if is_request else None
+        self._outgoing.append(_Outgoing(envelope.recipient, payloads, call))
+        self._wakeup.set()
 
     # -- the connection
 
@@ -323,8 +238,7 @@ class PostgresBus:
                 await asyncio.sleep(_RECONNECT_SECONDS)
                 await self._reconnect()
         finally:
-            for task in self._served:
-                task.cancel()
+            self._cancel_served()
             await self._disconnect()
 
     async def _reconnect(self) -> None:
@@ -351,10 +265,7 @@ class PostgresBus:
         connection, self._connection = self._connection, None
         self._outgoing.clear()
         self._incoming.clear()
-        self._opener.clear()
-        for call in self._calls.values():
-            # Whether it, or its answer, got through isn't known.
-            call.fail(HolderSilentError("the bus lost its connection to the database"))
+        self._fail_calls("the bus lost its connection to the database")
         if connection is not None:
             await connection.close()
 
@@ -373,7 +284,7 @@ class PostgresBus:
                 await self._wait(connection)
             self._read(connection)
             for n, payload in enumerate(_drain(self._incoming), start=1):
-                self._receive(payload)
+                self._receive_payload(payload)
                 if not n % _PARTS_WITHOUT_YIELD:
                     await asyncio.sleep(0)
 
@@ -428,7 +339,7 @@ class PostgresBus:
             self._set_clock(server_ms)
         for number, message in enumerate(batch):
             if number not in sent and message.call is not None:
-                message.call.fail(_AbsentError())
+                message.call.fail(HolderGoneError(message.recipient))
 
     async def _check_holders(self, connection: AsyncConnection[Any]) -> None:
         cursor = await connection.execute(
@@ -437,10 +348,9 @@ class PostgresBus:
         present = {lock for (lock,) in await cursor.fetchall()}
         now = time.monotonic()
         for call in self._calls.values():
-            if call.lock in present:
+            if _lock_of(call.tag) in present:
                 call.seen_at = now
-            elif now - call.seen_at >= self._gone_seconds:
-                call.fail(_AbsentError())
+        self._fail_unseen_calls()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -451,60 +361,14 @@ class PostgresBus:
             yield
             task.cancel()
 
-    # -- what comes
-
-    def _receive(self, payload: str) -> None:
+    def _receive_payload(self, payload: str) -> None:
         try:
             part = base64.b64decode(payload, validate=True)
-            opened = self._opener.open(part, now_ms=self._now_ms())
-        except BusError as error:
-            # One that was sent just now is stale if one of the clocks is wrong.
-            self._is_clock_doubtful |= error.error_code == "call_stale"
-            self._ignore(error.error_code)
-            return
         except (binascii.Error, ValueError):
             self._ignore("call_malformed")
             return
-        if opened is None:
-            return
-        if opened.envelope.kind is Kind.REQUEST:
-            task = asyncio.create_task(self._serve(opened))
-            self._served.add(task)
-            task.add_done_callback(self._served.discard)
-        elif not (call := self._calls[opened.envelope.message_id]).answer.done():
-            # An answer is short.
-            try:
-                call.answer.set_result(unpack(opened.content))
-            except BusError as error:
-                self._ignore(error.error_code)
-
-    def _ignore(self, code: str) -> None:
-        self._ignored[code] += 1
-        if self._ignored[code] == 1:
-            hint = "Somebody else writes to the bus, or a replica has another cluster.secret."
-            log.warning("bus.message_ignored", code=code, hint=hint)
-
-    async def _serve(self, opened: Opened) -> None:
-        content, answer = opened.content, self._answer
-        try:
-            if is_compressed(content):
-                data = await asyncio.to_thread(unpack, content)
-            else:
-                data = unpack(content)
-        except BusError as error:
-            self._ignore(error.error_code)
-            return
-        if answer is None or self._served_bytes + len(data) > _MAX_SERVED_BYTES:
-            self._ignore("call_refused")
-            return
-        self._served_bytes += len(data)
-        try:
-            answered = await answer(data)
-        finally:
-            self._served_bytes -= len(data)
-        if self._connection is not None:
-            envelope = opened.envelope
-            await self._send(Kind.ANSWER, envelope.message_id, envelope.sender, answered)
+        # One that was sent just now is stale if one of the clocks is wrong.
+        self._is_clock_doubtful |= self._receive(part) == "call_stale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -545,18 +409,9 @@ async def read_bus_report(connection: AsyncConnection[Any], name: str) -> BusRep
     return BusReport(replicas=len(await present.fetchall()), room=min(slots, walsenders))
 
 
-def _make_payloads(key: bytes, envelope: Envelope, data: bytes, now_ms: int) -> list[str]:
-    parts = seal(key, envelope, data, now_ms=now_ms, part_bytes=_PART_BYTES)
-    return [base64.b64encode(part).decode() for part in parts]
-
-
 def _drain(payloads: deque[str]) -> Iterator[str]:
     while payloads:
         yield payloads.popleft()
-
-
-class _AbsentError(Exception):
-    """Nobody holds the lock."""
 
 
 def _lock_of(text: str) -> int:

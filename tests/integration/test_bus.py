@@ -332,9 +332,18 @@ async def test_a_lock_that_another_holds_is_an_error(database_url: str) -> None:
 
 
 async def test_a_read_only_role_without_rights_is_enough(database_url: str) -> None:
-    options = "?options=-c%20default_transaction_read_only%3Don"
-    async with processes(database_url + options) as (one, other):
-        assert await one.bus.call(other.bus.tag, b"x") == other.bus.tag.encode() + b"x"
+    role = f"role_{draw_tag().lower()}"
+    url = database_url.replace("postgres@", f"{role}@")
+    async with connect_once(database_url) as connection:
+        await connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
+        try:
+            options = "?options=-c%20default_transaction_read_only%3Don"
+            async with processes(url + options) as (one, other):
+                answer = await one.bus.call(other.bus.tag, b"x")
+        finally:
+            await connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+    assert answer == other.bus.tag.encode() + b"x"
 
 
 async def test_a_probe_says_what_is_there(database_url: str) -> None:
