@@ -161,6 +161,7 @@ class RunningCorpus:
                 "database": {"url": self._url},
                 "server": {"host": "127.0.0.1", "port": 0},
                 "realtime": {"heartbeat": "1h"},
+                "records": {"hidden": "pocketbase"},
                 "auth": {"issuers": [_issuer(name) for name in SECRETS]},
                 "collections": {"sentinels": {"table": "sentinels", "list_rule": ""}},
             }

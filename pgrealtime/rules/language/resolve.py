@@ -95,7 +95,9 @@ def resolve_filter(
         raise RuleSyntaxError(message, start=0, end=len(text))
     if not is_superuser:
         _refuse_superuser_identifiers(text)
-    resolver = Resolver(collections, collection, auth_collection, is_filter=True)
+    resolver = Resolver(
+        collections, collection, auth_collection, is_filter=True, is_superuser=is_superuser
+    )
     where = resolver.resolve_condition(syntax.parse_expression(text))
     if list_rules := resolver.list_rule_conditions():
         where = Conjunction((where, *list_rules))
@@ -165,20 +167,26 @@ _UNSUPPORTED_TYPES = {"money", "refcursor", "hstore"}
 class Resolver:
     """Resolves one scope: its paths begin at a row of ``collection``, unless they say otherwise.
 
-    ``is_filter``: the text is a client's. ``has_body``: the request has a body, as a subscription's
-    never has.
+    ``is_filter``: the text is a client's; ``is_superuser``: that client is one. ``has_body``: the
+    request has a body, as a subscription's never has.
     """
 
     collections: Collections
     collection: Collection
     auth_collection: Collection | None
     is_filter: bool = False
+    is_superuser: bool = False
     has_body: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
     joined_paths: dict[RowPath, None] = field(default_factory=dict)
     email_conditions: list[Comparison] = field(default_factory=list)
     list_rules: dict[RowPath, NestedRule] = field(default_factory=dict)
     current_operand: syntax.OperandNode = field(init=False)
+
+    @property
+    def hides_values(self) -> bool:
+        """Whether no answer may tell a value that the text's author can't see."""
+        return self.collections.is_strict and not self.is_superuser
 
     # --- expressions
 
@@ -246,7 +254,7 @@ class Resolver:
 
         In PocketBase any row is one, so that the answer tells values of rows that aren't listed.
         """
-        if not (self.is_filter and self.collections.is_strict):
+        if not self.is_filter or not self.hides_values:
             return ()
         paths = (path for path in map(row_path_of, terms) if path is not None and path.is_multiple)
         joined = dict.fromkeys(row for path in paths for row in path.joined_rows())
@@ -503,7 +511,7 @@ class Resolver:
         visible = collection.fields_by_name.get("emailVisibility")
         visible_term: Term = Keyword(False) if visible is None else FieldValue(path, visible)
         self.email_conditions.append(Comparison(visible_term, syntax.Op.EQ, True, Keyword(True)))
-        return visible if path.is_multiple and self.collections.is_strict else None
+        return visible if path.is_multiple and self.hides_values else None
 
     # --- names
 

@@ -283,6 +283,20 @@ def test_filter_joins_only_what_can_be_listed() -> None:
     assert found.where == predicate.Conjunction((leaf, demanded))
 
 
+@pytest.mark.parametrize("text", ["reviewers.name = 'x'", "reviewers.email != 'x'"])
+def test_a_superuser_s_filter_decides_as_in_pocketbase(text: str) -> None:
+    """There is nothing to hide from one: ``strict`` restricts other clients only."""
+    guarded = (_with_rule(USERS, "level > 0"), TEAMS, POSTS, COMMENTS)
+    open_, strict = Collections(guarded), Collections(guarded, is_strict=True)
+
+    def resolved(collections: Collections, *, is_superuser: bool) -> predicate.Predicate:
+        return resolve_filter(text, collections, POSTS, None, is_superuser=is_superuser)
+
+    exact = resolved(open_, is_superuser=True)
+    assert resolved(strict, is_superuser=True) == exact
+    assert resolved(strict, is_superuser=False) != exact
+
+
 def _with_rule(collection: Collection, rule: str | None) -> Collection:
     return replace(collection, list_rule=rule)
 
