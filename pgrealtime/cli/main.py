@@ -14,6 +14,7 @@ _COMMANDS = {
     "listen": "pgrealtime.cli.listen",
     "run": "pgrealtime.cli.run",
     "slot": "pgrealtime.cli.slot",
+    "sql": "pgrealtime.cli.sql.sql",
     "token": "pgrealtime.cli.token",
     "worker": "pgrealtime.cli.worker",
 }

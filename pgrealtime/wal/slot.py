@@ -220,9 +220,11 @@ async def read_publication(connection: AsyncConnection[Any], name: str) -> Publi
     is_open, via_root, is_complete, has_generated_columns = row
     cursor = await connection.execute(
         "SELECT schemaname, tablename, rowfilter IS NOT NULL OR EXISTS ("
-        "   SELECT FROM pg_attribute a"
-        "   WHERE a.attrelid = format('%%I.%%I', schemaname, tablename)::regclass"
-        "   AND attnum > 0 AND NOT attisdropped AND attgenerated = ''"
+        # By name: ::regclass would need USAGE on the schema, which this role need not have.
+        "   SELECT FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid"
+        "   JOIN pg_namespace n ON n.oid = c.relnamespace"
+        "   WHERE n.nspname = schemaname AND c.relname = tablename AND attnum > 0"
+        "   AND NOT attisdropped AND attgenerated = ''"
         "   AND attname <> ALL (attnames))"
         " FROM pg_publication_tables WHERE pubname = %s",
         (name,),

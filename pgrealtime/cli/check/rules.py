@@ -78,3 +78,13 @@ def sample_principals(collections: Collections) -> Iterator[Principal]:
         )
     if not auths:
         yield AuthRecord(collection_id="users", collection_name="users", id="1")
+
+
+def columns_read(collections: Collections, collection: Collection, key: str) -> set[str]:
+    """Return the columns of the collection's own row that a list or view rule reads.
+
+    They are those of a deleted row too. Without generated columns, which are computed.
+    """
+    queries = reference_queries(collections, collection, key)
+    names = {name for query in queries for name in query.column_names}
+    return {c.name for c in collection.table.columns if c.name in names and not c.is_generated}

@@ -14,9 +14,9 @@ from pgrealtime.catalog.model import Column
 from pgrealtime.changes import quote_identifier, quote_table_name
 from pgrealtime.cli.check.absent_values import absent_value_warnings
 from pgrealtime.cli.check.rules import (
+    columns_read,
     identifier_text,
     parsed_rules,
-    reference_queries,
     replace_spans,
     resolved_conditions,
 )
@@ -219,10 +219,9 @@ def _delete_warnings(collections: Collections, collection: Collection) -> Iterat
     """Yield rules that read columns which the WAL of a DELETE lacks under the replica identity."""
     table = collection.table
     for key, _, _ in parsed_rules(collection):
-        queries = reference_queries(collections, collection, key)
-        read = {name for query in queries for name in query.column_names}
+        read = columns_read(collections, collection, key)
         unlogged = read - {*table.replica_identity_columns}
-        lacking = [c for c in table.columns if c.name in unlogged and not c.is_generated]
+        lacking = [c for c in table.columns if c.name in unlogged]
         if lacking:
             missing = _quoted_list(lacking)
             message = (
