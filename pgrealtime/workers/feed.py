@@ -223,6 +223,6 @@ class WorkerBus:
         except TimeoutError:
             raise HolderSilentError("the worker that holds the connection is silent") from None
         except PgRealtimeError as error:
-            if error.error_code == HolderGoneError.code:
+            if error.error_code in (HolderGoneError.code, WorkerGoneError.code):
                 raise HolderGoneError(tag) from error
             raise HolderSilentError(error.message) from error

@@ -5,8 +5,9 @@ answers.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
 
 import structlog
 
@@ -27,6 +28,9 @@ LENGTH_BYTES = 4
 """Of the length before each message: unsigned, big endian."""
 
 _M = TypeVar("_M")
+
+Answering: TypeAlias = Coroutine[Any, Any, Message | None] | asyncio.Future[Message] | None
+"""What answers a message: itself, what another process answers, or nothing."""
 
 
 class MessageSplitter:
@@ -55,11 +59,10 @@ class MessageSplitter:
 class Link(asyncio.Protocol):
     """Asks the other process, answers it, and tells it what needs no answer.
 
-    ``answer`` returns the answer to a message; None if it needs none. Its ``PgRealtimeError`` goes
-    back as such.
+    ``answer`` returns what answers a message. A ``PgRealtimeError`` goes back as such.
     """
 
-    def __init__(self, answer: Callable[[Message], Awaitable[Message | None]]) -> None:
+    def __init__(self, answer: Callable[[Message], Answering]) -> None:
         self._answer = answer
         self._transport: asyncio.WriteTransport | None = None
         self._splitter = MessageSplitter()
@@ -83,10 +86,7 @@ class Link(asyncio.Protocol):
         """The other process has ended: nothing that was asked will be answered."""
         self._transport = None
         self.closed.set()
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(_gone_error())
-        self._waiting.clear()
+        self.give_up()
         for task in self._tasks:
             task.cancel()
 
@@ -103,20 +103,33 @@ class Link(asyncio.Protocol):
             WorkerGoneError: The other process has ended.
             PgRealtimeError: The other process's error, without its class.
         """
-        if self._transport is None:
-            raise _gone_error()
-        self._asked += 1
-        number, waiting = self._asked, asyncio.get_running_loop().create_future()
-        self._waiting[number] = waiting
-        try:
-            self._send(Envelope(message, question=number))
-            answer = await waiting
-        finally:
-            self._waiting.pop(number, None)
+        answer = await self.ask_soon(message)
         if isinstance(answer, Failed):
             raise answer.as_error()
         assert isinstance(answer, answer_type)
         return answer
+
+    def ask_soon(self, message: Message) -> asyncio.Future[Message]:
+        """Send a message; return a future of its answer, which may be a ``Failed``.
+
+        Raises:
+            WorkerGoneError: The other process has ended. Or the future has it.
+        """
+        if self._transport is None:
+            raise _gone_error()
+        self._asked += 1
+        waiting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[self._asked] = waiting
+        self._send(Envelope(message, question=self._asked))
+        return waiting
+
+    def give_up(self) -> None:
+        """Wait for no answer to what was asked: ``WorkerGoneError``."""
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(_gone_error())
+                waiting.exception()  # whoever asked may have given up before
+        self._waiting.clear()
 
     def close(self) -> None:
         """Close the socket once what was told is sent."""
@@ -130,25 +143,51 @@ class Link(asyncio.Protocol):
 
     def _receive(self, envelope: Envelope) -> None:
         if envelope.answers:
-            waiting = self._waiting.get(envelope.answers)
+            waiting = self._waiting.pop(envelope.answers, None)
             if waiting is not None and not waiting.done():
                 waiting.set_result(envelope.message)
             return
-        task = asyncio.create_task(self._answer_to(envelope))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer_to(self, envelope: Envelope) -> None:
+        question = envelope.question
         try:
-            answer = await self._answer(envelope.message) or Done()
-        except PgRealtimeError as error:
-            answer = Failed.of(error)
-        except Exception as error:  # noqa: BLE001 (a defect: the other process must not wait)
-            name, at = type(error).__name__, raise_location(error)
-            log.error("worker.message_failed", error=name, at=at)  # noqa: TRY400 (at says where)
-            answer = Failed(PgRealtimeError.code, "a message can't be answered", detail=name)
-        if envelope.question:
-            self._send(Envelope(answer, answers=envelope.question))
+            answering = self._answer(envelope.message)
+        except Exception as error:  # noqa: BLE001 (sent back)
+            self._send_answer(question, _failure(error))
+            return
+        if answering is None:
+            self._send_answer(question, Done())
+        elif isinstance(answering, asyncio.Future):
+            answering.add_done_callback(partial(self._pass_back, question))
+        else:
+            task = asyncio.create_task(self._answer_with(question, answering))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer_with(
+        self, question: int, answering: Coroutine[Any, Any, Message | None]
+    ) -> None:
+        try:
+            answer = await answering or Done()
+        except Exception as error:  # noqa: BLE001 (sent back)
+            answer = _failure(error)
+        self._send_answer(question, answer)
+
+    def _pass_back(self, question: int, answered: asyncio.Future[Message]) -> None:
+        if not answered.cancelled():
+            error = answered.exception()
+            self._send_answer(question, answered.result() if error is None else _failure(error))
+
+    def _send_answer(self, question: int, answer: Message) -> None:
+        if question:
+            self._send(Envelope(answer, answers=question))
+
+
+def _failure(error: BaseException) -> Failed:
+    if isinstance(error, PgRealtimeError):
+        return Failed.of(error)
+    # A defect; the other process must not wait for ever.
+    name = type(error).__name__
+    log.error("worker.message_failed", error=name, at=raise_location(error))
+    return Failed(PgRealtimeError.code, "a message can't be answered", detail=name)
 
 
 def _gone_error() -> WorkerGoneError:

@@ -45,11 +45,11 @@ from pgrealtime.service.reload import (
 )
 from pgrealtime.service.status import fetch_row, read_slot_lag
 from pgrealtime.workers.count import warn_of_few_cores, worker_config
+from pgrealtime.workers.link import Answering
 from pgrealtime.workers.messages import (
     Answer,
     Apply,
     AskForGap,
-    Bytes,
     Call,
     Done,
     Hello,
@@ -308,25 +308,31 @@ class Team:
 
     # -- what workers ask
 
-    async def _answer(self, worker: WorkerProcess, message: Message) -> Message | None:
+    def _answer(self, worker: WorkerProcess, message: Message) -> Answering:
         match message:
+            case Call(tag=tag, request=request):
+                return self._pass_on(tag, request)
             case Want():
-                await self._want(worker, message)
-            case MayListen():
-                self._able_to_listen.add(worker.number)
-                if len(self._able_to_listen) == self._count:
-                    self._may_listen.set()
-                await self._may_listen.wait()
+                return self._want(worker, message)
             case Wait(lsn=lsn):
-                is_complete = await self._feed.wait_for_changelog(lsn)
-                return Waited(is_complete, self._window.end_cursor.lsn)
+                return self._wait(lsn)
+            case MayListen():
+                return self._await_start(worker)
             case AskForGap(reason=reason, tables=tables):
                 self._gaps.ask(worker, reason, named_tables(tables))
-            case Call(tag=tag, request=request):
-                return await self._pass_on(tag, request)
+                return None
             case _:
                 raise AssertionError(message)
-        return None
+
+    async def _wait(self, lsn: LSN) -> Waited:
+        is_complete = await self._feed.wait_for_changelog(lsn)
+        return Waited(is_complete, self._window.end_cursor.lsn)
+
+    async def _await_start(self, worker: WorkerProcess) -> None:
+        self._able_to_listen.add(worker.number)
+        if len(self._able_to_listen) == self._count:
+            self._may_listen.set()
+        await self._may_listen.wait()
 
     async def _want(self, worker: WorkerProcess, want: Want) -> None:
         tables = [TableName(*pair) for pair in want.tables]
@@ -337,13 +343,10 @@ class Team:
                 if other is not worker:
                     other.link.tell(RefreshSchema())
 
-    async def _pass_on(self, tag: str, request: bytes) -> Bytes:
+    def _pass_on(self, tag: str, request: bytes) -> asyncio.Future[Message]:
         for holder in self._serving():
             if holder.tag == tag and not holder.is_silent:
-                try:
-                    return await holder.ask_while_alive(Answer(request), Bytes)
-                except WorkerGoneError:
-                    break
+                return holder.link.ask_soon(Answer(request))
         raise HolderGoneError(tag)
 
     # -- reload
@@ -441,6 +444,6 @@ class Team:
 async def _ask_in_time(worker: WorkerProcess, message: Message) -> None:
     try:
         async with asyncio.timeout(_PREPARE_SECONDS):
-            await worker.ask_while_alive(message, Done)
+            await worker.link.ask(message, Done)
     except TimeoutError:
         raise WorkerGoneError("the worker doesn't answer") from None

@@ -2,18 +2,18 @@
 
 import asyncio
 import os
+import site
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import structlog
 
 import pgrealtime
-from pgrealtime.errors import PgRealtimeError, WorkerGoneError
+from pgrealtime.errors import PgRealtimeError
 from pgrealtime.feed.broadcast import Broadcaster, FrameSender
-from pgrealtime.workers.link import Link
+from pgrealtime.workers.link import Answering, Link
 from pgrealtime.workers.messages import (
     BEAT_SECONDS,
     Beat,
@@ -28,8 +28,6 @@ from pgrealtime.workers.messages import (
 )
 
 log = structlog.get_logger(__name__)
-
-_M = TypeVar("_M")
 
 _SILENT_BEATS = 3
 """Missed beats after which nothing is expected of a worker soon."""
@@ -48,7 +46,7 @@ class WorkerProcess:
         self,
         hello: Hello,
         broadcaster: Broadcaster,
-        answer: "Callable[[WorkerProcess, Message], Awaitable[Message | None]]",
+        answer: "Callable[[WorkerProcess, Message], Answering]",
     ) -> None:
         self.number = hello.number
         self.tag = ""
@@ -88,7 +86,7 @@ class WorkerProcess:
                 *(sys.executable, "-P", "-m", "pgrealtime", "worker", *map(str, numbers)),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=numbers,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(_module_paths())},
+                env=_environ(),
             )
         log.debug("worker.started", worker=self.number, pid=process.pid)
         self._sender = self._broadcaster.add_sender()
@@ -106,8 +104,7 @@ class WorkerProcess:
                 await process.wait()
             self._broadcaster.remove_sender(self._sender)
             self._sender.close()
-            self.link.close()
-        # What it told last may still be in the socket.
+        # What it told last may still be in the socket, which ends with the process.
         await self.link.closed.wait()
         return self._failure
 
@@ -135,11 +132,13 @@ class WorkerProcess:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             self._missed_beats += 1
+            if self.is_silent:
+                self.link.give_up()
             if self._missed_beats == _STUCK_BEATS and process.returncode is None:
                 log.error("worker.stuck", worker=self.number, pid=process.pid)
                 process.kill()
 
-    async def _answer(self, message: Message) -> Message | None:
+    def _answer(self, message: Message) -> Answering:
         match message:
             case Beat(connection_count=count):
                 self._missed_beats, self.connection_count = 0, count
@@ -149,7 +148,7 @@ class WorkerProcess:
             case StartFailed(error=error):
                 self._failure = error
             case _:
-                return await self._answer_of_main(self, message)
+                return self._answer_of_main(self, message)
         return None
 
     async def read_counts(self) -> Counts | None:
@@ -161,24 +160,11 @@ class WorkerProcess:
             pass
         return self.counts
 
-    async def ask_while_alive(self, message: Message, answer_type: type[_M]) -> _M:
-        """Return its answer; as ``Link.ask``.
 
-        Raises:
-            WorkerGoneError: It has ended, or is silent.
-            PgRealtimeError: Its error.
-        """
-        asking = asyncio.ensure_future(self.link.ask(message, answer_type))
-        try:
-            while not (await asyncio.wait({asking}, timeout=BEAT_SECONDS))[0]:
-                if self.is_silent:
-                    raise WorkerGoneError("the worker is silent")
-            return asking.result()
-        finally:
-            asking.cancel()
-
-
-def _module_paths() -> list[str]:
-    """Return where the worker finds this very program."""
+def _environ() -> dict[str, str]:
+    """Return the environment in which the worker finds this very program."""
     own = str(Path(pgrealtime.__file__).parent.parent)
-    return [own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if own in site.getsitepackages():
+        return dict(os.environ)  # named there it would come before the standard library
+    paths = [own, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -19,7 +19,7 @@ from pgrealtime.observe.log import configure_logging
 from pgrealtime.service.build import Neighbours, RunningService, run_service
 from pgrealtime.service.process import prepare_process, settle_memory, start_unless_stopped
 from pgrealtime.workers.feed import FrameReceiver, WorkerBus, WorkerFeed
-from pgrealtime.workers.link import Link
+from pgrealtime.workers.link import Answering, Link
 from pgrealtime.workers.messages import (
     BEAT_SECONDS,
     Answer,
@@ -132,25 +132,40 @@ class _Worker:
         """Return the feed of the service that is being built."""
         return WorkerFeed(self.receiver, self.link, intake)
 
-    async def _answer(self, message: Message) -> Message | None:
+    def _answer(self, message: Message) -> Answering:
         match message:
             case Hello():
                 self.hello.set_result(message)
+                return None
             case Stop():
                 self.stop.set()
+                return None
             case Answer(request=request):
-                return Bytes(await self.bus.answer(request))
+                return self._answer_call(request)
             case ReadCounts():
-                return await _read_counts(await asyncio.shield(self.service))
+                return self._read_counts()
             case RefreshSchema():
-                (await asyncio.shield(self.service)).schema_mismatch.set()
+                return self._refresh_schema()
             case Prepare(config=config):
-                await self._prepare(config)
+                return self._prepare(config)
             case Apply(is_accepted=is_accepted):
-                await self._apply(is_accepted=is_accepted)
+                return self._apply(is_accepted=is_accepted)
             case _:
                 raise AssertionError(message)
-        return None
+
+    async def _answer_call(self, request: bytes) -> Bytes:
+        return Bytes(await self.bus.answer(request))
+
+    async def _refresh_schema(self) -> None:
+        (await asyncio.shield(self.service)).schema_mismatch.set()
+
+    async def _read_counts(self) -> Counts:
+        service = await asyncio.shield(self.service)
+        return Counts(
+            values=await service.status.read_metrics(),
+            samples=service.metrics.samples(),
+            not_ready_reasons=await service.status.not_ready_reasons(),
+        )
 
     async def _prepare(self, config: str) -> None:
         """Check a configuration, and hold it until the main process has decided."""
@@ -176,11 +191,3 @@ class _Worker:
         if self._reload is not None and not self._verdict.done():
             self._verdict.set_result(is_accepted)
             await self._reload
-
-
-async def _read_counts(service: RunningService) -> Counts:
-    return Counts(
-        values=await service.status.read_metrics(),
-        samples=service.metrics.samples(),
-        not_ready_reasons=await service.status.not_ready_reasons(),
-    )

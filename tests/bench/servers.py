@@ -12,7 +12,13 @@ import secrets
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -86,6 +92,12 @@ class Server(Protocol):
     def writer(self) -> Writer:
         """One more connection to write with."""
         ...
+
+
+def process_ids(server: Server) -> Sequence[int]:
+    """The ids of its processes; the first one started the others."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    return [server.pid, *map(int, children)]
 
 
 def user_id(number: int) -> str:
@@ -182,7 +194,7 @@ def _note(number: int, owner: str) -> dict[str, object]:
 
 @asynccontextmanager
 async def pgrealtime(
-    url: str, *, rule: str, users: int = 0, owners_are_shown: bool = False
+    url: str, *, rule: str, users: int = 0, owners_are_shown: bool = False, workers: int = 1
 ) -> AsyncIterator[PgRealtime]:
     """Start it with a database of its own on the given server, dropped at the end.
 
@@ -191,6 +203,7 @@ async def pgrealtime(
         rule: The notes' list and view rule.
         users: Number of users.
         owners_are_shown: Whether a note's owner is a relation, and every caller may see users.
+        workers: Processes that serve the port; several use any core.
     """
     owner = {"relations": {"owner": {"collection": "users"}}} if owners_are_shown else {}
     shown = {"view_rule": ""} if owners_are_shown else {}
@@ -198,13 +211,16 @@ async def pgrealtime(
         database = stack.enter_context(own_database(url))
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rules = {"list_rule": rule, "view_rule": rule}
-        with pinned(SERVER_CORE):
+        with pinned(SERVER_CORE) if workers == 1 else nullcontext():
             running = await stack.enter_async_context(
                 service(
                     database,
                     directory,
                     schema=_SCHEMA,
-                    sections={"realtime": {"max_connections": 20_000}},
+                    sections={
+                        "realtime": {"max_connections": 20_000},
+                        "server": {"workers": workers},
+                    },
                     collections={
                         "users": {"table": "users", "type": "auth", **shown},
                         "notes": {"table": "notes", **rules, **owner},

@@ -118,6 +118,28 @@ async def test_two_processes_answer_as_pocketbase_did(
     await _replay(conversation, database_url, tmp_path, calls_elsewhere=True)
 
 
+OVER_WORKERS = ("authorization_switching", "server_restart", "two_streams_one_user")
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        pytest.param(c, id=c.name)
+        for c in _conversations()
+        if c.name in OVER_WORKERS or os.environ.get("PGREALTIME_SLOW") == "1"
+    ],
+)
+async def test_two_workers_answer_as_pocketbase_did(
+    conversation: Conversation,
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls, logins and streams are at either worker, as the kernel distributes connections."""
+    monkeypatch.setenv("PGREALTIME_SERVER__WORKERS", "2")
+    await _replay(conversation, database_url, tmp_path)
+
+
 async def _replay(
     conversation: Conversation,
     database_url: str,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from pgrealtime.errors import HolderGoneError, PgRealtimeError, SetupError, WorkerGoneError
 from pgrealtime.workers.feed import WorkerBus
-from pgrealtime.workers.link import LENGTH_BYTES, Link, MessageSplitter
+from pgrealtime.workers.link import LENGTH_BYTES, Answering, Link, MessageSplitter
 from pgrealtime.workers.messages import Beat, Bytes, Call, Done, Message, Stop
 
-Answer = Callable[[Message], Awaitable[Message | None]]
+Answer = Callable[[Message], Answering]
 
 
-async def nothing(_message: Message) -> None:
+def nothing(_message: Message) -> None:
     pass
 
 
@@ -105,6 +105,47 @@ async def test_what_is_asked_of_a_process_that_ends_fails() -> None:
         with pytest.raises(WorkerGoneError):
             await one.ask(Stop(), Done)
         one.tell(Beat(0))
+
+
+async def test_what_is_asked_of_a_process_that_is_silent_is_given_up() -> None:
+    """It isn't waited for; its late answer is nobody's."""
+    go_on = asyncio.Event()
+
+    async def answer(_message: Message) -> None:
+        await go_on.wait()
+
+    async with linked(answer) as (one, _):
+        asking = asyncio.create_task(one.ask(Stop(), Done))
+        await asyncio.sleep(0.01)
+        one.give_up()
+        with pytest.raises(WorkerGoneError):
+            await asking
+        go_on.set()
+        assert await one.ask(Stop(), Done) == Done()
+
+
+async def test_the_answer_of_another_process_is_passed_back() -> None:
+    """As the main process does with calls: its answer, its error, or that it ended."""
+
+    async def answer(message: Message) -> Message:
+        assert isinstance(message, Call)
+        if message.tag == "error":
+            raise SetupError("no", code="wal_level")
+        return Bytes(message.request)
+
+    async with linked(answer) as (to_holder, holder):
+
+        def forward(message: Message) -> Answering:
+            return to_holder.ask_soon(message)
+
+        async with linked(forward) as (one, _):
+            assert await one.ask(Call("ok", b"x"), Bytes) == Bytes(b"x")
+            with pytest.raises(PgRealtimeError, match="wal_level"):
+                await one.ask(Call("error", b""), Bytes)
+            holder.close()
+            await to_holder.closed.wait()
+            with pytest.raises(PgRealtimeError, match="worker_gone"):
+                await one.ask(Call("ok", b""), Bytes)
 
 
 async def test_a_call_for_a_worker_that_is_gone_says_so() -> None:
