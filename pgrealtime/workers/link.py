@@ -66,6 +66,7 @@ class Link(asyncio.Protocol):
         self._answer = answer
         self._transport: asyncio.WriteTransport | None = None
         self._splitter = MessageSplitter()
+        self._unsent: list[bytes] = []
         self._asked = 0
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -133,13 +134,22 @@ class Link(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the socket once what was told is sent."""
+        self._flush()
         if self._transport is not None:
             self._transport.close()
 
     def _send(self, envelope: Envelope) -> None:
         if self._transport is not None:
             data = encode_envelope(envelope)
-            self._transport.writelines((len(data).to_bytes(LENGTH_BYTES), data))
+            if not self._unsent:
+                # Many calls are passed on at once: one write for all of them.
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._unsent += (len(data).to_bytes(LENGTH_BYTES), data)
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if self._transport is not None and unsent:
+            self._transport.write(b"".join(unsent))
 
     def _receive(self, envelope: Envelope) -> None:
         if envelope.answers:

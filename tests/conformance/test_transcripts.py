@@ -118,7 +118,7 @@ async def test_two_processes_answer_as_pocketbase_did(
     await _replay(conversation, database_url, tmp_path, calls_elsewhere=True)
 
 
-OVER_WORKERS = ("authorization_switching", "server_restart", "two_streams_one_user")
+OVER_WORKERS = ("authorization_switching", "two_streams_one_user")
 
 
 @pytest.mark.parametrize(
