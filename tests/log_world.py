@@ -27,6 +27,28 @@ SECRET = "a secret that the replicas of a cluster share"
 SCHEMA = "CREATE TABLE numbers (id bigint PRIMARY KEY, filler text)"
 
 
+def nats_program() -> str:
+    """Return the path of nats-server; Debian has it in /usr/sbin."""
+    program = shutil.which("nats-server", path=f"{os.environ.get('PATH')}:/usr/sbin")
+    if program is None:
+        lacking("no nats-server")
+    return program
+
+
+async def drop_slot(url: str, name: str) -> None:
+    """Drop a slot, if it is there, once nobody reads it."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        for _ in range(50):
+            with suppress(psycopg.errors.ObjectInUse):
+                await connection.execute(
+                    "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
+                    " WHERE slot_name = %s",
+                    (name,),
+                )
+                return
+            await asyncio.sleep(0.1)
+
+
 class NatsServer:
     """A nats-server with JetStream in a folder; one of a cluster if it has ``routes``."""
 
@@ -38,20 +60,21 @@ class NatsServer:
         self._process: ServerProcess | None = None
 
     @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    @property
     def store(self) -> Path:
         return self.folder / "store"
 
     async def start(self) -> None:
-        program = shutil.which("nats-server", path=f"{os.environ.get('PATH')}:/usr/sbin")
-        if program is None:
-            lacking("no nats-server")
         config = self.folder / "nats.conf"
         config.write_text(
             f"server_name: {self.name}\nlisten: 127.0.0.1:{self.port}\n"
             f'jetstream {{ store_dir: "{self.store}" }}\n{self.extra}'
         )
         self._process = await ServerProcess.start(
-            [program, "-c", str(config)], self.folder / "nats.log"
+            [nats_program(), "-c", str(config)], self.folder / "nats.log"
         )
         async with asyncio.timeout(10):
             while True:
@@ -85,6 +108,26 @@ class NatsServer:
         shutil.rmtree(self.store)
         copy.rename(self.store)
         await self.start()
+
+
+@asynccontextmanager
+async def nats_cluster() -> AsyncIterator[list[NatsServer]]:
+    """Start three servers that hold copies of each stream."""
+    with TemporaryDirectory(prefix="pgrealtime-nats.") as folder:
+        ports = [free_port() for _ in range(3)]
+        routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports)
+        servers = []
+        for n, port in enumerate(ports):
+            (place := Path(folder) / str(n)).mkdir()
+            extra = f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{routes}] }}\n"
+            servers.append(NatsServer(place, name=f"n{n}", extra=extra))
+        try:
+            for server in servers:
+                await server.start()
+            yield servers
+        finally:
+            for server in servers:
+                await server.stop()
 
 
 @asynccontextmanager
@@ -280,7 +323,7 @@ async def _make_replica(
     log: Mapping[str, Any],
 ) -> Replica:
     database = Link(int(address["port"]))
-    link = Link(nats[hash(name) % len(nats)].port)
+    link = Link(nats[int(name[1:]) % len(nats)].port)
     await database.open()
     await link.open()
     port, admin_port = free_port(), free_port()
@@ -318,8 +361,9 @@ class Listener:
         self.breaks = 0
         self.faults: list[str] = []
         self._addresses = addresses
-        self._turn = first
+        self._home = self._turn = first
         self._position = ""
+        self._has_received = False
 
     @property
     def address(self) -> Address:
@@ -331,7 +375,9 @@ class Listener:
             with suppress(OSError, ProtocolError, asyncio.IncompleteReadError, TimeoutError):
                 await self._connect(self.address)
             self.breaks += 1
-            self._turn += 1
+            # To its own replica first, so that listeners stay spread over all of them.
+            self._turn = self._home if self._has_received else self._turn + 1
+            self._has_received = False
             await asyncio.sleep(0.05)
 
     async def _connect(self, address: Address) -> None:
@@ -361,6 +407,7 @@ class Listener:
         self._position = position or self._position
 
     def _receive(self, number: int) -> None:
+        self._has_received = True
         if number in self.arrived:
             self.faults.append(f"{number} again after {self.last}")
         elif number != self.last + 1 and not self.resyncs:

@@ -31,8 +31,6 @@ class Beat(Struct, frozen=True, array_like=True, kw_only=True):
     """Says that there is an owner."""
 
     version: int = WIRE_VERSION
-    created: str
-    """When the stream was made, by the server's clock."""
     term: int
     salt: int
     tag: str

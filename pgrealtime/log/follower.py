@@ -19,6 +19,7 @@ from pgrealtime.errors import FrameError, LogAwayError, PgRealtimeError
 from pgrealtime.feed.frames import EntriesFrame, EraFrame
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.wire import FrameDecoder
+from pgrealtime.history import Era
 from pgrealtime.log.beat import AWAY_SECONDS, Beat
 from pgrealtime.log.jetstream import LogStream, StoredMessage, StreamState
 from pgrealtime.log.message import Kind
@@ -75,14 +76,18 @@ class LogFollower:
         self._decoder = FrameDecoder()
         self._lock = asyncio.Lock()
         """Held by whoever reads on: the subscription, or a catch-up."""
-        self._created = ""
+        self._has_begun = False
         self._last_stored_at = ""
         self._is_skipping = False
         """Whether entries belong to a history that was left already: the log is read anew."""
+        self._epochs: set[str] = set()
+        """Of the history that is read."""
         self._left_epochs: set[str] = set()
+        """Of histories that were read before."""
         self._gap_reason = "slot_lost"
-        self._rereads = 0
-        """At the same beat; after the first, holes are passed."""
+        self._differing_count = 0
+        """How often in a row what was read differed from a beat; after the first time, holes are
+        passed."""
         self._must_catch_up = asyncio.Event()
         self._progressed = asyncio.Event()
         self._is_up = False
@@ -94,11 +99,6 @@ class LogFollower:
         self._beat_at = -math.inf
 
     # -- what others ask
-
-    @property
-    def created(self) -> str:
-        """When the stream that is read was made, by the server's clock."""
-        return self._created
 
     @property
     def is_up(self) -> bool:
@@ -145,7 +145,7 @@ class LogFollower:
     def _compare(self, beat: Beat) -> None:
         """Compare what was read with what the owner said a moment ago; look again if it differs."""
         reading = self.reading
-        if reading.sequence < beat.sequence or beat.created != self._created:
+        if reading.sequence < beat.sequence:
             self._must_catch_up.set()
         elif reading.is_joined and not self._lock.locked():
             is_other = (reading.term, reading.salt) != (beat.term, beat.salt)
@@ -153,10 +153,11 @@ class LogFollower:
                 return  # it was fenced since
             if is_other or (self.log_head or 0) < beat.head_lsn:
                 log.warning("log.differs", term=reading.term, beat=beat.term)
+                self._differing_count += 1
                 self._last_stored_at = _UNKNOWN
                 self._must_catch_up.set()
             else:
-                self._is_caught_up, self._rereads = True, 0
+                self._is_caught_up, self._differing_count = True, 0
                 self._caught_up_at = time.monotonic()
 
     def reconnected(self) -> None:
@@ -223,13 +224,15 @@ class LogFollower:
 
     async def _on_live(self, message: StoredMessage) -> None:
         async with self._lock:
-            if message.sequence <= self.reading.sequence:
-                # Fetched before it came; or the stream is another one, which a beat will say.
+            if not self._has_begun:
                 return
-            if not self._created or message.before != self.reading.sequence:
+            if message.sequence <= self.reading.sequence:
+                # Fetched before it came, or of a stream that was made anew.
+                if message.stored_at > self._last_stored_at:
+                    self._must_catch_up.set()
+                return
+            if message.before != self.reading.sequence:
                 self._must_catch_up.set()
-                if not self._created:
-                    return
                 with suppress(LogAwayError):
                     await self._fetch(message.before)
             if message.before == self.reading.sequence:
@@ -255,27 +258,19 @@ class LogFollower:
 
         If it has the last message, it has those before, too: a server loses only ends.
         """
-        if state.created != self._created:
-            return False
         sequence = self.reading.sequence
+        if not self._has_begun or sequence > state.last:
+            return False
         if sequence < state.first:
             return True
-        if sequence > state.last:
-            return False
         message = await self._stream.get(sequence)
         return message is not None and message.stored_at == self._last_stored_at
 
     def _read_anew(self, state: StreamState) -> None:
-        if self._created:
-            self._rereads += 1
-            log.warning(
-                "log.read_anew",
-                reason="another stream" if state.created != self._created else "cut short",
-                sequence=self.reading.sequence,
-                last=state.last,
-            )
-        self._created, self.log_head = state.created, None
-        self.reading.restart(passes_holes=self._rereads > 1)
+        if self._has_begun:
+            log.warning("log.read_anew", sequence=self.reading.sequence, last=state.last)
+        self._has_begun, self.log_head = True, None
+        self.reading.restart(passes_holes=self._differing_count > 1)
         self._is_skipping = False
         if state.first > 1:
             self.reading.skip_to(state.first)
@@ -297,9 +292,10 @@ class LogFollower:
                 self.fetched += 1
                 if not await self._take(message):
                     return
+                await asyncio.sleep(0)  # a message takes up to some milliseconds
             if self.reading.sequence < begin:
                 state = await self._stream.state()
-                if state.created != self._created or state.last < self.reading.sequence:
+                if state.last < self.reading.sequence:
                     self._must_catch_up.set()
                     return
                 if state.first > begin:
@@ -367,23 +363,19 @@ class LogFollower:
         if self._is_skipping:
             return
         self.log_head = frame.start_lsn
-        if before is None or (frame.is_restart and era.epoch != before.epoch):
-            if before is not None:
-                self._left_epochs.add(before.epoch)
+        if era.epoch not in self._epochs and (before is None or _is_restart(frame, before)):
+            self._left_epochs |= self._epochs
+            self._epochs = {era.epoch}
             intake.restart(frame.start_lsn)
             self._start(frame)
             return
-        if era.system != before.system or era.restore_count != before.restore_count:
-            # The era that restarted was missed.
-            self._left_epochs.add(before.epoch)
-            intake.restart(frame.start_lsn)
-            self._start(frame)
-            return
+        self._epochs.add(era.epoch)
         if frame.start_lsn > intake.end_lsn:
             # What lies between is in no message any more.
-            self._append_missed(frame.start_lsn)
+            intake.append_missing(self._gap_reason, frame.start_lsn)
         self._gap_reason = "slot_lost"
-        if era != before:
+        # One that begins earlier was applied, if the log is read anew.
+        if era != before and frame.start_lsn >= intake.end_lsn:
             intake.continue_era(era)
 
     def _is_foreign(self, frame: EraFrame) -> bool:
@@ -409,9 +401,6 @@ class LogFollower:
         self._is_up, self._streaming_at = True, time.monotonic()
         log.info("log.era", epoch=frame.era.epoch, lsn=format_lsn(frame.start_lsn))
 
-    def _append_missed(self, upto: LSN) -> None:
-        self._intake.append_missing(self._gap_reason, upto)
-
     async def _apply_entries(self, frame: EntriesFrame, stored_at: str) -> None:
         if self._is_skipping or self._intake.era is None:
             return
@@ -421,6 +410,13 @@ class LogFollower:
             if entry.end_lsn > intake.end_lsn:
                 await intake.append(entry, appended_at)
         intake.wake()
+
+
+def _is_restart(frame: EraFrame, before: Era) -> bool:
+    """Return whether another history begins; the era that said so may have been missed."""
+    era = frame.era
+    is_same = (era.system, era.restore_count) == (before.system, before.restore_count)
+    return frame.is_restart or not is_same
 
 
 def _monotonic_of(stored_at: str) -> float:

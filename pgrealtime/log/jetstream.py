@@ -18,8 +18,9 @@ from pgrealtime.config.model import LogConfig
 from pgrealtime.errors import LogAwayError, LogError
 from pgrealtime.log.connection import LogNames
 
-_ANSWER_SECONDS = 2.0
-"""Within which the server answers a question about the stream."""
+_ANSWER_SECONDS = 1.0
+"""Within which the server answers a question about the stream; while copies of it elect a leader
+nobody answers."""
 
 _MAX_PENDING_BYTES = 64 * 1024 * 1024
 """Received and not read yet; beyond them messages are dropped, and asked for later."""
@@ -42,7 +43,6 @@ class AppendRefusedError(LogAwayError):
 class StreamState(NamedTuple):
     """What the server says of the stream."""
 
-    created: str
     first: int
     """Sequence of the first message that is kept; one beyond ``last`` if none is."""
     last: int
@@ -267,7 +267,7 @@ def _state_of(answer: dict[str, Any]) -> StreamState:
         raise LogAwayError("the stream can't be used", detail=str(error.get("description")))
     state = answer["state"]
     # An empty new stream has 0 for both; an empty old one has its first beyond its last.
-    return StreamState(answer["created"], max(1, state["first_seq"]), state["last_seq"])
+    return StreamState(max(1, state["first_seq"]), state["last_seq"])
 
 
 def _stored(message: Msg) -> StoredMessage:

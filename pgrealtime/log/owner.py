@@ -38,6 +38,8 @@ _PATIENCE_SECONDS = 1.0
 _RESIGNED_SECONDS = 2.0
 """After this one resigned."""
 _RETRY_SECONDS = 0.3
+_FENCE_SECONDS = 1.0
+"""For the acknowledgement of a fence; whether it was stored, the log says when it is read again."""
 _FIRST_CANDIDATES = 5
 """Of so many replicas each tries at once."""
 _TIMELINE_SECONDS = 5.0
@@ -144,7 +146,9 @@ class Owner:
         self._max_pause_seconds = max_pause_seconds
         self._era_bytes = era_bytes
         self._chain: Chain | None = None
-        """Of the term that this replica owns, or owned last."""
+        """Of the term that this replica owns, or owned last while the log doesn't answer."""
+        self._fence_chain: Chain | None = None
+        """Of the last fence of this replica, whether it counts or not."""
         self._fenced = asyncio.Event()
         self._is_resigned = asyncio.Event()
         self._is_outdated = asyncio.Event()
@@ -152,6 +156,8 @@ class Owner:
         self._patience_until = 0.0
         self._hold_until = 0.0
         self._busy_seconds = _BUSY_SECONDS
+        self._is_leaving = False
+        """Whether this owner has resigned; its tasks may take seconds to end."""
         self._beats_heard = 0
         self._heard_at = 0.0
         """When the database was last heard."""
@@ -165,10 +171,17 @@ class Owner:
     # -- what the follower says
 
     def on_fence(self, term: int, salt: int) -> None:
-        """Stop, if another replica has begun a term; it beats in a moment."""
-        if self._chain is None or (term, salt) != (self._chain.term, self._chain.salt):
-            self._beats_heard += 1
-            self._fenced.set()
+        """Stop, if another replica has begun a later term; it beats in a moment."""
+        if _is_of(self._fence_chain, term, salt):
+            return
+        self._beats_heard += 1
+        self._is_resigned.clear()
+        if self._chain is not None and term < self._chain.term:
+            return  # the log is read anew
+        self._fenced.set()
+        if self.reader is None:
+            # This one was waiting for the log, or was paused: it is no owner any more.
+            self._chain, self._hold_until = None, 0.0
 
     def on_resigned(self) -> None:
         """Take over at once."""
@@ -271,7 +284,6 @@ class Owner:
         began = time.monotonic()
         slot = await self._database.slot_position()
         self._check_timeline(slot.timeline)
-        self._fenced.clear()
         connected = time.monotonic()
         chain = await self._fence(vacant_term)
         fenced = time.monotonic()
@@ -312,11 +324,17 @@ class Owner:
                 self._watch_database(reader),
                 self._watch_fence(),
             )
-        except (_ResignError, asyncio.CancelledError):
+        except PgRealtimeError as error:
+            if self._fenced.is_set():
+                # Several things end at once for one that was paused; this one decides what follows.
+                raise _FencedError("another replica has begun a term") from error
+            raise
+        except asyncio.CancelledError:
             await self._resign()
             raise
         finally:
             self.reader = self.writer = None
+            self._is_leaving = False
 
     def _check_timeline(self, timeline: int) -> None:
         """Leave it to others, if this replica still reaches the primary of before a failover.
@@ -342,26 +360,28 @@ class Owner:
         """
         follower, reading = self._follower, self._follower.reading
         await follower.catch_up()
-        if reading.term > vacant_term:
+        self._fenced.clear()
+        is_own = _is_of(self._fence_chain, reading.term, reading.salt)
+        if reading.term > vacant_term and not is_own:
             raise AppendRefusedError("another replica was faster")
         beat = follower.beat
-        term = max(reading.term, 0 if beat is None else beat.term)
+        is_others = beat is not None and beat.tag != self._tag
+        term = max(reading.term, beat.term if beat is not None and is_others else 0)
         noted = reading.sequence
         chain = Chain(
             term + 1, noted, salt=secrets.randbits(16), max_payload=self._stream.max_payload
         )
         body = msgspec.msgpack.encode((self._tag, __version__))
         ((after, payload),) = chain.messages(Kind.FENCE, body)
-        self._chain = chain
+        self._fence_chain = chain
         future = await self._stream.append(payload, after)
         try:
-            async with asyncio.timeout(self._max_pause_seconds):
+            async with asyncio.timeout(_FENCE_SECONDS):
                 sequence = await future
         except TimeoutError:
             raise LogAwayError("the fence isn't acknowledged") from None
         await follower.catch_up()
         if (reading.term, reading.salt) != (chain.term, chain.salt) or sequence != noted + 1:
-            self._chain = None
             raise AppendRefusedError("the fence doesn't count: another owner's precedes it")
         return chain
 
@@ -369,6 +389,7 @@ class Owner:
 
     async def _resign(self) -> None:
         """Let others take over at once. What is unfinished or unacknowledged doesn't matter."""
+        self._is_leaving = True
         if self._chain is None or not self._stream.is_connected:
             return
         with suppress(LogAwayError, NatsError):
@@ -393,15 +414,17 @@ class Owner:
                 continue
             if not await self._database.is_answering(_KEEPALIVE_SECONDS):
                 if time.monotonic() - stream.last_received_at >= _SILENT_SECONDS - 0.1:
+                    await self._resign()
                     raise _ResignError("neither walsender nor pool are heard")
             elif silent > self._busy_seconds:
                 self._busy_seconds *= 2
+                await self._resign()
                 raise _ResignError(f"the walsender has been silent for {silent:.0f} s")
 
     def beat(self) -> Beat | None:
         """Return what this owner says of itself; None if it is none."""
         chain, writer, reader = self._chain, self.writer, self.reader
-        if chain is None:
+        if chain is None or self._is_leaving:
             return None
         if writer is None and time.monotonic() > self._hold_until:
             return None
@@ -409,7 +432,6 @@ class Owner:
         if stream is not None:
             self._heard_at = stream.last_received_at
         return Beat(
-            created=self._follower.created,
             term=chain.term,
             salt=chain.salt,
             tag=self._tag,
@@ -427,6 +449,11 @@ class Owner:
             beat = self.beat()
             if beat is not None and self._stream.is_connected:
                 await self._stream.client.publish(subject, encode(beat))
+
+
+def _is_of(chain: Chain | None, term: int, salt: int) -> bool:
+    """Return whether a fence is the chain's."""
+    return chain is not None and (term, salt) == (chain.term, chain.salt)
 
 
 def _ms(seconds: float) -> int:

@@ -144,14 +144,21 @@ async def end_walsender(connection: AsyncConnection[Any], name: str) -> bool:
     packets, would hold the slot for wal_sender_timeout, by default a minute.
 
     Raises:
-        psycopg.Error: Another role's walsender reads it.
+        SlotBusyError: Another role's walsender reads it.
     """
     for _ in range(_END_POLLS):
-        cursor = await connection.execute(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
-            " WHERE slot_name = %s AND active_pid IS NOT NULL",
-            (name,),
-        )
+        try:
+            cursor = await connection.execute(
+                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+                " WHERE slot_name = %s AND active_pid IS NOT NULL",
+                (name,),
+            )
+        except pg.InsufficientPrivilege as error:
+            raise SlotBusyError(
+                f'slot "{name}" is being read by another role',
+                detail=str(error).strip(),
+                hint="Let all replicas log in with one role.",
+            ) from error
         if await cursor.fetchone() is None:
             return True
         await asyncio.sleep(_END_POLL_SECONDS)

@@ -5,10 +5,11 @@ lost, none comes twice, the order is kept, and no client is told of a gap.
 """
 
 import asyncio
+import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from nats.errors import Error as NatsError
 
+from pgrealtime.config.model import LogConfig
+from pgrealtime.log.connection import LogNames, connect
 from tests.log_world import (
     Cluster,
     Listener,
@@ -25,9 +29,11 @@ from tests.log_world import (
     Replica,
     Writer,
     cluster,
+    drop_slot,
     everyone_has,
     longest_delay,
     longest_silence,
+    nats_cluster,
     nats_server,
 )
 from tests.own_server import OwnServer
@@ -78,14 +84,16 @@ async def world(
     count: int = 3,
     sections: Mapping[str, Mapping[str, Any]] | None = None,
     log: Mapping[str, Any] | None = None,
+    servers: Sequence[NatsServer] | None = None,
 ) -> AsyncIterator[World]:
+    """Start replicas, clients and a writer; ``servers`` are NATS servers that are there already."""
     name = f"log_{uuid4().hex[:8]}"
     slot = {"name": name, "durable": True, "allow_unlimited_wal": True}
     async with (
         nats_server() as nats,
         cluster(
             database_url,
-            [nats],
+            servers or [nats],
             folder,
             count=count,
             sections={"replication": {"slot": slot}, **(sections or {})},
@@ -116,7 +124,11 @@ async def world(
             for task in (*tasks, writing):
                 task.cancel()
             await asyncio.wait([*tasks, writing])
-            await drop_slot(database_url, name, made)
+            for replica in made.replicas:
+                replica.database.mend()
+                replica.nats.mend()
+            await asyncio.gather(*(replica.stop() for replica in made.replicas))
+            await drop_slot(database_url, name)
 
 
 async def last_number(url: str) -> int:
@@ -125,25 +137,6 @@ async def last_number(url: str) -> int:
         row = await cursor.fetchone()
         assert row is not None
         return int(row[0])
-
-
-async def drop_slot(url: str, name: object, made: Cluster) -> None:
-    for replica in made.replicas:
-        replica.database.mend()
-        replica.nats.mend()
-    await asyncio.gather(*(r.stop() for r in made.replicas))
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        await connection.execute(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
-            " WHERE slot_name = %s AND active_pid IS NOT NULL",
-            (name,),
-        )
-        await asyncio.sleep(0.2)
-        await connection.execute(
-            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
-            " WHERE slot_name = %s",
-            (name,),
-        )
 
 
 Fault = Callable[[World, Replica], Awaitable[None]]
@@ -380,3 +373,46 @@ async def test_a_failover_that_the_owner_does_not_see(server: OwnServer, tmp_pat
             await made.stop()
     for listener in made.listeners:
         assert all("unknown" in said for said in listener.resyncs)
+
+
+@by_hand
+async def test_three_nats_servers_survive_the_loss_of_one(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The stream's leader is killed, and comes back; so does an owner meanwhile."""
+    async with (
+        nats_cluster() as servers,
+        world(database_url, tmp_path, log={"replicas": 3}, servers=servers) as made,
+    ):
+        for _ in range(3):
+            leader = await stream_leader(servers)
+            began = time.monotonic()
+            await leader.kill()
+            await made.heal()
+            silence = max(longest_silence(listener, began) for listener in made.listeners)
+            print(f"leader killed: {silence:.2f} s")  # noqa: T201
+            await leader.start()
+            owner = await made.cluster.owner()
+            began = time.monotonic()
+            await owner.kill()
+            await made.cluster.owner(but=owner)
+            await made.heal()
+            silence = max(longest_silence(listener, began) for listener in made.listeners)
+            print(f"owner killed: {silence:.2f} s")  # noqa: T201
+            await owner.start()
+    for listener in made.listeners:
+        assert (listener.faults, listener.resyncs) == ([], [])
+
+
+async def stream_leader(servers: Sequence[NatsServer]) -> NatsServer:
+    config = LogConfig(nats=",".join(server.url for server in servers))
+    names = LogNames(name="test")
+    async with connect(config, names, client_name="test") as client:
+        while True:
+            with suppress(NatsError):
+                answer = await client.request("$JS.API.STREAM.INFO.PGRT_test", b"", timeout=2)
+                name = json.loads(answer.data).get("cluster", {}).get("leader")
+                for server in servers:
+                    if server.name == name:
+                        return server
+            await asyncio.sleep(0.1)

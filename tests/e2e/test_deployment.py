@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -20,6 +21,7 @@ from tests.e2e.listener import listener
 from tests.e2e.proxy import proxy_with
 from tests.e2e.service import SECRET, token
 from tests.e2e.test_admin import ask
+from tests.log_world import drop_slot, nats_program
 
 SCHEMA = """
 CREATE TABLE users (id text PRIMARY KEY, email text);
@@ -31,6 +33,7 @@ ALTER TABLE posts REPLICA IDENTITY FULL;
 INSERT INTO users VALUES ('ann', 'ann@example.com');
 """
 ADMIN_TOKEN = "the operator's token"
+NATS_PASSWORD = "a-password-of-nats"
 
 
 def secrets_for(url: str) -> dict[str, str]:
@@ -41,6 +44,7 @@ def secrets_for(url: str) -> dict[str, str]:
         "APP_JWT_SECRET": SECRET,
         "CLUSTER_SECRET": "a cluster's secret of thirty-two bytes",
         "ADMIN_TOKEN": ADMIN_TOKEN,
+        "NATS_PASSWORD": NATS_PASSWORD,
     }
 
 
@@ -54,7 +58,7 @@ class Started:
 
 
 @asynccontextmanager
-async def started(container: Container, directory: Path) -> AsyncIterator[Started]:
+async def started(container: Container, directory: Path, **changed: str) -> AsyncIterator[Started]:
     """Run the container's command with its arguments, environment and files."""
     address, admin = (Address(host="127.0.0.1", port=free_port()) for _ in range(2))
     arguments = [str(container.files.get(text, text)) for text in container.arguments]
@@ -66,7 +70,7 @@ async def started(container: Container, directory: Path) -> AsyncIterator[Starte
     process = await ServerProcess.start(
         [command(), *arguments],
         directory / f"{container.name}.log",
-        {**container.environment, **ports},
+        {**container.environment, **ports, **changed},
     )
     try:
         await process.wait_healthy(address)
@@ -134,21 +138,82 @@ async def test_a_healthcheck_fails_where_nothing_is_ready() -> None:
     assert await run_healthcheck(Started(container, nowhere, nowhere)) != 0
 
 
-async def test_three_replicas_behind_nginx_are_as_one(database_url: str, tmp_path: Path) -> None:
+def nats_config(file: Path, directory: Path, address: Address) -> Path:
+    """Return a copy of the file with a port and a folder of the test's own."""
+    changes = {
+        "listen: 0.0.0.0:4222": f"listen: {address.host}:{address.port}",
+        "http: 8222": f"http: 127.0.0.1:{free_port()}",
+        "store_dir: /data": f'store_dir: "{directory}/nats"',
+    }
+    text = file.read_text()
+    for line, other in changes.items():
+        assert line in text
+        text = text.replace(line, other)
+    (config := directory / "nats.conf").write_text(text)
+    return config
+
+
+@asynccontextmanager
+async def nats_with(file: Path, directory: Path) -> AsyncIterator[Address]:
+    """Run a NATS server with the file."""
+    address = Address(host="127.0.0.1", port=free_port())
+    config = nats_config(file, directory, address)
+    process = await ServerProcess.start(
+        [nats_program(), "-c", str(config)],
+        directory / "nats.log",
+        {"NATS_PASSWORD": NATS_PASSWORD},
+    )
+    try:
+        yield address
+    finally:
+        await process.stop()
+
+
+@asynccontextmanager
+async def log_for(
+    containers: list[Container], database_url: str, directory: Path
+) -> AsyncIterator[dict[str, str]]:
+    """Run NATS for containers that have a log; yield what differs in their environments here."""
+    if "NATS_URL" not in containers[0].environment:
+        yield {}
+        return
+    slot = f"log_{uuid4().hex[:8]}"
+    async with nats_with(DEPLOY / "log" / "nats.conf", directory) as nats:
+        url = containers[0].environment["NATS_URL"]
+        try:
+            yield {
+                "NATS_URL": url.replace("nats:4222", f"{nats.host}:{nats.port}"),
+                "PGREALTIME_REPLICATION__SLOT__NAME": slot,
+                # The server of the tests sets no limit.
+                "PGREALTIME_REPLICATION__SLOT__ALLOW_UNLIMITED_WAL": "true",
+            }
+        finally:
+            await drop_slot(database_url, slot)
+
+
+@pytest.mark.parametrize("form", ["replicas", "log"])
+async def test_three_replicas_behind_nginx_are_as_one(
+    form: str, database_url: str, tmp_path: Path
+) -> None:
     """Most calls arrive at another replica than the one that has the connection."""
-    containers = read_compose(DEPLOY / "replicas" / "compose.yaml", secrets_for(database_url))
+    containers = read_compose(DEPLOY / form / "compose.yaml", secrets_for(database_url))
     assert len(containers) == 3
     async with AsyncExitStack() as stack:
         write = await stack.enter_async_context(writing(database_url))
-        starting = (stack.enter_async_context(started(one, tmp_path)) for one in containers)
+        changed = await stack.enter_async_context(log_for(containers, database_url, tmp_path))
+        starting = (
+            stack.enter_async_context(started(one, tmp_path, **changed)) for one in containers
+        )
         running = [await one for one in starting]
         edits = {
             f"{one.container.name}:8090": f"{one.address.host}:{one.address.port}"
             for one in running
         }
         nginx = await stack.enter_async_context(
-            proxy_with("nginx", DEPLOY / "replicas" / "nginx.conf", tmp_path, edits)
+            proxy_with("nginx", DEPLOY / form / "nginx.conf", tmp_path, edits)
         )
+        for one in running:
+            await wait_ready(one)
         clients = [
             await stack.enter_async_context(listener(nginx.address, "posts/*", token=token("ann")))
             for _ in range(12)

@@ -7,7 +7,11 @@ import os
 import random
 import signal
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -20,6 +24,7 @@ from tests.e2e.replicas import Replica, replicas
 from tests.e2e.sdk import sdk
 from tests.e2e.service import token
 from tests.e2e.test_admin import scrape
+from tests.log_world import drop_slot, nats_server
 from tests.own_server import OwnServer
 from tests.realtime import open_stream, subscribe
 
@@ -55,13 +60,40 @@ async def restart_in_turn(three: list[Replica], ready: list[Address]) -> tuple[i
     return restarts, forwarded
 
 
+@asynccontextmanager
+async def slots_of_their_own(_: str) -> AsyncIterator[dict[str, Any]]:
+    """Yield the sections of replicas that read a slot each."""
+    yield {"cluster": {"warm_up": "1s"}}
+
+
+@asynccontextmanager
+async def one_log(database_url: str) -> AsyncIterator[dict[str, Any]]:
+    """Yield the sections of replicas that share a slot by a log."""
+    slot = {"name": f"log_{uuid4().hex[:8]}", "durable": True, "allow_unlimited_wal": True}
+    async with nats_server() as nats:
+        try:
+            yield {
+                "cluster": {"bus": "nats"},
+                "log": {"nats": nats.url},
+                "replication": {"slot": slot},
+            }
+        finally:
+            await drop_slot(database_url, str(slot["name"]))
+
+
 @pytest.mark.timeout(120 + MINUTES * 90)
+@pytest.mark.parametrize("shared", [slots_of_their_own, one_log])
 async def test_the_unmodified_sdk_misses_nothing_while_replicas_restart_in_turn(
-    database_url: str, tmp_path: Path
+    shared: Callable[[str], AbstractAsyncContextManager[dict[str, Any]]],
+    database_url: str,
+    tmp_path: Path,
 ) -> None:
     """With the five lines of the README it changes the replica at every break."""
     seed = fresh_seed()
-    async with replicas(database_url, tmp_path, cluster={"warm_up": "1s"}) as three:
+    async with (
+        shared(database_url) as sections,
+        replicas(database_url, tmp_path, **sections) as three,
+    ):
         ready = [replica.address for replica in three]
         async with (
             balancer(Roaming(ready, random.Random(seed))) as front,

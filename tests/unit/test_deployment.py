@@ -10,7 +10,10 @@ import yaml
 
 from tests.deployment import DEPLOY, ConfigMap, KubernetesObject, read_compose, read_kubernetes
 
-_NAMES = ("DATABASE_URL", "QUERY_URL", "APP_JWT_SECRET", "CLUSTER_SECRET", "ADMIN_TOKEN")
+_NAMES = (
+    *("DATABASE_URL", "QUERY_URL", "APP_JWT_SECRET", "CLUSTER_SECRET", "ADMIN_TOKEN"),
+    *("NATS_URL", "NATS_PASSWORD"),
+)
 SECRETS = dict.fromkeys(_NAMES, "x" * 32)
 FORMS = sorted(path.name for path in DEPLOY.iterdir())
 
@@ -33,8 +36,14 @@ def test_the_configuration_within_is_the_one_beside(form: str) -> None:
     """Kubernetes has it in a ConfigMap, Compose as a file."""
     trees = yaml.safe_load_all((DEPLOY / form / "kubernetes.yaml").read_text())
     objects = [msgspec.convert(tree, KubernetesObject) for tree in trees]
-    (held,) = [one.data for one in objects if isinstance(one, ConfigMap)]
-    assert held == {"pgrealtime.yaml": (DEPLOY / form / "pgrealtime.yaml").read_text()}
+    held = {
+        name: text
+        for one in objects
+        if isinstance(one, ConfigMap)
+        for name, text in one.data.items()
+    }
+    assert "pgrealtime.yaml" in held
+    assert held == {name: (DEPLOY / form / name).read_text() for name in held}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from pgrealtime.lsn import LSN
 
 POSTS = TableName("public", "posts")
 BEAT = Beat(
-    created="2026-01-01",
     term=3,
     salt=7,
     tag="abcdef",
