@@ -21,12 +21,15 @@ _BCRYPT_PASSWORD_BYTES = 72
 
 _BCRYPT = r"\$2[aby]\$(?P<cost>\d\d)\$[./A-Za-z0-9]{22}"
 _BCRYPT_DIGEST = r"(?P<digest>[./A-Za-z0-9]{31})"
+_ARGON2_COST = r"[mtp]=\d{1,10}"
+_ARGON2_COSTS = rf"{_ARGON2_COST},{_ARGON2_COST},{_ARGON2_COST}"
 
 
 class Scheme(Enum):
     """The hashing schemes, by the form of their hashes.
 
-    Django prefixes the name of its hasher (django/contrib/auth/hashers.py, up to 5.2).
+    Django prefixes the name of its hasher (django/contrib/auth/hashers.py, up to 5.2). Where
+    libraries agree, they follow the PHC string format or crypt(3).
     """
 
     # $2a$, $2b$ and $2y$ (PHP's name) are one algorithm. $2x$ marks hashes of a faulty one and is
@@ -36,7 +39,9 @@ class Scheme(Enum):
     """Django's: bcrypt of the hexadecimal SHA-256, which has no limit of 72 bytes."""
     ARGON2 = re.compile(
         r"(?P<head>(?:argon2)?\$argon2(?:id|i|d)\$(?:v=\d{1,3}\$)?"
-        r"m=(?P<memory>\d{1,10}),t=(?P<time>\d{1,10}),p=(?P<lanes>\d{1,10})\$[+/A-Za-z0-9]+\$)"
+        # In any order: Node's argon2 writes m, p, t.
+        r"(?=[^$]*\bm=(?P<memory>\d+))(?=[^$]*\bt=(?P<time>\d+))(?=[^$]*\bp=(?P<lanes>\d+))"
+        rf"{_ARGON2_COSTS}\$[+/A-Za-z0-9]+\$)"
         r"(?P<digest>[+/A-Za-z0-9]+)"
     )
     PBKDF2_SHA256 = re.compile(
@@ -51,6 +56,29 @@ class Scheme(Enum):
     SCRYPT = re.compile(
         r"(?P<head>scrypt\$(?P<n>[1-9]\d{0,9})\$(?P<salt>[^$]+)"
         r"\$(?P<r>[1-9]\d{0,5})\$(?P<p>[1-9]\d{0,5})\$)(?P<digest>[+/A-Za-z0-9]{86}==)"
+    )
+    PHC_SCRYPT = re.compile(
+        r"(?P<head>\$scrypt\$ln=(?P<ln>[1-9]\d?),r=(?P<r>[1-9]\d{0,5}),p=(?P<p>[1-9]\d{0,5})"
+        r"\$(?P<salt>[+/A-Za-z0-9]*)\$)(?P<digest>[+/A-Za-z0-9]{22,86})"
+    )
+    """Passlib's, and that of Node's crypto with a PHC formatter."""
+    PASSLIB_PBKDF2 = re.compile(
+        r"(?P<head>\$pbkdf2(?P<algorithm>-sha256|-sha512|)\$(?P<rounds>[1-9]\d{0,8})"
+        r"\$(?P<salt>[./A-Za-z0-9]*)\$)(?P<digest>[./A-Za-z0-9]{27,86})"
+    )
+    PASSLIB_BCRYPT_SHA256 = re.compile(
+        r"(?P<head>\$bcrypt-sha256\$(?P<version>v=2,t=|)2[ab],(?:r=)?(?P<cost>\d\d?)"
+        rf"\$(?P<salt>[./A-Za-z0-9]{{22}})\$){_BCRYPT_DIGEST}"
+    )
+    """bcrypt of a SHA-256 in base64, since version 2 keyed with the salt."""
+    WERKZEUG_PBKDF2 = re.compile(
+        r"(?P<head>pbkdf2:(?P<algorithm>sha1|sha256|sha512):(?P<rounds>[1-9]\d{0,8})"
+        r"\$(?P<salt>[^$]+)\$)(?P<digest>(?:[0-9a-f]{2}){20,64})"
+    )
+    """Flask's: of werkzeug.security."""
+    WERKZEUG_SCRYPT = re.compile(
+        r"(?P<head>scrypt:(?P<n>[1-9]\d{0,9}):(?P<r>[1-9]\d{0,5}):(?P<p>[1-9]\d{0,5})"
+        r"\$(?P<salt>[^$]+)\$)(?P<digest>[0-9a-f]{128})"
     )
 
 
@@ -89,19 +117,31 @@ def parse_hash(text: str) -> StoredHash | None:
 
 def _is_within_cost_limits(scheme: Scheme, match: re.Match[str]) -> bool:
     match scheme:
-        case Scheme.BCRYPT | Scheme.BCRYPT_SHA256:
+        case Scheme.BCRYPT | Scheme.BCRYPT_SHA256 | Scheme.PASSLIB_BCRYPT_SHA256:
             return int(match["cost"]) <= _MAX_BCRYPT_COST
         case Scheme.ARGON2:
             # m is in KiB (RFC 9106, section 3.1).
             memory, lanes = int(match["memory"]) * 1024, int(match["lanes"])
             is_small = memory <= _MAX_MEMORY_BYTES and lanes <= _MAX_ARGON2_LANES
             return is_small and memory * int(match["time"]) <= _MAX_ARGON2_BYTES
-        case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
+        case (
+            Scheme.PBKDF2_SHA256
+            | Scheme.PBKDF2_SHA1
+            | Scheme.PASSLIB_PBKDF2
+            | Scheme.WERKZEUG_PBKDF2
+        ):
             return int(match["rounds"]) <= _MAX_PBKDF2_ROUNDS
-        case Scheme.SCRYPT:
-            n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
+        case Scheme.SCRYPT | Scheme.PHC_SCRYPT | Scheme.WERKZEUG_SCRYPT:
+            n, r, p = _scrypt_costs(match)
             is_small = _scrypt_memory_bytes(n, r, p) <= _MAX_MEMORY_BYTES
             return is_small and 128 * n * r * p <= _MAX_SCRYPT_BYTES
+
+
+def _scrypt_costs(match: re.Match[str]) -> tuple[int, int, int]:
+    """Return N, r and p; the PHC format has the logarithm of N."""
+    costs = match.groupdict()
+    n = 1 << int(costs["ln"]) if "ln" in costs else int(costs["n"])
+    return n, int(costs["r"]), int(costs["p"])
 
 
 def _scrypt_memory_bytes(n: int, r: int, p: int) -> int:
@@ -122,7 +162,7 @@ def scheme_name_of(text: str) -> str:
 _SCHEME_NAMES = re.compile(
     r"(?:unsalted_)?(?:md5|sha1)\$|(?:crypt|bcrypt|bcrypt_sha256|argon2|scrypt)\$"
     r"|pbkdf2(?:_sha1|_sha256|_sha512)?\$|pbkdf2:sha(?:1|256|512):"
-    r"|\$(?:1|2[abxy]?|5|6|7|y|gy|P|H|S|apr1|argon2(?:id|i|d)|bcrypt-sha256|scrypt"
+    r"|scrypt:|\$(?:1|2[abxy]?|5|6|7|y|gy|P|H|S|apr1|argon2(?:id|i|d)|bcrypt-sha256|(?:fb)?scrypt"
     r"|pbkdf2(?:-sha256|-sha512)?)\$"
     r"|\{(?:SSHA|SHA|MD5|SMD5|CRYPT|SSHA256|SSHA512|PBKDF2)\}"
 )
@@ -147,11 +187,18 @@ def verify_password(password: str, stored: StoredHash) -> bool | None:
                 return bcrypt.checkpw(hashlib.sha256(secret).hexdigest().encode(), text.encode())
             case Scheme.ARGON2:
                 # The parameters are those of the hash; the hasher's own matter for new hashes only.
-                return argon2.PasswordHasher().verify(stored.text.removeprefix("argon2"), secret)
-            case Scheme.PBKDF2_SHA256 | Scheme.PBKDF2_SHA1:
-                return _verify_pbkdf2(secret, stored.text)
-            case Scheme.SCRYPT:
-                return _verify_scrypt(secret, stored.text)
+                return argon2.PasswordHasher().verify(_argon2_text(stored.text), secret)
+            case Scheme.PASSLIB_BCRYPT_SHA256:
+                return _verify_passlib_bcrypt(secret, _match_of(stored))
+            case (
+                Scheme.PBKDF2_SHA256
+                | Scheme.PBKDF2_SHA1
+                | Scheme.PASSLIB_PBKDF2
+                | Scheme.WERKZEUG_PBKDF2
+            ):
+                return _verify_pbkdf2(secret, stored)
+            case Scheme.SCRYPT | Scheme.PHC_SCRYPT | Scheme.WERKZEUG_SCRYPT:
+                return _verify_scrypt(secret, stored)
     except argon2.exceptions.VerifyMismatchError:
         return False
     # A hash of the right form may still be refused, such as argon2 with less than 8 KiB a lane.
@@ -159,30 +206,81 @@ def verify_password(password: str, stored: StoredHash) -> bool | None:
         return None
 
 
-def _verify_pbkdf2(secret: bytes, text: str) -> bool:
-    name, rounds, salt, digest = text.split("$")
-    algorithm = name.removeprefix("pbkdf2_")
-    made = hashlib.pbkdf2_hmac(algorithm, secret, salt.encode(), int(rounds))
-    # Django prints the digest in standard base64, and takes the salt as text.
-    return hmac.compare_digest(base64.b64encode(made).decode(), digest)
+def _match_of(stored: StoredHash) -> re.Match[str]:
+    match = stored.scheme.value.fullmatch(stored.text)
+    assert match is not None  # parse_hash made it
+    return match
 
 
-def _verify_scrypt(secret: bytes, text: str) -> bool:
-    _, n_text, salt, r_text, p_text, digest = text.split("$")
-    n, r, p = int(n_text), int(r_text), int(p_text)
+def _argon2_text(text: str) -> str:
+    """Return the hash as the library reads it: without Django's prefix, costs as m, t, p."""
+    return re.sub(
+        _ARGON2_COSTS,
+        lambda costs: ",".join(sorted(costs[0].split(","), key=lambda cost: "mtp".index(cost[0]))),
+        text.removeprefix("argon2"),
+        count=1,
+    )
+
+
+def _verify_passlib_bcrypt(secret: bytes, match: re.Match[str]) -> bool:
+    salt = match["salt"].encode()
+    # passlib.handlers.bcrypt: version 2 exists because version 1 let plain SHA-256s be tried.
+    made = (
+        hmac.digest(salt, secret, "sha256") if match["version"] else hashlib.sha256(secret).digest()
+    )
+    text = f"$2b${int(match['cost']):02}${match['salt']}{match['digest']}"
+    return bcrypt.checkpw(base64.b64encode(made), text.encode())
+
+
+def _verify_pbkdf2(secret: bytes, stored: StoredHash) -> bool:
+    match = _match_of(stored)
+    rounds, salt = int(match["rounds"]), match["salt"].encode()
+    if stored.scheme is Scheme.PASSLIB_PBKDF2:
+        algorithm = match["algorithm"].removeprefix("-") or "sha1"
+        salt = _decode_base64(match["salt"])
+    elif stored.scheme is Scheme.WERKZEUG_PBKDF2:
+        algorithm = match["algorithm"]
+    else:
+        algorithm = "sha1" if stored.scheme is Scheme.PBKDF2_SHA1 else "sha256"
+    made = hashlib.pbkdf2_hmac(algorithm, secret, salt, rounds)
+    return hmac.compare_digest(made, _digest_of(stored.scheme, match))
+
+
+def _verify_scrypt(secret: bytes, stored: StoredHash) -> bool:
+    match = _match_of(stored)
+    n, r, p = _scrypt_costs(match)
+    is_phc = stored.scheme is Scheme.PHC_SCRYPT
+    salt = _decode_base64(match["salt"]) if is_phc else match["salt"].encode()
+    digest = _digest_of(stored.scheme, match)
     # OpenSSL refuses to use more than ``maxmem``, by default 32 MiB.
     memory = _scrypt_memory_bytes(n, r, p) + 4096
-    made = hashlib.scrypt(secret, salt=salt.encode(), n=n, r=r, p=p, maxmem=memory, dklen=64)
-    return hmac.compare_digest(base64.b64encode(made).decode(), digest)
+    made = hashlib.scrypt(secret, salt=salt, n=n, r=r, p=p, maxmem=memory, dklen=len(digest))
+    return hmac.compare_digest(made, digest)
+
+
+_HEX_DIGESTS = frozenset({Scheme.WERKZEUG_PBKDF2, Scheme.WERKZEUG_SCRYPT})
+
+
+def _digest_of(scheme: Scheme, match: re.Match[str]) -> bytes:
+    text = match["digest"]
+    return bytes.fromhex(text) if scheme in _HEX_DIGESTS else _decode_base64(text)
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 that may lack its padding, or have passlib's "." for "+"."""
+    padded = text.rstrip("=").replace(".", "+")
+    return base64.b64decode(padded + "=" * (-len(padded) % 4))
+
+
+_BCRYPTS = frozenset({Scheme.BCRYPT, Scheme.BCRYPT_SHA256, Scheme.PASSLIB_BCRYPT_SHA256})
 
 
 def dummy_hash_like(stored: StoredHash) -> StoredHash:
     """Return a hash of the same scheme and cost that matches no known password."""
-    match = stored.scheme.value.fullmatch(stored.text)
-    assert match is not None  # parse_hash made it
+    match = _match_of(stored)
     # The digest becomes zero bits, which no password that anybody knows has. Salt and costs stay,
     # so that a check takes exactly as long.
-    blank = "." if stored.scheme in {Scheme.BCRYPT, Scheme.BCRYPT_SHA256} else "A"
+    blank = "0" if stored.scheme in _HEX_DIGESTS else "." if stored.scheme in _BCRYPTS else "A"
     digest = re.sub("[^=]", blank, match["digest"])  # "=" is padding
     return StoredHash(stored.scheme, match["head"] + digest)
 
@@ -208,7 +306,5 @@ def has_cost_of(text: str, other: StoredHash) -> bool:
 
 def _cost_parameters(stored: StoredHash) -> tuple[object, ...]:
     """Return what determines the time of a check."""
-    match = stored.scheme.value.fullmatch(stored.text)
-    assert match is not None  # parse_hash made it
-    groups = match.groupdict().items()
+    groups = _match_of(stored).groupdict().items()
     return stored.scheme, *(item for item in groups if item[0] not in {"head", "salt", "digest"})

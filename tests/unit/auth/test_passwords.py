@@ -21,6 +21,10 @@ from pgrealtime.auth.passwords import (
     verify_password,
 )
 
+PASSLIB_PBKDF2, PASSLIB_BCRYPT_SHA256 = Scheme.PASSLIB_PBKDF2, Scheme.PASSLIB_BCRYPT_SHA256
+PHC_SCRYPT = Scheme.PHC_SCRYPT
+WERKZEUG_PBKDF2, WERKZEUG_SCRYPT = Scheme.WERKZEUG_PBKDF2, Scheme.WERKZEUG_SCRYPT
+
 VECTORS = [
     # Openwall's crypt_blowfish.
     ("U*U", "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW", Scheme.BCRYPT),
@@ -81,6 +85,115 @@ VECTORS = [
             "/vBAVnnP3hdYqJuRi+mJn6ji6ze3Fbb7JEFPKGpuEf5vw=="
         ),
         Scheme.SCRYPT,
+    ),
+    # passlib 1.7.4: X.using(rounds=...).hash("lètmein"); bcrypt_sha256 also in its first version.
+    ("lètmein", "$pbkdf2$12000$prT2/h.D0DqHUErJee/9Xw$KqwZZdH/5sQXTtfVdCbHfPuyfK0", PASSLIB_PBKDF2),
+    (
+        "lètmein",
+        "$pbkdf2-sha256$12000$L.VcC0Ho/Z.TUgrhnJMyRg$wT9Y0Y.E/YASf2G6y1n/fUlvrQYc.CrzXuXrldgxF8Q",
+        PASSLIB_PBKDF2,
+    ),
+    (
+        "lètmein",
+        (
+            "$pbkdf2-sha512$12000$VMq5V4pRilGqda517l3rHQ$Lx39o5m9WwscXYzvWshvOezv11B6tWB5IJtdEYauSIsb"
+            "LE4NXO9kehfFjMi5S4fG1fGxmqzNkm46JOuCYHkuFA"
+        ),
+        PASSLIB_PBKDF2,
+    ),
+    (
+        "lètmein",
+        "$bcrypt-sha256$v=2,t=2b,r=4$/OwPnkHdu1fCe1CXwaORfO$vi7Oa0Nv6vwTl1/k6jkHV5yxbxqSzO.",
+        PASSLIB_BCRYPT_SHA256,
+    ),
+    (
+        "x" * 100,
+        "$bcrypt-sha256$v=2,t=2b,r=4$LaihzOoB8ix/VK2jOBuOPO$2.K0qs4hyUpV9D8eAdewq1/jBYSo/Ae",
+        PASSLIB_BCRYPT_SHA256,
+    ),
+    (
+        "lètmein",
+        "$bcrypt-sha256$2b,4$8DWdlN8e.h1OQkC371my.e$r91rq9zW8lNDwFkluMv/ebw7omE84GW",
+        PASSLIB_BCRYPT_SHA256,
+    ),
+    (
+        "lètmein",
+        "$scrypt$ln=10,r=8,p=1$TSmldI7R2nsPgRACoPQ+Jw$9bLKtMIYCw3iPzYz62J83ZrRtsIzUkRU1WPHniC+uzE",
+        PHC_SCRYPT,
+    ),
+    (
+        "lètmein",
+        "$scrypt$ln=12,r=4,p=3$QChlDMEYo/Q+J6SUUsqZUw$IC8YJvKcXUigH8TVJBg+S3iPl+DCC5t+wHxvVGLEb1o",
+        PHC_SCRYPT,
+    ),
+    (
+        "lètmein",
+        (
+            "$argon2id$v=19$m=1024,t=1,p=4$yZlzzjmHsJZSqhUCoNS6lw"
+            "$wp+VCmnmGiYczGZKWniTtXfe1+N0hR7/UznQsF0vkZs"
+        ),
+        Scheme.ARGON2,
+    ),
+    # Node: crypto.scryptSync with @phc/format 1.0.0, argon2 0.45.1, @node-rs/argon2 2.2.1,
+    # bcryptjs 3.0.3.
+    (
+        "lètmein",
+        (
+            "$scrypt$ln=10,r=8,p=1$dPqdZQq6S4y1/2aoAOf/ew$pH4Z25PZCtdSxDw5tRArFIXZ/o3/tNhCKSSKr/8tI3j1"
+            "n3PBaIBZT2EacJ6SOrTdGSktcnWbEVPzZsBEqtYkuA"
+        ),
+        PHC_SCRYPT,
+    ),
+    (
+        "lètmein",
+        (
+            "$argon2id$v=19$m=1024,p=1,t=2$QFmGkkVVVeXViQCiPsypRA"
+            "$oQHcfWDHLJm5expWCXnBROxsh9bwvtRK69LEavc/Pb4"
+        ),
+        Scheme.ARGON2,
+    ),
+    (
+        "lètmein",
+        (
+            "$argon2id$v=19$m=1024,t=2,p=1$tg4rmg+jH+IPlqD/uz8gxw"
+            "$UOHbitK/fVo19RuAwLQcgRUJD+5w1fW6+RInYFuNHpA"
+        ),
+        Scheme.ARGON2,
+    ),
+    (
+        "lètmein",
+        "$2b$04$vOwsyuKqPly.smBXvPv7eeioip6qt9bN50HSNkSE.9ERMJ3D.yVKy",
+        Scheme.BCRYPT,
+    ),
+    # Werkzeug 3.1.9: generate_password_hash("lètmein", "scrypt:1024:8:1") and so on.
+    (
+        "lètmein",
+        (
+            "scrypt:1024:8:1$flAxqvJMH9Xx7gZ7$3ed6a3b89a18b150d83f7f33d79e7721df3b9e3a68b25257a573d823c7"
+            "7697045504a68309e17aa6080b0bc4a37c742f29c927085ed9e152d116629ff82394f6"
+        ),
+        WERKZEUG_SCRYPT,
+    ),
+    (
+        "lètmein",
+        (
+            "pbkdf2:sha256:12000$R9GPR1xSPA9oLzfa"
+            "$eb911a57b1759449780a6a14484dfee5478d1bdf0777a1e0ec4acfae6b5810de"
+        ),
+        WERKZEUG_PBKDF2,
+    ),
+    (
+        "lètmein",
+        "pbkdf2:sha1:12000$a0UchuvBjxaZ8Mv2$9d8cb0ad7f26e312c2922bc40b6d6a14af5090df",
+        WERKZEUG_PBKDF2,
+    ),
+    (
+        "lètmein",
+        (
+            "pbkdf2:sha512:12000$RmFgbtfa0LUcwZFD$5e178369b4bc9f58500c59dab27628fab800b7716d6e0b4810ca46"
+            "e2e5234d4ef3a40d5b84900035d118f885e1f20ac5cfcbbfb96be5771e12c9cdd6b0061315"
+        ),
+        WERKZEUG_PBKDF2,
     ),
 ]
 
@@ -191,6 +304,22 @@ def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
             "argon2$argon2id$v=19$m=1048576,t=4,p=4$c29tZXNhbHQ$AAAA",
             "argon2$argon2id$v=19$m=1048576,t=5,p=4$c29tZXNhbHQ$AAAA",
         ),
+        (
+            "$argon2id$v=19$m=1048576,p=4,t=4$c29tZXNhbHQ$AAAA",
+            "$argon2id$v=19$m=1048576,p=4,t=5$c29tZXNhbHQ$AAAA",
+        ),
+        (f"$scrypt$ln=19,r=8,p=4$c2FsdA${'A' * 43}", f"$scrypt$ln=19,r=8,p=5$c2FsdA${'A' * 43}"),
+        (f"$scrypt$ln=1,r=8,p=1$c2FsdA${'A' * 43}", f"$scrypt$ln=99,r=8,p=1$c2FsdA${'A' * 43}"),
+        (f"scrypt:524288:8:4$s${'0' * 128}", f"scrypt:524288:8:5$s${'0' * 128}"),
+        (
+            f"$pbkdf2-sha256$20000000$c2FsdA${'A' * 43}",
+            f"$pbkdf2-sha256$20000001$c2FsdA${'A' * 43}",
+        ),
+        (f"pbkdf2:sha512:20000000$s${'0' * 128}", f"pbkdf2:sha512:20000001$s${'0' * 128}"),
+        (
+            f"$bcrypt-sha256$v=2,t=2b,r=17${'.' * 22}${'.' * 31}",
+            f"$bcrypt-sha256$v=2,t=2b,r=18${'.' * 22}${'.' * 31}",
+        ),
     ],
 )
 def test_a_hash_that_costs_too_much_is_not_checked(bearable: str, absurd: str) -> None:
@@ -206,6 +335,9 @@ def test_a_hash_that_costs_too_much_is_not_checked(bearable: str, absurd: str) -
         ("$6$salt$AAAA", "6"),
         ("$P$B12345678", "P"),
         ("pbkdf2:sha256:600000$salt$aa", "pbkdf2:sha256:"),
+        ("scrypt:1:8:1$salt$aa", "scrypt:"),
+        ("$fbscrypt$v=1,n=14,r=8,p=1,ss=Bw==,sk=ou9$c2FsdA==$AAAA", "fbscrypt"),
+        ("$argon2id$v=19$m=8,t=1,t=1$c2Fs$AAAA", "argon2id"),
         ("{SSHA}AAAA", "{SSHA}"),
         ("$2b$31$" + "." * 53, "2b"),
         ("secret$word", "unknown"),
@@ -232,7 +364,7 @@ MADE = [
     bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode(),
     argon2.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1).hash("secret"),
     "pbkdf2_sha256$10$salt$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAE=",
-    *(text for _, text, _ in VECTORS if text[0] != "$"),
+    *(text for _, text, _ in VECTORS),
 ]
 
 
