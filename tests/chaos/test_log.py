@@ -192,12 +192,17 @@ OWNER_FAULTS: list[Fault] = [
 ]
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=by_hand)])
 async def test_an_owner_that_is_lost_is_replaced_and_nothing_is_missed(
-    database_url: str, tmp_path: Path
+    workers: int, database_url: str, tmp_path: Path
 ) -> None:
-    """Killed, paused and woken, cut from NATS or from the database, ended."""
+    """Killed, paused and woken, cut from NATS or from the database, ended.
+
+    With workers the main process of each machine follows the log for all of them.
+    """
     took: dict[str, str] = {}
-    async with world(database_url, tmp_path) as made:
+    server = {"server": {"workers": workers}}
+    async with world(database_url, tmp_path, sections=server) as made:
         for fault in OWNER_FAULTS * (3 if ALL else 1):
             owner = await made.cluster.owner()
             began = time.monotonic()
@@ -211,6 +216,8 @@ async def test_an_owner_that_is_lost_is_replaced_and_nothing_is_missed(
             assert silence < SLOWEST, fault.__name__
             await undo(owner)
             await made.heal()
+            if fault is pause:
+                assert owner.logged("owner.stopped")[-1]["code"] in ("log_fenced", "log_refused")
     print(took)  # noqa: T201
     for listener in made.listeners:
         assert (listener.faults, listener.resyncs) == ([], [])

@@ -17,13 +17,18 @@ from pgrealtime.catalog.model import Table
 from pgrealtime.changelog.memory import Changelog, Gap
 from pgrealtime.changes import TableName
 from pgrealtime.config.model import ReplicationConfig
-from pgrealtime.errors import PgRealtimeError, SetupError, SlotBusyError
+from pgrealtime.errors import (
+    PgRealtimeError,
+    SetupError,
+    SlotBusyError,
+    StreamInterruptedError,
+)
 from pgrealtime.feed import reader as feed_reader
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import OpenStream, ReplicationReader
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.wal.publication import publication_sql
-from pgrealtime.wal.slot_status import advance_slot
+from pgrealtime.wal.slot_status import advance_slot, end_walsender
 from pgrealtime.wal.stream import WalStream, dry_run_stream, open_stream
 from tests.feed_follower import Follower
 from tests.integration.test_stream_switch import NEW, OLD, Reading
@@ -566,3 +571,45 @@ def test_check_leaves_no_slot(plain: OwnServer, tmp_path: Path) -> None:
     assert code == 0, errors
     with psycopg.connect(plain.url, autocommit=True) as connection:
         assert connection.execute("SELECT count(*) FROM pg_replication_slots").fetchone() == (0,)
+
+
+@both
+async def test_a_stream_may_begin_behind_what_was_confirmed(
+    database_url: str, plugin: Plugin
+) -> None:
+    """Where another process goes on, which knows what the last one read: exactly behind it."""
+    config = durable(plugin=plugin)
+    async with writer(database_url) as connection:
+        await prepared(connection)
+        tables = await old(connection)
+        await connection.execute(
+            publication_sql("pgrealtime", tables, connection.info.server_version).encode()
+        )
+        ends: list[LSN] = []
+        async with open_stream(database_url, config, tables, max_transaction_bytes=1000) as stream:
+            for n in (1, 2, 3):
+                await connection.execute("INSERT INTO old VALUES (%s)", [n])
+            while len(ends) < 3:
+                ends += [entry.end_lsn for entry in await anext(stream)]
+        async with open_stream(
+            database_url, config, tables, max_transaction_bytes=1000, start_lsn=ends[1]
+        ) as stream:
+            assert stream.slot.start_lsn == ends[1]
+            assert [entry.end_lsn for entry in await anext(stream)] == ends[2:]
+
+
+async def test_a_walsender_that_holds_the_slot_for_a_paused_process_is_ended(
+    database_url: str,
+) -> None:
+    """It would for ``wal_sender_timeout``, a minute; nothing happens if nobody reads the slot."""
+    config = durable()
+    async with writer(database_url) as connection:
+        await prepared(connection)
+        tables = await old(connection)
+        async with open_stream(database_url, config, tables, max_transaction_bytes=1000) as stream:
+            assert await end_walsender(connection, config.slot.name)
+            with pytest.raises(StreamInterruptedError):
+                await anext(stream)
+        assert await end_walsender(connection, config.slot.name)
+        async with open_stream(database_url, config, tables, max_transaction_bytes=1000):
+            pass
