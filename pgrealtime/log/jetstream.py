@@ -29,6 +29,7 @@ _NO_RESPONDERS = "503"
 _WRONG_LAST_SEQUENCE = 10071
 _NAME_IN_USE = 10058
 _NOT_FOUND = 10059
+_NO_COPIES = 10074
 _NS = 1_000_000_000
 _DUPLICATE_WINDOW_NS = 100_000_000
 """The least that the server accepts; nothing here relies on it."""
@@ -117,8 +118,16 @@ class LogStream:
     async def ensure(self) -> StreamState:
         """Make the stream if it isn't there, and check its limits; see ``open``."""
         answer = await self._ask("STREAM.CREATE", self._config)
-        if answer.get("error", {}).get("err_code") == _NAME_IN_USE:
+        code = answer.get("error", {}).get("err_code")
+        if code == _NAME_IN_USE:
             raise await self._unfit_error()
+        if code == _NO_COPIES:
+            raise LogError(
+                "NATS keeps no copies of streams",
+                detail=f"log.replicas is {self._config['num_replicas']}, and this is one server"
+                " without a cluster.",
+                hint="Set log.replicas: 1, or make a cluster of three servers.",
+            )
         return _state_of(answer)
 
     async def _unfit_error(self) -> LogError:

@@ -17,6 +17,7 @@ from pgrealtime import __version__
 from pgrealtime.changes import TableName
 from pgrealtime.config.model import Config
 from pgrealtime.errors import (
+    DatabaseUnreachableError,
     LogAwayError,
     LogMessageError,
     PgRealtimeError,
@@ -168,7 +169,7 @@ class LogFeed:
                 stream,
                 self._intake,
                 max_bytes=2 * changelog.max_size,
-                own_database=await self._database.identity(),
+                own_database=await self._own_database(),
                 on_fence=lambda term, salt: owner.on_fence(term, salt),  # noqa: PLW0108 (made below)
                 on_resigned=lambda: owner.on_resigned(),  # noqa: PLW0108 (made below)
             )
@@ -190,6 +191,13 @@ class LogFeed:
             await run_together(
                 follower.run(), owner.run(), self._say_presence(client), self._keep_union()
             )
+
+    async def _own_database(self) -> tuple[str, str]:
+        while True:
+            try:
+                return await self._database.identity()
+            except DatabaseUnreachableError:
+                await asyncio.sleep(_START_RETRY_SECONDS)
 
     async def _open(self, stream: LogStream) -> None:
         is_reported = False
@@ -287,13 +295,16 @@ class LogFeed:
             self._union.add(self._intake.era.tables, time.monotonic())
         wanted = self._streamed = await self._wanted_by_all()
         self._owner_intake = intake
-        return ReplicationReader(
+        reader = ReplicationReader(
             lambda: self._streams.open(wanted, writer.resume_lsn),
             intake,
             tables=wanted.tables,
             advance_slot=self._streams.advance_slot,
             is_durable=True,
         )
+        # Counted as long as the process lives, whoever reads.
+        reader.stream_breaks = self._breaks
+        return reader
 
     async def _keep_union(self) -> None:
         """While this is the owner: stream what replicas want, and no longer what none does."""

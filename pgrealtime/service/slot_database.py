@@ -1,7 +1,8 @@
 """What the owner of a log asks of PostgreSQL, apart from the stream."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import psycopg
 
@@ -9,15 +10,11 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import TableName
 from pgrealtime.config.model import Config
-from pgrealtime.errors import DatabaseUnreachableError, PgRealtimeError
+from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.log.owner import SlotPosition
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.wal.server import (
-    fetch_row,
-    open_ordinary_connection,
-    translate_driver_errors,
-)
+from pgrealtime.wal.server import fetch_row, open_ordinary_connection
 from pgrealtime.wal.slot_status import end_walsender, list_own_slots
 
 _PROBE_SECONDS = 5.0
@@ -46,7 +43,7 @@ class SlotDatabase:
         Raises:
             PgRealtimeError: The database can't be reached, or is no primary.
         """
-        with translate_driver_errors():
+        with _reaching_database():
             async with await open_ordinary_connection(self._url) as connection:
                 (timeline,) = await fetch_row(connection, _TIMELINE_QUERY)
                 if timeline is None:
@@ -61,7 +58,7 @@ class SlotDatabase:
         Raises:
             PgRealtimeError: The database can't be reached.
         """
-        with translate_driver_errors():
+        with _reaching_database():
             async with await open_ordinary_connection(self._url) as connection:
                 system_id, name = await fetch_row(connection, _IDENTITY_QUERY)
         return system_id, name
@@ -78,7 +75,7 @@ class SlotDatabase:
 
     async def end_walsender(self) -> None:
         """End the walsender that still reads the slot, if there is one, and wait for its end."""
-        with translate_driver_errors():
+        with _reaching_database():
             async with await open_ordinary_connection(self._url) as connection:
                 await end_walsender(connection, self._slot_name)
 
@@ -103,7 +100,7 @@ class SlotDatabase:
         """Return those of the tables that are there.
 
         Raises:
-            PgRealtimeError: Code ``catalog``: PostgreSQL doesn't answer.
+            DatabaseUnreachableError: Code ``catalog``: PostgreSQL doesn't answer.
         """
         if not names:
             return {}
@@ -111,6 +108,17 @@ class SlotDatabase:
             async with self._pool.connection() as connection:
                 return (await read_catalog(connection, names=names)).tables
         except psycopg.Error as error:
-            raise PgRealtimeError(
+            raise DatabaseUnreachableError(
                 "the catalogue can't be read", detail=message_without_values(error), code="catalog"
             ) from error
+
+
+@contextmanager
+def _reaching_database() -> Iterator[None]:
+    """Translate the driver's errors: whatever it is, a later attempt may succeed."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise DatabaseUnreachableError(
+            "the database can't be asked", detail=message_without_values(error)
+        ) from error

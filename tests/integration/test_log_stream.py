@@ -131,6 +131,13 @@ async def test_a_stream_with_other_limits_is_refused(server: NatsServer) -> None
     assert not raised.value.retryable
 
 
+async def test_copies_need_a_cluster(server: NatsServer) -> None:
+    with pytest.raises(LogError, match="keeps no copies") as raised:
+        async with log_stream(server, num_replicas=3):
+            pass
+    assert not raised.value.retryable
+
+
 async def test_acknowledgements_end_with_the_connection(server: NatsServer) -> None:
     """Whether the message was stored is not known then; only the log says it."""
     config = LogConfig(nats=f"nats://127.0.0.1:{server.port}")
