@@ -653,3 +653,53 @@ def test_a_database_out_of_reach(operator: Operator) -> None:
     assert outcome.code == 69
     assert outcome.err.startswith("database_unreachable: ")
     assert PASSWORD not in outcome.err
+
+
+_CHOICE = """
+    CREATE TABLE posts (id int PRIMARY KEY); CREATE TABLE auth_group (id int PRIMARY KEY);
+    CREATE TABLE auth_user (id int PRIMARY KEY, email text);
+    CREATE SCHEMA app; CREATE TABLE app.posts (id int PRIMARY KEY);
+    CREATE TABLE app.events (id int PRIMARY KEY) PARTITION BY RANGE (id);
+    CREATE TABLE app.events_1 PARTITION OF app.events FOR VALUES FROM (0) TO (10);
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "tables"),
+    [
+        ("", "public.posts public.auth_group public.auth_user app.posts app.events"),
+        ("--table posts", "public.posts app.posts"),
+        ("--table app.posts --table auth_u*", "app.posts public.auth_user"),
+        ("--exclude auth_* --exclude app.*", "public.posts"),
+        ("--table app.* --exclude posts", "app.events"),
+        ("--exclude events", "public.posts public.auth_group public.auth_user app.posts"),
+    ],
+)
+def test_tables_are_chosen_by_name(
+    database_url: str, tmp_path: Path, options: str, tables: str
+) -> None:
+    """A partitioned table comes or goes with its partitions."""
+    operator = Operator(tmp_path / "pgrealtime.yaml", database_url)
+    with psycopg.connect(database_url) as connection:
+        connection.execute(_CHOICE)
+    schemas = ("--schema", "public", "--schema", "app")
+    outcome = operator.run("init", "-c", "-", *schemas, *options.split())
+    assert outcome.code == 0, outcome.err
+    written = yaml.safe_load(outcome.out)["collections"]
+    assert {one["table"] for one in written.values()} == set(tables.split())
+    if "events" not in tables:
+        assert "events" not in outcome.out
+
+
+def test_a_pattern_that_no_table_matches_is_refused(database_url: str, tmp_path: Path) -> None:
+    """It is a misspelling; a file without that table would hide it."""
+    operator = Operator(tmp_path / "pgrealtime.yaml", database_url)
+    with psycopg.connect(database_url) as connection:
+        connection.execute("CREATE TABLE posts (id int PRIMARY KEY)")
+    for option in ("--table", "--exclude"):
+        outcome = operator.run("init", "-c", str(operator.file), option, "post")
+        assert outcome.code == 2
+        assert outcome.err == (
+            'table_missing: no table matches "post"\nHINT: Perhaps you meant "posts".\n'
+        )
+    assert not operator.file.exists()

@@ -8,6 +8,8 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import click
 from psycopg import AsyncConnection
 
 from pgrealtime.catalog.introspect import read_catalog
+from pgrealtime.catalog.model import Catalog
 from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
 from pgrealtime.cli.init.model import SchemaSurvey, TableFault
@@ -50,20 +53,28 @@ WHERE c.oid = ANY (%(oids)s::pg_catalog.oid[])
 """
 
 
-async def write_config(path: str, url: str, schemas: Sequence[str]) -> None:
+async def write_config(
+    path: str,
+    url: str,
+    schemas: Sequence[str],
+    *,
+    only: Sequence[str] = (),
+    excluded: Sequence[str] = (),
+) -> None:
     """Write a configuration for the tables of the schemas.
 
     The file must not exist; ``-`` is the standard output. An empty URL uses libpq's PG* variables.
-    Of two tables with one name, that of the earlier schema keeps it.
+    Of two tables with one name, that of the earlier schema keeps it. ``only`` and ``excluded`` are
+    patterns of table names, see ``select_tables``.
 
     Raises:
         DatabaseUnreachableError: The server doesn't answer, or refuses the login.
-        SetupError: Code ``schema_missing`` or ``file_not_written``.
+        SetupError: Code ``schema_missing``, ``table_missing`` or ``file_not_written``.
     """
     if path != STDOUT and Path(path).exists():  # noqa: ASYNC240 (nothing else runs in the loop)
         raise _exists_error(path)
     async with connect_once(url) as connection:
-        schema = await _survey_schemas(connection, schemas)
+        schema = await _survey_schemas(connection, schemas, only, excluded)
     text = render_config(schema, is_url_known=bool(url))
     if path == STDOUT:
         sys.stdout.write(text)
@@ -104,7 +115,12 @@ def _create_file(path: str, text: str) -> None:
         ) from error
 
 
-async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[str]) -> SchemaSurvey:
+async def _survey_schemas(
+    connection: AsyncConnection[Any],
+    schemas: Sequence[str],
+    only: Sequence[str],
+    excluded: Sequence[str],
+) -> SchemaSurvey:
     known = [name for (name,) in await (await connection.execute(_SCHEMAS_QUERY)).fetchall()]
     missing = [name for name in schemas if name not in known]
     if missing:
@@ -115,6 +131,7 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
             code="schema_missing",
         )
     catalog = await read_catalog(connection, schemas=schemas)
+    catalog = select_tables(catalog, only, excluded)
     oids = [table.oid for table in catalog.tables.values()]
     facts = await (await connection.execute(_TABLE_FACTS_QUERY, {"oids": oids})).fetchall()
     refused = await read_privilege_errors(connection, catalog.tables.values())
@@ -124,6 +141,39 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
         row_estimates={TableName(s, t): int(rows) for s, t, _, rows in facts if rows is not None},
         unreadable={name: TableFault(error.message, error.hint) for name, error in refused.items()},
     )
+
+
+def select_tables(catalog: Catalog, only: Sequence[str], excluded: Sequence[str]) -> Catalog:
+    """Return the tables that match one of ``only``, if there are any, and none of ``excluded``.
+
+    Patterns are those of a shell, for the name with or without its schema. A partition is there or
+    not with its root.
+
+    Raises:
+        SetupError: Code ``table_missing``: no table matches a pattern.
+    """
+    roots = {table.partition_of or name: None for name, table in catalog.tables.items()}
+    for pattern in (*only, *excluded):
+        if not any(_matches(root, pattern) for root in roots):
+            known = [str(root) if "." in pattern else root.name for root in roots]
+            hint = did_you_mean(pattern, known)
+            raise SetupError(
+                f'no table matches "{pattern}"',
+                hint=f"{hint[:1].upper()}{hint[1:]}." if hint else "",
+                code="table_missing",
+            )
+    chosen = {
+        root
+        for root in roots
+        if (not only or any(_matches(root, pattern) for pattern in only))
+        and not any(_matches(root, pattern) for pattern in excluded)
+    }
+    tables = {n: t for n, t in catalog.tables.items() if (t.partition_of or n) in chosen}
+    return replace(catalog, tables=tables)
+
+
+def _matches(name: TableName, pattern: str) -> bool:
+    return fnmatchcase(name.name, pattern) or fnmatchcase(str(name), pattern)
 
 
 @click.command()
@@ -143,9 +193,30 @@ async def _survey_schemas(connection: AsyncConnection[Any], schemas: Sequence[st
     show_default=True,
     help="Schema whose tables are served; may be repeated.",
 )
-def init(path: str, url: str, schemas: tuple[str, ...]) -> None:
+@click.option(
+    "--table",
+    "only",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only tables of this name, such as posts, 'app_*' or public.posts; may be repeated.",
+)
+@click.option(
+    "--exclude",
+    "excluded",
+    multiple=True,
+    metavar="PATTERN",
+    help="No tables of this name; may be repeated.",
+)
+def init(
+    path: str,
+    url: str,
+    schemas: tuple[str, ...],
+    only: tuple[str, ...],
+    excluded: tuple[str, ...],
+) -> None:
     """Write a configuration for the existing tables, with all rules locked."""
     with report_errors():
-        asyncio.run(write_config(path, url, tuple(dict.fromkeys(schemas))))
+        named = tuple(dict.fromkeys(schemas))
+        asyncio.run(write_config(path, url, named, only=only, excluded=excluded))
     lacks_url = bool(url) and not os.environ.get("DATABASE_URL")
     click.echo(_next_steps_text(path, lacks_url=lacks_url), err=path == STDOUT)
