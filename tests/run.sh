@@ -89,6 +89,7 @@ missing_packages() {
     for program in chromium curl nginx caddy haproxy pgbouncer nats-server npm; do
         command -v "$program" >/dev/null || echo "$program"
     done
+    command -v promtool >/dev/null || echo prometheus
     "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv
 }
 
