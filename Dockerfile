@@ -6,6 +6,8 @@ WORKDIR /src
 COPY .ci/constraints.txt constraints.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY pgrealtime pgrealtime
+COPY sql sql
+COPY config/pgrealtime.yaml config/pgrealtime.yaml
 # The environment goes to the next stage as it is, and without pip: nothing is installed there.
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && python -m venv --without-pip /opt/pgrealtime \
@@ -27,6 +29,8 @@ WORKDIR /etc/pgrealtime
 # A number, so that Kubernetes can tell that it isn't root (runAsNonRoot).
 USER 65532:65532
 EXPOSE 8090
+# Asks the port of the configuration, which is /etc/pgrealtime/pgrealtime.yaml or PGREALTIME_CONFIG.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["pgrealtime", "live"]
 # No shell in between: SIGTERM reaches the process, which drains its connections.
 ENTRYPOINT ["pgrealtime"]
 CMD ["run"]

@@ -12,10 +12,10 @@ import click
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from pgrealtime.api.realtime import OUTCOME_HEADER
+from pgrealtime.cli.address import configured_url
 from pgrealtime.cli.options import config_option, read_token
 from pgrealtime.cli.report import report_errors
 from pgrealtime.cli.token import make_configured_token
-from pgrealtime.config.load import load_config
 from pgrealtime.errors import SubscriptionError
 
 _CONNECT_SECONDS = 10.0
@@ -29,9 +29,6 @@ _MAX_BODY_CHARACTERS = 500
 """Of an unexpected response, shown as the error's detail."""
 _TOKEN_SECONDS = 30 * 86400.0
 """Lifetime of the token that --user makes."""
-
-_REACHABLE_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # noqa: S104 (looked up)
-"""Address that the service listens on -> host of a URL that reaches it."""
 
 _HINTS: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "Guests may not subscribe (auth.allow_guests): give a valid token.",
@@ -67,16 +64,9 @@ def listen(
     with report_errors():
         if user is not None:
             token = make_configured_token(path, user, _TOKEN_SECONDS)
-        address = (url or _configured_url(path)).rstrip("/")
+        address = (url or configured_url(path)).rstrip("/")
         with suppress(KeyboardInterrupt):
             asyncio.run(_receive_events(address, topics, read_token(token), max_events=count))
-
-
-def _configured_url(path: str) -> str:
-    """Return where the configured service is reached from this machine."""
-    server = load_config(path).server
-    host = _REACHABLE_HOSTS.get(server.host, server.host)
-    return f"http://{host}:{server.port}{server.base_path}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,10 +118,21 @@ def test_the_python_is_one_that_the_package_names() -> None:
 
 
 def test_a_health_check_asks_a_command_that_exists() -> None:
-    for check in _arguments(FINAL, "HEALTHCHECK"):
-        command = json.loads(check[check.index("[") :])
-        assert command[0] == "pgrealtime"
-        assert command[1] in main.list_commands(click.Context(main))
+    """The image has no curl."""
+    (check,) = _arguments(FINAL, "HEALTHCHECK")
+    command = json.loads(check[check.index("[") :])
+    assert command[0] == "pgrealtime"
+    assert command[1] in main.list_commands(click.Context(main))
+
+
+def test_what_the_wheel_includes_is_copied() -> None:
+    """The build in the image fails otherwise."""
+    copied = {path for line in _arguments(BUILD, "COPY") for path in line.split()[:-1]}
+    wheel = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    included = wheel["targets"]["wheel"]["force-include"]
+    assert included
+    for path in included:
+        assert path in copied or path.split("/")[0] in copied
 
 
 def test_no_secret_is_built_in() -> None:

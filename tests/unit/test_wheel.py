@@ -42,19 +42,37 @@ def test_its_command_starts_from_an_archive_alone(wheel: Path, tmp_path: Path) -
     """Nothing that works here depends on the checkout."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    ran = subprocess.run(
+    ran = _run_from(tmp_path)
+    assert ran.stdout.startswith(str(tmp_path)), ran.stderr
+    assert "run" in ran.stdout + ran.stderr
+
+
+def test_what_an_operator_reads_and_runs_is_installed_too(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    folder = Path(_run_from(tmp_path, "files").stdout.splitlines()[-1])
+    assert folder.is_relative_to(tmp_path)
+    for name in ("sql/roles.sql", "sql/tables.sql", "config/pgrealtime.yaml"):
+        assert (folder / name).read_bytes() == (_ROOT / name).read_bytes()
+
+
+def test_in_a_checkout_they_are_those_of_the_repository() -> None:
+    assert _run_from(_ROOT, "files").stdout.splitlines()[-1] == str(_ROOT)
+
+
+def _run_from(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
             sys.executable,
             "-P",
             "-c",
             "import pgrealtime.cli.main as c; print(c.__file__); c.main()",
+            *arguments,
         ],
-        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
-        cwd=tmp_path,
+        env={"PYTHONPATH": str(folder), "PATH": ""},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
         timeout=30,
     )
-    assert ran.stdout.startswith(str(tmp_path)), ran.stderr
-    assert "run" in ran.stdout + ran.stderr
