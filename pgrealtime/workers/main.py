@@ -52,6 +52,7 @@ from pgrealtime.workers.messages import (
     AskForGap,
     Call,
     Done,
+    Failed,
     Hello,
     MayListen,
     Message,
@@ -279,7 +280,10 @@ class Team:
             worker = self._workers[number] = WorkerProcess(
                 Hello(number, self._worker_config(), self._port), self._broadcaster, self._answer
             )
-            failure = await worker.run()
+            try:
+                failure = await worker.run()
+            except OSError as error:  # no memory, or too many files: perhaps later
+                failure = Failed("worker_gone", "a worker can't be started", str(error.strerror))
             self._past.add(worker.counts)
             self._tables.forget(worker)
             if self._is_stopping:

@@ -33,6 +33,8 @@ _SILENT_BEATS = 3
 """Missed beats after which nothing is expected of a worker soon."""
 _STUCK_BEATS = 15
 """Missed beats after which a worker is killed."""
+_START_BEATS = 120
+"""The same before the first one: modules are loaded, perhaps by a slow machine."""
 _COUNTS_SECONDS = 1.0
 
 
@@ -59,6 +61,7 @@ class WorkerProcess:
         self._broadcaster = broadcaster
         self._answer_of_main = answer
         self._missed_beats = 0
+        self._allowed_beats = _START_BEATS
         self._failure: Failed | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._sender: FrameSender | None = None
@@ -134,14 +137,15 @@ class WorkerProcess:
             self._missed_beats += 1
             if self.is_silent:
                 self.link.give_up()
-            if self._missed_beats == _STUCK_BEATS and process.returncode is None:
+            if self._missed_beats == self._allowed_beats and process.returncode is None:
                 log.error("worker.stuck", worker=self.number, pid=process.pid)
                 process.kill()
 
     def _answer(self, message: Message) -> Answering:
         match message:
             case Beat(connection_count=count):
-                self._missed_beats, self.connection_count = 0, count
+                self._missed_beats, self._allowed_beats = 0, _STUCK_BEATS
+                self.connection_count = count
             case Ready(tag=tag):
                 self.tag = tag
                 self.ready.set()
@@ -164,7 +168,7 @@ class WorkerProcess:
 def _environ() -> dict[str, str]:
     """Return the environment in which the worker finds this very program."""
     own = str(Path(pgrealtime.__file__).parent.parent)
-    if own in site.getsitepackages():
+    if own in (*site.getsitepackages(), site.getusersitepackages()):
         return dict(os.environ)  # named there it would come before the standard library
     paths = [own, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

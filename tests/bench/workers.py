@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=20.0, help="of those, per second")
     parser.add_argument("--changes", type=int, default=50_000, help="that one receives, a round")
     parser.add_argument("--calls", type=int, default=2000, help="a round")
-    parser.add_argument("--callers", type=int, default=128, help="calls at a time")
+    parser.add_argument("--callers", type=int, default=512, help="calls at a time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="measures whose names contain this")
     parser.add_argument("--storm", type=int, default=0, help="connections of ten topics")
