@@ -74,7 +74,7 @@ _POOL_SIZE = 2
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
 _LONG_LIFE_SECONDS = 60.0
-"""A worker that ran for so long is started again without delay."""
+"""A worker that ran for so long is started again after the first pause."""
 _STOP_MARGIN_SECONDS = 10.0
 """For what a worker does after the grace of its connections."""
 _PREPARE_SECONDS = 30.0
@@ -205,7 +205,7 @@ class Team:
         self._able_to_listen: set[int] = set()
         self._may_listen = asyncio.Event()
         self._is_started = False
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
         self._reload_lock = asyncio.Lock()
 
     @property
@@ -261,7 +261,7 @@ class Team:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _stop(self, tasks: Collection[asyncio.Task[None]]) -> None:
-        self._is_stopping = True
+        self._stopping.set()
         for worker in self.workers:
             if worker.is_serving:
                 worker.stop()
@@ -275,7 +275,7 @@ class Team:
     async def _supervise(self, number: int) -> None:
         """Run a worker, and start it again whenever it ends, until the service stops."""
         pause = _FIRST_PAUSE_SECONDS
-        while True:
+        while not self._stopping.is_set():
             began = time.monotonic()
             worker = self._workers[number] = WorkerProcess(
                 Hello(number, self._worker_config(), self._port), self._broadcaster, self._answer
@@ -286,7 +286,7 @@ class Team:
                 failure = Failed("worker_gone", "a worker can't be started", str(error.strerror))
             self._past.add(worker.counts)
             self._tables.forget(worker)
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             if failure is not None and not self._is_started:
                 raise failure.as_error()
@@ -391,7 +391,10 @@ class Team:
                 return_exceptions=True,
             )
             raise refused[0]
-        return [w for w, one in zip(asked, outcomes, strict=True) if one is None]
+        prepared = [w for w, one in zip(asked, outcomes, strict=True) if one is None]
+        if failures and not prepared:
+            raise failures[0]
+        return prepared
 
     async def _apply(self, prepared: Sequence[WorkerProcess]) -> None:
         outcomes = await asyncio.gather(
@@ -412,7 +415,7 @@ class Team:
         serving = [worker for worker in self._serving() if not worker.is_silent]
         counts = await asyncio.gather(*(worker.read_counts() for worker in serving))
         reasons = {reason for one in counts if one for reason in one.not_ready_reasons}
-        if self._is_stopping:
+        if self._stopping.is_set():
             reasons.add("shutting_down")
         if len([one for one in counts if one]) < self._count:
             reasons.add("worker_away")

@@ -116,6 +116,21 @@ async def test_a_killed_worker_costs_its_clients_nothing(database_url: str, tmp_
     assert metrics["events_sent_total"] > last
 
 
+async def test_a_service_that_ends_starts_no_successor(database_url: str, tmp_path: Path) -> None:
+    """A worker has just ended and its successor is due in a moment: nobody would stop that one."""
+    sections = {"server": {**TWO["server"], "shutdown_grace": "1s"}}
+    async with service(database_url, tmp_path, collections=OPEN, sections=sections) as running:
+        for worker in workers_of(running.process):
+            os.kill(worker, signal.SIGKILL)
+        await running.process.wait_logged("worker.ended", 2)
+        began = asyncio.get_running_loop().time()
+        os.kill(running.process.pid, signal.SIGTERM)
+        async with asyncio.timeout(30):
+            while is_alive(running.process.pid):
+                await asyncio.sleep(0.05)
+    assert asyncio.get_running_loop().time() - began < 5
+
+
 async def test_a_stopped_worker_holds_up_nobody_and_misses_nothing(
     database_url: str, tmp_path: Path
 ) -> None:
