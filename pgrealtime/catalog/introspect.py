@@ -68,6 +68,7 @@ ORDER BY a.attrelid, a.attnum
 # Constraints of partitions (conparentid) repeat those of their roots.
 _FOREIGN_KEYS = """
 SELECT k.conrelid AS table, k.conname AS name, n.nspname AS schema, c.relname AS target,
+       k.convalidated AS is_validated,
        (SELECT array_agg(a.attname ORDER BY u.place)
         FROM unnest(k.conkey) WITH ORDINALITY u(number, place)
         JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number) AS columns,
@@ -259,6 +260,7 @@ def _foreign_key(row: _CatalogRow) -> ForeignKey:
         column_names=tuple(row["columns"]),
         target=TableName(row["schema"], row["target"]),
         target_column_names=tuple(row["target_columns"]),
+        is_validated=row["is_validated"],
     )
 
 

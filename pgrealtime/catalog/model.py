@@ -86,6 +86,8 @@ class ForeignKey:
     column_names: tuple[str, ...]
     target: TableName
     target_column_names: tuple[str, ...]
+    is_validated: bool = True
+    """Whether every row has a target, also one that was there before the foreign key."""
 
 
 class TableKind(Enum):

@@ -67,6 +67,17 @@ class Test:
         self.is_row_independent = bool(self.in_process) and not (self.column_names or self.macros)
 
     @cached_property
+    def reads_other_rows(self) -> bool:
+        """Whether it reads rows of other tables; the caller's own row is read if it isn't bound."""
+        paths = predicate.paths_read(self.condition, is_nested_included=True)
+        return any(
+            True
+            for path in paths
+            for joined in path.joined_rows()
+            if not (joined.is_caller_row and self.is_caller_row_bound)
+        )
+
+    @cached_property
     def sql_predicate(self) -> SqlPredicate:
         """The condition in SQL, translated when it is first used.
 

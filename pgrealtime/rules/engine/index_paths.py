@@ -249,7 +249,7 @@ def _paths_of_comparison(
     if test_call.test.in_process is not None:
         path = _row_key_path(comparison, test_call, registry)
     else:
-        path = _remote_key_path(comparison, other_conjuncts, test_call, registry)
+        path = remote_key_path(comparison, other_conjuncts, test_call, registry)
     if path is None:
         return None
     is_whole_test = comparison is test_call.test.condition or (
@@ -286,12 +286,16 @@ def _caller_key_reader(
     return lambda values: read_key([values[i] for i in argument_positions])
 
 
-def _remote_key_path(
+def remote_key_path(
     comparison: Comparison,
     other_conjuncts: Sequence[Condition],
     test_call: TestCall,
     registry: KeyRegistry,
 ) -> IndexPath | None:
+    """Return the path by a key that PostgreSQL names for a row; None if the comparison gives none.
+
+    ``other_conjuncts`` must be true together with it in the same joins.
+    """
     test = test_call.test
     if comparison.op is not Op.EQ:
         return None

@@ -60,6 +60,11 @@ class Specialization:
     written, that record may be another one, or gone."""
 
     @property
+    def reads_other_rows(self) -> bool:
+        """Whether the verdict on a row depends on rows that are related to it or to the caller."""
+        return any(test.reads_other_rows for test in tests_of(self.formula))
+
+    @property
     def has_unindexed_filter(self) -> bool:
         """Whether a client's filter is tested for each changed row, matching or not."""
         return bool(self.filter_tests) and any(
