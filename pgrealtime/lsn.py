@@ -54,21 +54,29 @@ class Position(NamedTuple):
     epoch: str
     """Six lower case hexadecimal digits: digest of system, timeline, database and tables."""
     cursor: Cursor
+    awaits_resync: bool = False
+    """Whether a mirror of the connection was about to be told to load anew. It is complete up to
+    the cursor all the same if the client has its mirrors loaded anew on resuming."""
 
 
 _WIDTHS = (6, 16, 8)
+_RESYNC_MARK = "-r"
+"""After a position's text: it sorts behind that position and before every later one."""
 
 
 def format_position(position: Position) -> str:
     """Return ``EPOCH-LSN-ORDINAL``: lower case hex of fixed width, so texts sort as cursors."""
-    return f"{position.epoch}-{position.cursor.lsn:016x}-{position.cursor.ordinal:08x}"
+    mark = _RESYNC_MARK if position.awaits_resync else ""
+    return f"{position.epoch}-{position.cursor.lsn:016x}-{position.cursor.ordinal:08x}{mark}"
 
 
 def parse_position(text: str) -> Position | None:
     """Return the position that ``format_position`` printed, or None for any other text."""
-    parts = text.split("-")
+    unmarked = text.removesuffix(_RESYNC_MARK)
+    parts = unmarked.split("-")
     if tuple(map(len, parts)) != _WIDTHS:
         return None
     if not all(c in "0123456789abcdef" for part in parts for c in part):
         return None
-    return Position(parts[0], Cursor(LSN(int(parts[1], 16)), int(parts[2], 16)))
+    cursor = Cursor(LSN(int(parts[1], 16)), int(parts[2], 16))
+    return Position(parts[0], cursor, awaits_resync=unmarked != text)

@@ -14,7 +14,7 @@ PATH=$PATH:/usr/sbin:/sbin
 # suites that count a server's slots or end its sessions don't meet. On a server that is given they
 # run one after the other.
 LANE_1="unit conformance attacks chaos histories"
-LANE_2="integration e2e"
+LANE_2="integration e2e mirrors"
 REPORTS=tests/.run
 work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")
 servers=

@@ -108,6 +108,7 @@ class _CollectionBuilder:
             manage_rule=config.manage_rule,
             auth_rule=config.auth_rule,
             order=default_order(resolved, fields),
+            mirrors=config.mirrors,
             is_streamed=config.stream,
         )
 

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Self
+from typing import Literal, Self
 
 from pgrealtime.catalog.model import Column, Table, TableKind, Type
 from pgrealtime.changes import TableName
@@ -107,6 +107,8 @@ class Collection:
     auth_rule: str | None = ""
     order: tuple[OrderColumn, ...] = ()
     """The default order of lists, which is total: it ends with the key or is unique before."""
+    mirrors: Literal["on_request", "always", "off"] = "on_request"
+    """Which topics are mirrors: those that ask, all, or none."""
     is_streamed: bool = True
     """Whether its changes are delivered; otherwise it can be read only."""
     fields_by_name: Mapping[str, Field] = field(default_factory=dict, repr=False, compare=False)

@@ -221,6 +221,15 @@ class RealtimeConfig(Section):
     """Whether the subscribe call must come from the connection's address."""
 
 
+class MirrorsConfig(Section):
+    """Topics whose clients keep a list right: how often these are told to load it anew."""
+
+    pace: PositiveSeconds = 2.0
+    """Between two resyncs of one topic."""
+    resyncs_per_second: int = Field(default=500, ge=1)
+    """Over all connections: no more of them load their lists at once."""
+
+
 class ReadsConfig(Section):
     """Lists and single records on request."""
 
@@ -397,6 +406,9 @@ class CollectionConfig(Section):
     type: Literal["base", "auth"] = "base"
     id: str = ""
     """The column shown as id; empty takes the primary key."""
+    mirrors: Literal["on_request", "always", "off"] = "on_request"
+    """Which topics are mirrors, told of rows that enter and leave what their callers may see:
+    those with the option ``mode`` of "mirror", all, or none."""
     stream: bool = True
     """Whether changes are delivered. Views, materialized views and foreign tables send none, and
     can be read only: set it to false."""
@@ -457,6 +469,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
     realtime: RealtimeConfig = RealtimeConfig()
+    mirrors: MirrorsConfig = MirrorsConfig()
     records: RecordsConfig = RecordsConfig()
     reads: ReadsConfig = ReadsConfig()
     auth: AuthConfig = AuthConfig()

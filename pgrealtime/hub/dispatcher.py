@@ -31,6 +31,7 @@ from pgrealtime.hub.state.callers import CallerCheck
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
+from pgrealtime.hub.state.resyncs import MirrorResyncs
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import END_ORDINAL, Cursor
 from pgrealtime.observe.redact import raise_location
@@ -51,6 +52,7 @@ class Dispatcher:
     visibility: VisibilityTracker
     entry_checks: EntryChecks
     gap_notifier: GapNotifier
+    resyncs: MirrorResyncs
     catch_up: CatchUpTasks
     clock: Callable[[], float]
     progressed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,6 +82,16 @@ class Dispatcher:
             self._changelog_appended.clear()
             while self._has_undispatched():
                 await self._dispatch()
+                await self._write_resyncs()
+            await self._write_resyncs()
+
+    async def _write_resyncs(self) -> None:
+        """Tell mirrors to load anew, behind all that was delivered."""
+        try:
+            written = await self.resyncs.write_to_live()
+            self._write_cursor_events(written, self.progress.head)
+        except Exception as error:  # noqa: BLE001 (what is left is written later)
+            log.error("resync.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (at says where)
 
     def _has_undispatched(self) -> bool:
         """Whether the changelog has entries after the head; ``_dispatch`` finds why it raises."""
@@ -219,6 +231,10 @@ class Dispatcher:
         if generation.matcher.trials.has_untried:
             self._isolate(isolated.with_untried_filters(slice_.events), ())
         result = await generation.evaluator.evaluate_in_chunks(slice_.events)
+        if concerns := generation.matcher.concerns:
+            result.record_concerned(
+                concerns.find(slice_.transactions, slice_.begin_cursor, slice_.end_cursor)
+            )
         late, slow = result.over_budget_groups, result.expensive_groups
         if late or slow:
             self._isolate(connections_of(late), connections_of(slow))
@@ -271,6 +287,8 @@ class Dispatcher:
     ) -> bool:
         """Deliver an evaluated slice in bounded parts; return False if the revision changed."""
         progress, events = self.progress, slice_.events
+        # Before the first message, whose position would go past what the mirrors are told.
+        self.registry.request_resyncs(result.resync_reasons)
         max_bytes = self.registry.send_budget.per_connection_bytes
         renderer = progress.generation.renderer
         composer = MessageComposer(renderer, events, result.hits, enrichment, max_bytes)

@@ -6,7 +6,7 @@ one reads on from the changelog by itself.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 from pgrealtime.auth.principal import Caller
 from pgrealtime.changelog.memory import Changelog
@@ -25,6 +25,7 @@ from pgrealtime.hub.state.generation import Generation
 from pgrealtime.hub.state.progress import DispatchProgress, HubSettings, ResumableEpochs
 from pgrealtime.hub.state.read_positions import ReadPositions
 from pgrealtime.hub.state.registry import ConnectionRegistry, ConnectionTimeouts, HubCounters
+from pgrealtime.hub.state.resyncs import MirrorResyncs
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.hub.subscribe import SubscribeCalls
 from pgrealtime.lsn import Cursor
@@ -75,13 +76,31 @@ class Hub:
         )
         self._timeouts = ConnectionTimeouts(progress, registry, settings.limits, clock)
         self._gap_notifier = gap_notifier = GapNotifier(progress, registry, clock)
+        self._resyncs = resyncs = MirrorResyncs(
+            progress, registry, visibility, settings.mirrors, clock
+        )
         self._catch_up = CatchUpTasks(
-            changelog, progress, registry, visibility, gap_notifier, settings=settings, clock=clock
+            changelog,
+            progress,
+            registry,
+            visibility,
+            gap_notifier,
+            resyncs=resyncs,
+            settings=settings,
+            clock=clock,
         )
         self._entry_checks = EntryChecks(executor, progress, visibility, refresh_schema)
         checks, catch_up = self._entry_checks, self._catch_up
         self._dispatcher = Dispatcher(
-            changelog, progress, registry, visibility, checks, gap_notifier, catch_up, clock
+            changelog,
+            progress,
+            registry,
+            visibility,
+            checks,
+            gap_notifier,
+            resyncs,
+            catch_up,
+            clock,
         )
         self._subscribe_calls = SubscribeCalls(
             changelog, progress, registry, visibility, catch_up, settings.limits, clock
@@ -207,6 +226,11 @@ class Hub:
         return self._gap_notifier.notified
 
     @property
+    def resyncs_written(self) -> Mapping[str, int]:
+        """Resyncs that mirrors were told, by reason."""
+        return self._resyncs.written
+
+    @property
     def subscription_counts(self) -> Mapping[str, int]:
         """Numbers of subscriptions that an event can match, by collection."""
         return self._progress.generation.subscription_counts
@@ -245,12 +269,13 @@ class Hub:
             # Settings of callers and generation before rebinding: both decide into which group a
             # subscription goes.
             try:
+                previous = self._progress.generation
                 generation = self._make_generation(collections)
                 self._registry.callers.replace_settings(
                     logins or {}, revalidate_caller, allows_guests=allows_guests
                 )
                 self._progress.replace_generation(generation)
-                self._registry.rebind()
+                self._registry.rebind(previous)
             except Exception as error:  # noqa: BLE001 (raised where it is awaited)
                 if not replaced.done():
                     replaced.set_exception(error)
@@ -269,7 +294,14 @@ class Hub:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._timeouts.watch(), name="limits")
             group.create_task(self._visibility.watch(), name="visibility")
+            group.create_task(self._resyncs.watch(self._wake_for_resyncs), name="resyncs")
             group.create_task(self._row_history.trim_periodically(), name="row history")
+
+    def _wake_for_resyncs(self, connections: Iterable[Connection]) -> None:
+        self._dispatcher.wake()
+        for connection in connections:
+            if connection.is_catching_up():
+                self._catch_up.start_task(connection)
 
     async def shutdown(self, grace_seconds: float) -> None:
         """Close every connection within ``grace_seconds``, a few at a time."""

@@ -20,7 +20,13 @@ from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import SubscriptionError, SubscriptionLimitError
 from pgrealtime.fairness import FairLock
 from pgrealtime.hub.catchup.tasks import CatchUpTasks
-from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.connections.connection import (
+    START_REASON,
+    Connection,
+    Group,
+    Subscription,
+)
+from pgrealtime.hub.connections.group import has_same_predicate
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.hub.state.visibility import VisibilityTracker
@@ -173,13 +179,16 @@ class SubscribeCalls:
         begins before the end, all is done again.
         """
         before = connection.subscriptions
+        groups = {name: subscription.group for name, subscription in before.items()}
         try:
             try:
                 while True:
                     epoch = connection.epoch
                     # In each round: the configuration, and the cursor, may be others now.
                     current = self._current_caller(connection, caller)
-                    steps = self._replace_steps(connection, before, topics, current, read_point)
+                    steps = self._replace_steps(
+                        connection, topics, current, read_point, previous=before, groups=groups
+                    )
                     if await self._run_in_chunks(connection, steps):
                         break
                     if connection.epoch != epoch:
@@ -250,14 +259,17 @@ class SubscribeCalls:
     def _replace_steps(
         self,
         connection: Connection,
-        previous: Mapping[str, Subscription],
         topics: Mapping[str, Topic],
         caller: Caller,
         read_point: ReadPoint | None,
+        *,
+        previous: Mapping[str, Subscription],
+        groups: Mapping[str, Group | None],
     ) -> Generator[None]:
         """Replace the connection's subscriptions by those of the topics, one a step.
 
-        A topic that it had before keeps its read point; the others have ``read_point``. Raises
+        A topic that it had before, in one of ``groups``, keeps its read point; the others have
+        ``read_point``. Mirrors that begin, or show other rows now, are to be loaded. Raises
         ``SubscriptionLimitError`` for too many of a kind, when some are installed already.
         """
         # All old ones first: quotas count what the connection has, and the same topics must not be
@@ -269,17 +281,30 @@ class SubscribeCalls:
             before = previous.get(name)
             subscription.set_read_point(before.read_point if before else read_point)
             self.registry.add_read_point(subscription)
+            subscription.set_mirror(before.mirror if before else None)
             # Before it is bound: a refusal unbinds all that the connection has.
             connection.add_subscription(name, subscription)
             reason = self.progress.generation.bind_subscription(subscription, caller)
             if reason:
                 unmatchable[reason].append(name)
+            if subscription.mirror is not None:
+                if before is None:
+                    if read_point is not None or self._begins_mirrors_anew(connection):
+                        self.registry.request_resync(subscription, START_REASON)
+                elif not has_same_predicate(groups[name], subscription.group):
+                    self.registry.request_resync(subscription, "identity")
+                self.registry.add_mirror_to_resync(subscription)
             yield
         for reason, names in unmatchable.items():
             # The first one's text, without its options: they may hold a token.
             text = names[0].partition("?")[0][:_LOGGED_TOPIC_CHARACTERS]
             id_, count = connection.id, len(names)
             log.info("subscription.mute", connection=id_, reason=reason, topics=count, topic=text)
+
+    def _begins_mirrors_anew(self, connection: Connection) -> bool:
+        """Whether mirrors can't go on from the position that the connection resumes from."""
+        # Since then rules may have changed; or a resync was about to be written there.
+        return connection.awaits_resync or connection.cursor <= self.progress.mirrors_since
 
     def _unbind_steps(self, connection: Connection) -> Generator[None]:
         generation = self.progress.generation
@@ -306,6 +331,7 @@ class SubscribeCalls:
                 if subscription.group is None:
                     self.progress.generation.bind_subscription(subscription, connection.caller)
                 self.registry.add_read_point(subscription)
+                self.registry.add_mirror_to_resync(subscription)
                 yield
 
 

@@ -32,6 +32,16 @@ def cursor_tail(event_id: bytes) -> bytes:
     return b'\nevent:PB_CURSOR\ndata:{"id":"%b"}\n\n' % event_id
 
 
+def mirror_resync_tail(
+    topic: bytes, collection_id: str, collection_name: str, reason: str
+) -> bytes:
+    """Return the tail that tells a mirror's client to load its list anew."""
+    record = {"collectionId": collection_id, "collectionName": collection_name, "id": ""}
+    members = {"record": record, "action": "resync", "reason": reason}
+    data = json.dumps(members, separators=(",", ":"), ensure_ascii=False)
+    return b"\nevent:%b\ndata:%b\n\n" % (topic, data.encode())
+
+
 def resync_tail(collections: Iterable[str], reason: str) -> bytes:
     """Return the tail of PB_RESYNC: the collections to load anew; none means all."""
     members = {"collections": sorted(collections), "reason": reason}

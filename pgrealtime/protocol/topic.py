@@ -50,6 +50,11 @@ class Topic(Struct, frozen=True, kw_only=True, gc=False):
     headers: Mapping[str, str] = _NO_OPTIONS
     """``@request.headers``, names in snake case."""
 
+    @property
+    def asks_for_mirror(self) -> bool:
+        """Whether its client keeps a list by it: is told of rows that enter and leave."""
+        return self.query.get("mode") == "mirror"
+
 
 def parse_topic(text: str) -> Topic:
     """Parse a topic; never raises: an invalid one matches nothing."""

@@ -227,6 +227,7 @@ def _build_parts(
         LSN(0), max_bytes=config.changelog.max_size, max_age_seconds=config.changelog.max_age
     )
     settings = HubSettings(
+        mirrors=config.mirrors,
         limits=config.realtime,
         logins=applied.logins,
         allows_guests=config.auth.allow_guests,

@@ -45,6 +45,7 @@ class StatusReader:
             + sum(connection.events_sent for connection in hub.connections),
             closed_connections=counters.closed_connections,
             gaps_notified=hub.gaps_notified,
+            mirror_resyncs=hub.resyncs_written,
             resume_outcomes=counters.resume_outcomes,
             refused_subscribe_calls=counters.refused_subscribe_calls,
             incomplete_records=counters.incomplete_records,

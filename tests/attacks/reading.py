@@ -52,9 +52,7 @@ class Reader:
 
     async def get(self, path: str, caller: str = "", **query: str) -> tuple[int, Any]:
         """Return status and body."""
-        claims = {"sub": caller, "exp": time.time() + 3600}
-        headers = {"Authorization": jwt.encode(claims, SECRET)} if caller else {}
-        async with self.session.get(self.url(path, **query), headers=headers) as response:
+        async with self.session.get(self.url(path, **query), headers=bearer(caller)) as response:
             return response.status, json.loads(await response.read())
 
     async def ids(self, path: str, caller: str = "", **query: str) -> list[str]:
@@ -62,6 +60,12 @@ class Reader:
         status, body = await self.get(f"{path}/records", caller, **query)
         assert status == 200, body
         return [item["id"] for item in body["items"]]
+
+
+def bearer(caller: str) -> dict[str, str]:
+    """Return the headers of a caller's request; none of a guest's."""
+    claims = {"sub": caller, "exp": time.time() + 3600}
+    return {"Authorization": jwt.encode(claims, SECRET)} if caller else {}
 
 
 def configured(database_url: str, collections: Mapping[str, Any], **sections: Any) -> Config:

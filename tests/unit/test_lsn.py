@@ -90,6 +90,18 @@ def test_text_order_is_stream_order(one: Cursor, other: Cursor) -> None:
     assert (texts[0] < texts[1]) is (one < other)
 
 
+@given(CURSORS, CURSORS)
+def test_a_position_that_awaits_a_resync_lies_behind_itself_and_before_the_next(
+    one: Cursor, other: Cursor
+) -> None:
+    """So a client that compares texts skips nothing by it, and resumes from the same cursor."""
+    plain, marked = Position("000000", one), Position("000000", one, awaits_resync=True)
+    assert parse_position(format_position(marked)) == marked
+    assert format_position(plain) < format_position(marked)
+    if one < other:
+        assert format_position(marked) < format_position(Position("000000", other))
+
+
 def test_a_transaction_begins_before_its_changes_and_ends_after_them() -> None:
     lsn = LSN(32)
     places = [

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from pgrealtime.auth.principal import account_of
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changes import Action
 from pgrealtime.errors import ChangelogError
@@ -96,9 +97,14 @@ class SliceReader:
             SliceResult([()] * len(events)),
             NO_ENRICHMENT,
         )
+        self._request_identity_resyncs(connection, evaluated.account_events)
         # Before the evaluation; a deletion is applied once the slice was delivered.
         self.apply_caller_changes(connection, evaluated.account_events, "update")
         await self._evaluate(connection, evaluated)
+        if concerns := self.progress.generation.matcher.concerns:
+            evaluated.result.record_concerned(
+                concerns.find(slice_.transactions, slice_.begin_cursor, end)
+            )
         subscribed = self.progress.generation.subscription_counts
         if causes := gap_xids(evaluated.gap, events, evaluated.result, subscribed):
             # A client that is notified of a gap reloads at once and must find its changes.
@@ -112,7 +118,7 @@ class SliceReader:
         except ChangelogError:
             # It read too slowly for the changelog's window, and goes on from where that begins.
             floor = self.changelog.floor
-            return Slice([], GapNotice(None, "expired", floor), floor)
+            return Slice([], GapNotice(None, "expired", floor), floor, connection.cursor, [])
 
         def changes_caller(event: Event) -> bool:
             caller, read_point = connection.caller, connection.caller_read_point
@@ -171,6 +177,28 @@ class SliceReader:
         if outdated := check.outdated_connections.get(connection):
             generation.enricher.withhold_expands(events, evaluated.result, enrichment, outdated)
 
+    def _request_identity_resyncs(
+        self, connection: Connection, account_events: Sequence[Event]
+    ) -> None:
+        """Have mirrors loaded anew that resumed and were others' before the caller's row changed.
+
+        Its row was read when the call was authenticated, so the change itself changes nothing now.
+        """
+        callers, caller = self.registry.callers, connection.caller
+        read_point = connection.caller_read_point
+        for event in account_events:
+            if (
+                event.account_key == account_of(caller)
+                and read_point is not None
+                and not read_point.predates(event.xid, event.cursor.lsn)
+                and callers.caller_before(event, caller) != caller
+            ):
+                for subscription in connection.subscriptions.values():
+                    group = subscription.group
+                    is_resumed = subscription.read_point is None
+                    if is_resumed and (group is None or group.specialization.reads_caller):
+                        self.registry.request_resync(subscription, "identity")
+
     def apply_caller_changes(
         self, connection: Connection, account_events: Sequence[Event], action: Action
     ) -> None:
@@ -219,6 +247,8 @@ def catch_up_cache_key(connection: Connection, revision: int) -> CatchUpCacheKey
         return None
     (subscription,) = connection.subscriptions.values()
     if subscription.group is None or subscription.own_record_id:
+        return None
+    if subscription.mirror is not None and subscription.mirror.pending_reason:
         return None
     read_point = subscription.read_point
     if read_point is not None and connection.cursor.lsn <= read_point.insert_lsn:

@@ -30,6 +30,7 @@ from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.isolation import IsolatedConnections
 from pgrealtime.hub.state.progress import DispatchProgress, HubSettings
 from pgrealtime.hub.state.registry import ConnectionRegistry
+from pgrealtime.hub.state.resyncs import MirrorResyncs
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.observe.redact import raise_location
@@ -67,6 +68,7 @@ class CatchUpTasks:
         visibility: VisibilityTracker,
         gap_notifier: GapNotifier,
         *,
+        resyncs: MirrorResyncs,
         settings: HubSettings,
         clock: Callable[[], float],
     ) -> None:
@@ -75,6 +77,7 @@ class CatchUpTasks:
         self._registry = registry
         self._visibility = visibility
         self._gap_notifier = gap_notifier
+        self._resyncs = resyncs
         self._send_budget = registry.send_budget
         self._stall_timeout = settings.limits.stall_timeout
         self._clock = clock
@@ -107,6 +110,7 @@ class CatchUpTasks:
             connection in self._tasks
             or connection.cursor < self._progress.evaluation_target
             or connection.pending_gap_reason
+            or connection.awaits_resync
             or connection.writer.buffered_bytes()
         ):
             self.start_task(connection)
@@ -207,6 +211,9 @@ class CatchUpTasks:
         # A slice at a time, so that a subscribe call waits for one slice and not for the end.
         async with connection.lock:
             if not connection.is_catching_up() or self._notify_pending_gap(connection):
+                return False
+            await self._resyncs.write_to(connection)
+            if not connection.is_catching_up():
                 return False
             # Before it waits for a place: what another was sent costs no query.
             if self._deliver_cached(connection):
@@ -359,11 +366,20 @@ class CatchUpTasks:
         gap = evaluated.gap if is_whole else None
         evaluation_gap = evaluated.result.gap_in(events, range(stop), messages.failed_indexes)
         position_limit = self._gap_notifier.position_limit(connection, evaluation_gap)
+        # Before the messages, whose positions would go past what the mirrors are told.
+        for subscription in connection.subscriptions.values():
+            if reason := subscription.group and evaluated.result.resync_reasons.get(
+                subscription.group
+            ):
+                self._registry.request_resync(subscription, reason)
         self._write_batch(connection, events, messages.batch, position_limit)
         # Not what depends on this connection alone: a gap that it is notified of by its own topics,
         # a change of its caller, rows that it was not shown.
         is_same_for_others = not (
-            evaluated.gap or evaluated.account_events or evaluated.is_caller_outdated
+            evaluated.gap
+            or evaluated.account_events
+            or evaluated.is_caller_outdated
+            or evaluated.result.resync_reasons
         )
         if key is not None and is_same_for_others and evaluation_gap is None:
             self._cache.store(

@@ -8,6 +8,7 @@ topics. They call its transitions; nothing outside of its class assigns its fiel
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ NO_MESSAGE_KEYS: AbstractSet[MessageKey] = frozenset()
 
 CURSOR_TOPIC = "PB_CURSOR"
 RESYNC_TOPIC = "PB_RESYNC"
+START_REASON = "start"
+"""Of the resync that a mirror begins with."""
 
 _CLOSE_DELAY_SECONDS = 1.0
 """Seconds that a connection stays open after its first call was answered. The PocketBase JS SDK
@@ -71,6 +74,26 @@ _CALL_STATES = (
 _OPEN_STATES = tuple(state for state in ConnectionState if state is not ConnectionState.CLOSED)
 
 
+@dataclass(slots=True, eq=False)
+class MirrorState:
+    """What a subscription has beyond others if its client keeps a list by it.
+
+    Where events can't keep the list right, the client is told to load it anew: by a resync.
+    """
+
+    is_told: bool
+    """Whether its client asked for a mirror, and so knows resyncs. Others are notified of gaps."""
+    pending_reason: str = ""
+    """Why a resync is to be written; empty if none is."""
+    resynced_at: float = -math.inf
+    """When the last one was written."""
+
+    @property
+    def is_unloaded(self) -> bool:
+        """Whether its client has no list yet, and is sent no event before it is told to load it."""
+        return self.pending_reason == START_REASON
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class Subscription:
     """One topic of one connection.
@@ -92,6 +115,8 @@ class Subscription:
     expand_viewer: ExpandViewer | None = None
     bound_manage_rule: BoundPredicate | None = None
     """The rule that shows an email which is not public; None if none can."""
+    mirror: MirrorState | None = None
+    """None if it is no mirror: it is told of a row when that is written and its caller sees it."""
 
     def __post_init__(self) -> None:
         self.topic_bytes = self.topic.text.encode()
@@ -119,6 +144,16 @@ class Subscription:
     def set_group(self, group: Group | None) -> None:
         """Set the group that the matcher put it into, or None."""
         self.group = group
+
+    def set_mirror(self, mirror: MirrorState | None) -> None:
+        """Make it a mirror, or none; before it is put into a group."""
+        self.mirror = mirror
+
+    def request_resync(self, reason: str) -> None:
+        """Have its client told to load its list anew; a reason that it is to be told for stays."""
+        if self.mirror is not None and self.mirror.is_told and not self.mirror.pending_reason:
+            self.mirror.pending_reason = reason
+            self.connection.mark_resync_requested()
 
     def set_read_point(self, read_point: ReadPoint | None) -> None:
         """Set the snapshot whose transactions are not delivered for it."""
@@ -150,6 +185,8 @@ class Resumption(NamedTuple):
     """Why changes are missing before ``cursor``; empty if none are."""
     is_resuming: bool = False
     """Whether delivery resumes from the submitted position."""
+    awaits_resync: bool = False
+    """Whether a resync was about to be written at that position: mirrors begin anew."""
 
 
 class Connection(ConnectionOutput):
@@ -257,7 +294,13 @@ class Connection(ConnectionOutput):
         if resumption is not None:
             # Only for clients that submitted a position: others receive PocketBase's bytes.
             self.is_resumable = True
-            self.cursor, self.position, self.pending_gap_reason, self.is_resuming = resumption
+            (
+                self.cursor,
+                self.position,
+                self.pending_gap_reason,
+                self.is_resuming,
+                self.awaits_resync,
+            ) = resumption
         # Anew: the time in which PB_CONNECT was held back counts for no timeout of a connected one.
         self.connected_at = self.idle_since = self.last_write_at = now
         self.write_message(connect_tail(self.id), None)
@@ -303,6 +346,7 @@ class Connection(ConnectionOutput):
             self.is_resumable = True
             self.position = self._encode_position(self.cursor)
         if topics:
+            self.update_awaits_resync()
             # Not by a call without topics, after which the position is still the submitted one.
             self.is_resuming = False
         if self.state is ConnectionState.CALLER_INVALID:
@@ -413,6 +457,26 @@ class Connection(ConnectionOutput):
         # With the position: a subscribe call begins behind the gap, or the gap would come again.
         self.cursor = cursor or self.cursor
         self.mark_event_sent(now)
+
+    def write_resync(
+        self, subscription: Subscription, tail: bytes, cursor: Cursor, now: float
+    ) -> None:
+        """Write a mirror's resync. ``cursor`` is what the connection has received."""
+        assert subscription.mirror is not None
+        subscription.mirror.pending_reason = ""
+        subscription.mirror.resynced_at = now
+        self.update_awaits_resync()
+        self.write_message(tail, cursor)
+        self.mark_event_sent(now)
+
+    def mark_resync_requested(self) -> None:
+        """Have positions say that a resync is to be written."""
+        self.awaits_resync = True
+
+    def update_awaits_resync(self) -> None:
+        """Derive ``awaits_resync`` from the subscriptions."""
+        mirrors = (own.mirror for own in self.subscriptions.values())
+        self.awaits_resync = any(mirror and mirror.pending_reason for mirror in mirrors)
 
     def write_heartbeat(self, cursor: Cursor, now: float) -> None:
         """Write PB_CURSOR if the position moved, else an SSE comment."""

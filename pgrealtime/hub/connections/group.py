@@ -42,10 +42,11 @@ class MemberRenderGroup(Generic[MemberT]):
     A single subscription is stored without a dict: most render groups have only one.
     """
 
-    __slots__ = ("_by_owner", "_subscriptions", "batch", "composed_in", "render_key")
+    __slots__ = ("_by_owner", "_subscriptions", "batch", "composed_in", "is_mirror", "render_key")
 
-    def __init__(self, subscription: MemberT) -> None:
+    def __init__(self, subscription: MemberT, *, is_mirror: bool) -> None:
         self.render_key = subscription.render_key
+        self.is_mirror = is_mirror
         self.batch: MessageBatch | None = None
         """Their messages in the part of a slice being delivered; None between slices."""
         self.composed_in: object = None
@@ -89,21 +90,27 @@ class MemberRenderGroup(Generic[MemberT]):
 class MemberGroup(Generic[MemberT]):
     """Subscriptions that always have the same verdict; a member of the index.
 
-    ``record_id`` is that of a record topic; None for the whole collection.
+    ``record_id`` is that of a record topic; None for the whole collection. Mirrors are in groups of
+    their own.
     """
 
     __slots__ = (
         "_render_groups",
+        "is_mirror",
         "record_id",
         "shared_subscription_count",
         "specialization",
         "values",
     )
 
-    def __init__(self, bound: BoundPredicate, record_id: str | None) -> None:
+    def __init__(
+        self, bound: BoundPredicate, record_id: str | None, *, is_mirror: bool = False
+    ) -> None:
         self.specialization = bound.specialization
         self.values = bound.values
         self.record_id = record_id
+        self.is_mirror = is_mirror
+        """Whether its subscriptions are mirrors: evaluated before and after each change."""
         self.shared_subscription_count = 0
         """How many of its subscriptions are evaluated with those of other connections: those
         without a filter, and those whose connections aren't isolated. The index finds a group only
@@ -133,15 +140,19 @@ class MemberGroup(Generic[MemberT]):
         key = subscription.render_key
         match self._render_groups:
             case None:
-                self._render_groups = MemberRenderGroup(subscription)
+                self._render_groups = self._new_render_group(subscription)
             case MemberRenderGroup(render_key=only_key) as only if only_key == key:
                 only.add(subscription)
             case MemberRenderGroup(render_key=only_key) as only:
-                self._render_groups = {only_key: only, key: MemberRenderGroup(subscription)}
+                other = self._new_render_group(subscription)
+                self._render_groups = {only_key: only, key: other}
             case several if key in several:
                 several[key].add(subscription)
             case several:
-                several[key] = MemberRenderGroup(subscription)
+                several[key] = self._new_render_group(subscription)
+
+    def _new_render_group(self, subscription: MemberT) -> MemberRenderGroup[MemberT]:
+        return MemberRenderGroup(subscription, is_mirror=self.is_mirror)
 
     def remove(self, subscription: MemberT) -> bool:
         """Remove a subscription; return whether it was the last one."""
@@ -158,3 +169,12 @@ class MemberGroup(Generic[MemberT]):
         return self.specialization.collection.name == event.collection.name and (
             self.record_id in {None, event.record_id}
         )
+
+
+def has_same_predicate(
+    one: MemberGroup[MemberT] | None, other: MemberGroup[MemberT] | None
+) -> bool:
+    """Whether two groups of one generation match the same rows; None matches no row."""
+    if one is None or other is None:
+        return one is other
+    return (one.specialization, one.values) == (other.specialization, other.values)

@@ -35,9 +35,9 @@ class ResponseWriter(Protocol):
 
 
 @lru_cache(maxsize=4096)
-def encode_position(epoch: str, cursor: Cursor) -> bytes:
+def encode_position(epoch: str, cursor: Cursor, *, awaits_resync: bool = False) -> bytes:
     """Return a position as event ids carry it."""
-    return format_position(Position(epoch, cursor)).encode()
+    return format_position(Position(epoch, cursor, awaits_resync)).encode()
 
 
 class ConnectionOutput:
@@ -48,6 +48,7 @@ class ConnectionOutput:
         "_id_prefix",
         "_queued_batches",
         "_written_bytes",
+        "awaits_resync",
         "epoch",
         "events_sent",
         "has_cursor_topic",
@@ -68,6 +69,9 @@ class ConnectionOutput:
         """Whether ids carry positions. Other clients receive PocketBase's bytes."""
         self.position: bytes = b""
         """The position in the last id sent, if ids carry positions."""
+        self.awaits_resync = False
+        """Whether a resync is to be written for a mirror. Positions say so until it is: on resuming
+        from one of them mirrors are told to load anew."""
         self.has_cursor_topic = False
         self.idle_since = now
         """When it connected or last received an event."""
@@ -103,7 +107,9 @@ class ConnectionOutput:
         self.idle_since = self.last_write_at = now
 
     def _encode_position(self, cursor: Cursor) -> bytes:
-        return encode_position(self.epoch, cursor)
+        if self.awaits_resync:
+            return encode_position(self.epoch, cursor, awaits_resync=True)
+        return encode_position(self.epoch, cursor)  # for each message
 
     def _event_id(self) -> bytes:
         return b"%b.%b" % (self._id_prefix, self.position) if self.is_resumable else self._id_prefix

@@ -228,7 +228,7 @@ def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> lis
         shared, render_group.batch, render_group.composed_in = render_group.batch, None, None
         if shared is None or not shared.event_indexes:
             continue
-        for subscription in render_group:
+        for subscription in _loaded(render_group) if render_group.is_mirror else render_group:
             connection = subscription.connection
             if connection.state is not LIVE or connection in composed.excluded_connections:
                 continue
@@ -238,6 +238,13 @@ def enqueue_messages(composed: ComposedMessages, events: Sequence[Event]) -> lis
             if batch.event_indexes and connection.enqueue(batch):
                 receivers.append(connection)
     return receivers
+
+
+def _loaded(render_group: RenderGroup) -> Iterator[Subscription]:
+    """Yield the mirrors whose clients were told to load their lists: the others have none yet."""
+    for subscription in render_group:
+        if subscription.mirror is None or not subscription.mirror.is_unloaded:
+            yield subscription
 
 
 def _batch_for_subscription(
@@ -330,6 +337,8 @@ def _subscription_hits(
             first = index
         for group in groups:
             for subscription in by_group.get(group, ()):
+                if subscription.mirror is not None and subscription.mirror.is_unloaded:
+                    continue
                 read_point = subscription.read_point
                 if read_point is None or read_point.predates(event.xid, event.cursor.lsn):
                     yield first, index, subscription

@@ -186,7 +186,10 @@ class SliceEnricher:
         expands: list[ExpandRequest] = []
         managed: set[int] = set()
         self._before_states.begin_batch()
-        received = [index for index, groups in enumerate(hits) if groups]
+        # Of a departure the id alone is shown.
+        received = [
+            index for index, groups in enumerate(hits) if groups and not events[index].is_departure
+        ]
         for index in received:
             event = events[index]
             needs = list(find_needs(hits[index]))

@@ -25,6 +25,7 @@ from pgrealtime.hub.delivery.enrichment import Enrichment
 from pgrealtime.hub.events.event import Event
 from pgrealtime.protocol.frame import event_tail
 from pgrealtime.records.encode import RecordEncoder, View, compile_encoder, unencodable_column
+from pgrealtime.records.fields import parse_fields
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.request import RuleRequest
@@ -32,6 +33,7 @@ from pgrealtime.rules.language.request import RuleRequest
 log = structlog.get_logger(__name__)
 
 _MAX_ENCODERS = 1024
+_PLAIN_VIEW = View()
 _ViewKey: TypeAlias = tuple[
     str, Principal, Mapping[str, str], Mapping[str, str], tuple[tuple[str, str | None], ...]
 ]
@@ -106,7 +108,10 @@ class RecordRenderer:
             return
         request = RuleRequest(principal=caller.principal, query=topic.query, headers=topic.headers)
         is_superuser, own_row = isinstance(caller.principal, Superuser), caller.own_row
-        view = self._view(request.query.get("fields"), is_superuser)
+        fields = request.query.get("fields")
+        if subscription.mirror is not None and fields and parse_fields(fields):
+            fields += ",id"  # by which its client sets and drops rows
+        view = self._view(fields, is_superuser)
         expand_viewer = manage_rule = None
         # If the manage rule can't be compiled, the view alone is set and nothing is expanded.
         subscription.set_view(view)
@@ -126,7 +131,9 @@ class RecordRenderer:
         A subscriber whose own record it is sees its e-mail address.
         """
         topic, view, viewer, manage_predicate = render_key
-        if is_own_record or (
+        if rendering.event.is_departure:
+            view, viewer = _PLAIN_VIEW, None  # whose row has the id alone
+        elif is_own_record or (
             manage_predicate is not None
             and manage_predicate
             in rendering.enrichment.manage_evaluation.hits(rendering.event_index)

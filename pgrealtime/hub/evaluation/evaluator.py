@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Collection as Sized
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import structlog
@@ -23,6 +24,12 @@ from pgrealtime.hub.connections.connection import Group
 from pgrealtime.hub.connections.group import MANY_CONNECTIONS
 from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
+from pgrealtime.hub.evaluation.mirrors import (
+    ImageVerdicts,
+    MirrorEvents,
+    row_images,
+    with_mirror_events,
+)
 from pgrealtime.hub.evaluation.toast import RowCompleter
 from pgrealtime.hub.events.event import SLICE_CHANGES, Event, GapNotice
 from pgrealtime.lsn import Cursor, Xid
@@ -45,7 +52,10 @@ class SliceEvaluator:
     async def evaluate(
         self, events: list[Event], budget: FilterBudget, only_groups: Sized[Group] | None = None
     ) -> SliceResult:
-        """Return the receivers of events in stream order, of some groups; complete their rows."""
+        """Return the receivers of events in stream order, of some groups; complete their rows.
+
+        Events that mirrors alone receive are inserted into ``events``, each behind its change's.
+        """
         try:
             result = await self._evaluate(events, budget, only_groups)
         except Exception as error:  # noqa: BLE001 (a defect in one rule or row ends no connection)
@@ -57,10 +67,12 @@ class SliceEvaluator:
     async def evaluate_in_chunks(self, events: list[Event]) -> SliceResult:
         """Return the receivers of a slice's events, evaluated for all connections.
 
-        Exceptions propagate to the caller, which lets each connection evaluate alone.
+        As ``evaluate`` does, it completes rows and inserts events. Exceptions propagate to the
+        caller, which lets each connection evaluate alone.
         """
         budget = FilterBudget.for_slice(len(events))
         whole: SliceResult | None = None
+        evaluated: list[Event] = []
         # In chunks, so that the loop's other tasks run in between.
         for first in range(0, len(events), SLICE_CHANGES):
             if first:
@@ -68,10 +80,12 @@ class SliceEvaluator:
             chunk = events[first : first + SLICE_CHANGES]
             result = await self._evaluate(chunk, budget, None)
             result.update_gap_indexes(chunk)
+            evaluated += chunk
             if whole is None:
                 whole = result
             else:
                 whole.append(result)
+        events[:] = evaluated
         return whole or SliceResult([])
 
     async def _evaluate(
@@ -81,49 +95,97 @@ class SliceEvaluator:
         result = SliceResult([], partial_row_indexes=lacks_columns)
         if lacks_columns:
             await self._complete_rows(events, result)
-        now = datetime.now(UTC)
-        evaluation = self._matcher.start_evaluation(
-            events, now, only_groups, work_budget=budget.work_budget
-        )
-        await budget.run_in_process(evaluation)
-        result.undecided_collections = await self._queries.answer_questions(evaluation)
-        result.hits = [evaluation.hits(index) for index in range(len(events))]
+        search = _Search(events, datetime.now(UTC), budget, only_groups)
+        await self._find_receivers(search, result)
         if lacks_columns:
-            result.record_unprovable(evaluation)
-        deferred = evaluation.deferred_members
-        if self._matcher.has_remote_filters or deferred:
-            await self._add_filters(
-                events, result, budget, now, groups=only_groups, deferred=deferred
-            )
-            if result.over_budget_groups and only_groups is None:
-                await self._retry_shared_filters(events, result, budget, now)
-                self._matcher.trials.record_over_budget(
-                    {group.specialization for group in result.over_budget_groups}
-                )
+            result.record_unprovable(search.evaluations[0])
+        if self._matcher.has_mirrors:
+            await self._add_mirror_events(search, result)
         if budget.work_budget.late_members:
             result.over_budget_groups |= budget.work_budget.late_members.keys()
             result.expensive_groups |= budget.work_budget.costly_members.keys()
         result.unprovable_groups -= result.over_budget_groups
         return result
 
+    async def _find_receivers(self, search: _Search, result: SliceResult) -> None:
+        """Find the groups that may see the search's rows."""
+        events, budget = search.events, search.budget
+        evaluation = self._matcher.start_evaluation(
+            events,
+            search.now,
+            search.only_groups,
+            of_mirrors=search.of_mirrors,
+            work_budget=budget.work_budget,
+        )
+        search.evaluations.append(evaluation)
+        await budget.run_in_process(evaluation)
+        result.undecided_collections = await self._queries.answer_questions(evaluation)
+        result.hits = [evaluation.hits(index) for index in range(len(events))]
+        deferred = evaluation.deferred_members
+        if self._matcher.has_remote_filters or deferred:
+            await self._add_filters(search, result, deferred=deferred)
+            if result.over_budget_groups and search.only_groups is None:
+                await self._retry_shared_filters(search, result)
+                self._matcher.trials.record_over_budget(
+                    {group.specialization for group in result.over_budget_groups}
+                )
+
+    async def _add_mirror_events(self, search: _Search, result: SliceResult) -> None:
+        """Insert the events of mirrors, with their receivers, into the search's events."""
+        events, matcher = search.events, self._matcher
+        collections = {event.collection.name: event.collection for event in events}
+        names = {name for name, one in collections.items() if matcher.has_mirrors_of(one)}
+        if search.only_groups is not None:
+            names &= {g.specialization.collection.name for g in search.only_groups if g.is_mirror}
+        images = row_images(events, {name: matcher.columns_of_mirrors(name) for name in names})
+        if not images.events:
+            return
+        of_images = replace(search, events=images.events, of_mirrors=True, evaluations=[])
+        found = SliceResult([])
+        await self._find_receivers(of_images, found)
+        result.over_budget_groups |= found.over_budget_groups
+        verdicts = ImageVerdicts(found.hits, of_images.evaluations)
+        mirrored = with_mirror_events(events, result.hits, images, verdicts)
+        events[:] = mirrored.events
+        result.replace_hits(mirrored)
+        groups = mirrored.undecided
+        if found.undecided_collections:
+            groups.update(self._dependent_mirrors(search, found.undecided_collections))
+        result.resync_reasons = dict.fromkeys(groups - found.over_budget_groups, "unknown")
+        # Where clients are mirrors that didn't ask, they are notified as of other topics.
+        always = {name for name in names if collections[name].mirrors == "always"}
+        if always:
+            result.undecided_collections |= found.undecided_collections & always
+            result.record_unproven(mirrored, always)
+
+    def _dependent_mirrors(self, search: _Search, names: Iterable[str]) -> Iterator[Group]:
+        """Yield the groups of mirrors of some collections whose verdicts depend on answers."""
+        for name in names:
+            groups = search.only_groups
+            for group in self._matcher.mirror_groups(name) if groups is None else groups:
+                is_of_name = group.is_mirror and group.specialization.collection.name == name
+                # A rule whose formula is True admits every caller to every row.
+                if is_of_name and group.specialization.formula is not True:
+                    yield group
+
     async def _add_filters(
-        self,
-        events: list[Event],
-        result: SliceResult,
-        budget: FilterBudget,
-        now: datetime,
-        *,
-        groups: Sized[Group] | None,
-        deferred: Mapping[int, Sized[Group]],
+        self, search: _Search, result: SliceResult, *, deferred: Mapping[int, Sized[Group]]
     ) -> None:
         """Add what the filters decide that are evaluated last, as far as the budget allows."""
-        work = budget.work_budget
+        budget = search.budget
         filters = self._matcher.start_evaluation(
-            events, now, groups, has_remote_filter=True, work_budget=work, deferred_groups=deferred
+            search.events,
+            search.now,
+            search.only_groups,
+            has_remote_filter=True,
+            of_mirrors=search.of_mirrors,
+            work_budget=budget.work_budget,
+            deferred_groups=deferred,
         )
+        search.evaluations.append(filters)
         await budget.run_in_process(filters)
         result.undecided_collections |= await self._queries.answer_questions(filters, budget)
-        hits = [filters.hits(index) for index in range(len(events))]
+        hits = [filters.hits(index) for index in range(len(search.events))]
         result.hits = [(*a, *b) if b else a for a, b in zip(result.hits, hits, strict=True)]
         result.over_budget_groups |= filters.undecided_members
         result.record_unprovable(filters)
@@ -147,9 +209,7 @@ class SliceEvaluator:
             index for index in indexes if not completed.is_row_complete(events[index])
         ]
 
-    async def _retry_shared_filters(
-        self, events: list[Event], result: SliceResult, budget: FilterBudget, now: datetime
-    ) -> None:
+    async def _retry_shared_filters(self, search: _Search, result: SliceResult) -> None:
         """Evaluate filters again, with more time, that are over budget and widely used."""
         # If each of their connections evaluated them alone, it would take longer in all.
         counts: Counter[Specialization] = Counter()
@@ -163,9 +223,23 @@ class SliceEvaluator:
         # What the first attempt found of them is incomplete, and replaced by the second's.
         result.hits = [tuple(group for group in hit if group not in retried) for hit in result.hits]
         result.over_budget_groups -= retried
-        await self._add_filters(
-            events, result, budget.for_shared_filters(), now, groups=retried, deferred={}
-        )
+        budget = search.budget.for_shared_filters()
+        retry = replace(search, budget=budget, only_groups=retried)
+        await self._add_filters(retry, result, deferred={})
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Rows whose receivers are to be found."""
+
+    events: list[Event]
+    now: datetime
+    budget: FilterBudget
+    only_groups: Sized[Group] | None
+    of_mirrors: bool = False
+    """Whether of mirrors, or of the other subscriptions."""
+    evaluations: list[Evaluation[int, Group]] = field(default_factory=list)
+    """Those that searched."""
 
 
 _NO_NAMES: frozenset[str] = frozenset()
@@ -196,6 +270,8 @@ class SliceResult(Struct):
     """Events whose rows lack columns."""
     gap_indexes: Sequence[int] = ()
     """All events that any connection may miss, ascending."""
+    resync_reasons: dict[Group, str] = {}
+    """Groups of mirrors that must load their lists anew, and why."""
 
     def append(self, part: SliceResult) -> None:
         """Append the result of the events that follow those of this one."""
@@ -211,6 +287,23 @@ class SliceResult(Struct):
         partial = _appended(self.partial_row_indexes, part.partial_row_indexes, first)
         self.partial_row_indexes = partial
         self.gap_indexes = _appended(self.gap_indexes, part.gap_indexes, first)
+        self.resync_reasons |= part.resync_reasons
+
+    def replace_hits(self, mirrored: MirrorEvents) -> None:
+        """Replace the receivers by those of a slice with the events of mirrors."""
+        self.hits = mirrored.hits
+        new, copied = mirrored.new_indexes, mirrored.copied_indexes
+        self.unproven_indexes = [new[index] for index in self.unproven_indexes]
+        partial = {new[index] for index in self.partial_row_indexes}
+        copies = (copy for copy, original in copied.items() if original in partial)
+        self.partial_row_indexes = sorted([*partial, *copies])
+
+    def record_unproven(self, mirrored: MirrorEvents, collection_names: Sized[str]) -> None:
+        """Record mirrors of some collections that may miss an event."""
+        for index, groups in mirrored.unproven.items():
+            if groups and mirrored.events[index].collection.name in collection_names:
+                self.unproven_indexes = [*self.unproven_indexes, index]
+                self.unprovable_groups |= groups - self.over_budget_groups
 
     def record_unprovable(self, evaluation: Evaluation[int, Group]) -> None:
         """Record the groups whose rules read missing columns; once no question is open."""
@@ -252,6 +345,11 @@ class SliceResult(Struct):
                 for index, event in enumerate(events)
                 if index in unproven or event.collection.name in names
             ]
+
+    def record_concerned(self, groups: Iterable[Group]) -> None:
+        """Record groups of mirrors that changes of related rows concern."""
+        for group in groups:
+            self.resync_reasons.setdefault(group, "related")
 
     def gap_in(
         self, events: Sequence[Event], event_indexes: range, failed_indexes: Sequence[int] = ()

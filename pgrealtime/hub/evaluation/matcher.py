@@ -8,6 +8,7 @@ the enricher read it. It asks nothing of PostgreSQL: an ``Evaluation`` says what
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection as Sized
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,7 @@ from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.hub.connections.connection import Connection, Group, Subscription
 from pgrealtime.hub.connections.group import MemberGroup
+from pgrealtime.hub.evaluation.concerns import Concerns
 from pgrealtime.hub.evaluation.filter_limits import (
     FilterTrials,
     UnindexedFilters,
@@ -59,6 +61,13 @@ class Matcher:
         self._remote_filter_tables: dict[str, GroupTable] = {}
         """The same for groups whose filters ask PostgreSQL more than their rules do: these are
         evaluated after the others, within a budget."""
+        self._mirror_tables: dict[str, GroupTable] = {}
+        self._remote_filter_mirror_tables: dict[str, GroupTable] = {}
+        """The same two for groups of mirrors: nobody else is evaluated before a change as well."""
+        self.concerns = Concerns(collections)
+        """Which mirrors a change of related rows concerns."""
+        self._mirror_columns: dict[str, MirrorColumns] = {}
+        """By collection, what its mirrors read of a row."""
         self._unindexed_filters = UnindexedFilters()
         self._last_bound: tuple[_BindKey, BoundPredicate | DenyAll] | None = None
 
@@ -80,15 +89,19 @@ class Matcher:
         if isinstance(bound, DenyAll):
             return bound.reason
         check_remote_filters(subscription, bound.specialization)
-        tables = self._tables_for(bound.specialization)
+        is_mirror = subscription.mirror is not None
+        tables = self._tables_for(bound.specialization, is_mirror=is_mirror)
         table = tables.get(collection.name) or GroupTable()
         known_group = table.find(bound, topic.record_id)
-        group: Group = known_group or MemberGroup(bound, topic.record_id)
+        group: Group = known_group or MemberGroup(bound, topic.record_id, is_mirror=is_mirror)
         if group.is_unindexed:
             self._unindexed_filters.add(subscription, group)
         if known_group is None:
             table.add(group)
             tables[collection.name] = table
+            if is_mirror:
+                self.concerns.add(group)
+                self._mirror_columns.setdefault(collection.name, MirrorColumns()).add(group)
         group.add(subscription)
         subscription.set_group(group)
         if not _is_evaluated_alone(subscription.connection, group):
@@ -104,12 +117,15 @@ class Matcher:
         if group.is_unindexed:
             self._unindexed_filters.remove(subscription, group)
         name = group.specialization.collection.name
-        tables = self._tables_for(group.specialization)
+        tables = self._tables_of(group)
         table = tables[name]
         if not _is_evaluated_alone(subscription.connection, group):
             self._count_shared(table, group, -1)
         if group.remove(subscription):
             table.remove(group)
+            if group.is_mirror:
+                self.concerns.remove(group)
+                self._mirror_columns[name].remove(group)
             if not table:
                 del tables[name]
 
@@ -121,8 +137,7 @@ class Matcher:
         for subscription in connection.subscriptions.values():
             group = subscription.group
             if group is not None and group.specialization.filter_tests:
-                tables = self._tables_for(group.specialization)
-                table = tables[group.specialization.collection.name]
+                table = self._tables_of(group)[group.specialization.collection.name]
                 self._count_shared(table, group, -1 if is_isolated else 1)
 
     def _count_shared(self, table: GroupTable, group: Group, change: Literal[1, -1]) -> None:
@@ -136,8 +151,20 @@ class Matcher:
         if group.specialization.has_remote_filter:
             (self.trials.remove if was_shared else self.trials.add)(group)
 
-    def _tables_for(self, specialization: Specialization) -> dict[str, GroupTable]:
-        return self._remote_filter_tables if specialization.has_remote_filter else self._tables
+    def _tables_of(self, group: Group) -> dict[str, GroupTable]:
+        return self._tables_for(group.specialization, is_mirror=group.is_mirror)
+
+    def _tables_for(
+        self, specialization: Specialization, *, is_mirror: bool
+    ) -> dict[str, GroupTable]:
+        return self._tables_with(
+            has_remote_filter=specialization.has_remote_filter, of_mirrors=is_mirror
+        )
+
+    def _tables_with(self, *, has_remote_filter: bool, of_mirrors: bool) -> dict[str, GroupTable]:
+        if of_mirrors:
+            return self._remote_filter_mirror_tables if has_remote_filter else self._mirror_tables
+        return self._remote_filter_tables if has_remote_filter else self._tables
 
     def bind_topic(
         self, collection: Collection, topic: Topic, principal: Principal, caller_row: Row | None
@@ -155,11 +182,36 @@ class Matcher:
     @property
     def has_remote_filters(self) -> bool:
         """Whether any group's filter asks PostgreSQL more than its rule does."""
-        return bool(self._remote_filter_tables)
+        return bool(self._remote_filter_tables or self._remote_filter_mirror_tables)
+
+    @property
+    def has_mirrors(self) -> bool:
+        """Whether any group's subscriptions are mirrors."""
+        return bool(self._mirror_tables or self._remote_filter_mirror_tables)
+
+    def has_mirrors_of(self, collection: Collection) -> bool:
+        """Whether any mirror is of the collection."""
+        name = collection.name
+        return name in self._mirror_tables or name in self._remote_filter_mirror_tables
+
+    def columns_of_mirrors(self, collection_name: str) -> frozenset[str] | None:
+        """Return the columns that decide about mirrors; None if other rows do as well."""
+        return self._mirror_columns[collection_name].names()
+
+    def mirror_groups(self, collection_name: str) -> Iterator[Group]:
+        """Yield the groups of the collection's mirrors."""
+        for tables in (self._mirror_tables, self._remote_filter_mirror_tables):
+            if collection_name in tables:
+                yield from tables[collection_name].groups()
 
     def has_subscriptions(self, collection: Collection) -> bool:
         """Whether any group subscribes to the collection."""
-        return collection.name in self._tables or collection.name in self._remote_filter_tables
+        name = collection.name
+        return (
+            name in self._tables
+            or name in self._remote_filter_tables
+            or self.has_mirrors_of(collection)
+        )
 
     def start_evaluation(
         self,
@@ -168,22 +220,27 @@ class Matcher:
         only_groups: Sized[Group] | None = None,
         *,
         has_remote_filter: bool = False,
+        of_mirrors: bool = False,
         work_budget: FilterWorkBudget[Group] | None = None,
         deferred_groups: Mapping[int, Sized[Group]] | None = None,
     ) -> Evaluation[int, Group]:
         """Return an evaluation of a slice's events by their indexes, of which no step is done yet.
 
         It is of all groups, or ``only_groups``: either those whose filters ask PostgreSQL more than
-        their rules do (``has_remote_filter``), or the others. ``work_budget`` bounds what filters
+        their rules do (``has_remote_filter``), or the others; either mirrors, or the others. A
+        column that the old row of a mirror lacks is unknown. ``work_budget`` bounds what filters
         do in the process. ``deferred_groups`` are those that an earlier evaluation deferred, by
         index, to evaluate as well; None makes this one defer groups, if it has a budget.
         """
         evaluation: Evaluation[int, Group] = Evaluation(MacroValues(now))
         if only_groups is not None:
             only_groups = [
-                g for g in only_groups if g.specialization.has_remote_filter == has_remote_filter
+                g
+                for g in only_groups
+                if g.is_mirror == of_mirrors
+                and g.specialization.has_remote_filter == has_remote_filter
             ]
-        tables = self._remote_filter_tables if has_remote_filter else self._tables
+        tables = self._tables_with(has_remote_filter=has_remote_filter, of_mirrors=of_mirrors)
         self._before_states.begin_batch()
 
         def steps() -> Iterator[None]:
@@ -192,7 +249,9 @@ class Matcher:
                 deferred = () if deferred_groups is None else deferred_groups.get(index, ())
                 if table is None and not deferred:
                     continue
-                row = self._start_row(event, evaluation.macro_values, work_budget)
+                row = self._start_row(
+                    event, evaluation.macro_values, work_budget, of_mirrors=of_mirrors
+                )
                 if deferred_groups is None and work_budget is not None:
                     row.deferred_members = {}
                 evaluation.rows[index] = row
@@ -211,17 +270,28 @@ class Matcher:
         return evaluation
 
     def _start_row(
-        self, event: Event, macro_values: MacroValues, work_budget: FilterWorkBudget[Group] | None
+        self,
+        event: Event,
+        macro_values: MacroValues,
+        work_budget: FilterWorkBudget[Group] | None,
+        *,
+        of_mirrors: bool,
     ) -> RowEvaluation[Group]:
         """Return the evaluation of an event's row, without any group yet.
 
         A delete may hold the replica identity alone: rules that read other columns deny it (the
-        command check warns of that), and no connection is notified of a gap.
+        command check warns of that), and no connection is notified of a gap. Mirrors are: what
+        they may have had of the row is unknown.
         """
         row, missing, is_delete = event.row, event.missing_columns, event.action == "delete"
         before = self._before_states.state_before(event.transaction_changes) if is_delete else None
         return RowEvaluation(
-            row, missing, macro_values, before, work_budget, is_missing_column_unknown=not is_delete
+            row,
+            missing,
+            macro_values,
+            before,
+            work_budget,
+            is_missing_column_unknown=of_mirrors or not is_delete,
         )
 
     def start_evaluation_of_pairs(
@@ -253,6 +323,36 @@ class Matcher:
 
         evaluation.steps = steps()
         return evaluation
+
+
+class MirrorColumns:
+    """The columns that the mirrors of one collection read."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Specialization] = Counter()
+        self._names: frozenset[str] | None = None
+        self._is_known = False
+
+    def add(self, group: Group) -> None:
+        """Add a new group of mirrors."""
+        self._is_known = self._is_known and group.specialization in self._counts
+        self._counts[group.specialization] += 1
+
+    def remove(self, group: Group) -> None:
+        """Remove a group that was added."""
+        self._counts[group.specialization] -= 1
+        if not self._counts[group.specialization]:
+            del self._counts[group.specialization]
+            self._is_known = False
+
+    def names(self) -> frozenset[str] | None:
+        """Return the columns; None if a verdict depends on other rows too."""
+        if not self._is_known:
+            of_each = [one.column_names for one in self._counts]
+            is_own = not any(one.reads_other_rows for one in self._counts)
+            self._names = frozenset[str]().union(*of_each) if is_own else None
+            self._is_known = True
+        return self._names
 
 
 def _is_evaluated_alone(connection: Connection, group: Group) -> bool:
@@ -325,6 +425,16 @@ class GroupTable:
         del groups[group.values]
         if not groups:
             del self._by_specialization[group.specialization]
+
+    def groups(self) -> Iterator[Group]:
+        """Yield all groups."""
+        for of_specialization in self._by_specialization.values():
+            yield from of_specialization.values()
+        for entry in self.by_record_id.values():
+            if isinstance(entry, GroupTable):
+                yield from entry.groups()
+            else:
+                yield entry
 
     def index_for(self, group: Group) -> PredicateIndex[Group] | None:
         """Return the index of a group in this table while it is shared; None if it needs none."""

@@ -41,6 +41,9 @@ class Event(Struct, gc=False):
     xid: Xid
     transaction_changes: tuple[Change, ...] = ()
     """All changes of its transaction: rules of a delete see the tables as they were before."""
+    is_departure: bool = False
+    """Whether it is a delete for mirrors, of which they are told the id alone: the row went, or it
+    is out of their sight."""
 
     @property
     def missing_columns(self) -> frozenset[str]:
@@ -127,6 +130,8 @@ class GapNotice(Struct, frozen=True):
     cursor: Cursor
     xid: Xid | None = None
     """Of the transaction that caused it; None if that is known to be visible."""
+    tables: frozenset[TableName] = frozenset()
+    """All that may lack changes, those without a collection too, unless ``collections`` is None."""
 
     def affects(self, collection_name: str) -> bool:
         """Whether changes of the collection may be missing."""
@@ -134,11 +139,14 @@ class GapNotice(Struct, frozen=True):
 
 
 class Slice(Struct):
-    """Events, then perhaps a gap: all of the stream up to ``end_cursor``."""
+    """Events, then perhaps a gap: all of the stream from ``begin_cursor`` to ``end_cursor``."""
 
     events: list[Event]
     gap: GapNotice | None
     end_cursor: Cursor
+    begin_cursor: Cursor
+    transactions: list[Transaction]
+    """Those with changes between the two cursors, of tables without events too."""
     account_events: list[Event] = []
     """Those of the events that may change callers. One that does change a caller of the reader is
     the first event of its slice if it is an update, and in the last change if it is a delete."""
@@ -152,9 +160,13 @@ class _SliceBuilder:
     no caller could log in with the row before.
     """
 
-    def __init__(self, max_events: int, changes_a_caller: Callable[[Event], bool]) -> None:
+    def __init__(
+        self, after: Cursor, max_events: int, changes_a_caller: Callable[[Event], bool]
+    ) -> None:
         self._max_events = max_events
         self._changes_a_caller = changes_a_caller
+        self._begin_cursor = after
+        self._transactions: list[Transaction] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -164,6 +176,10 @@ class _SliceBuilder:
         self._changed_account: AccountKey | None = None
         """The account that the first event changes. Until the slice is delivered the reader can't
         say whether another event changes that caller again, so it is taken to."""
+
+    def begin_transaction(self, transaction: Transaction) -> None:
+        """Note that changes of a transaction follow."""
+        self._transactions.append(transaction)
 
     def add(self, event: Event) -> Slice | None:
         """Add an event; return the slice that ends before it, if any. No change is divided."""
@@ -188,7 +204,19 @@ class _SliceBuilder:
 
     def end(self, gap: GapNotice | None, end_cursor: Cursor) -> Slice:
         """Return the slice that ends here, and begin the next one."""
-        slice_ = Slice(self._events, gap, end_cursor, self._account_events)
+        slice_ = Slice(
+            self._events,
+            gap,
+            end_cursor,
+            self._begin_cursor,
+            self._transactions,
+            self._account_events,
+        )
+        self._begin_cursor = end_cursor
+        # The rest of the last one is in the next slice.
+        self._transactions = [
+            one for one in self._transactions[-1:] if end_cursor < Cursor(one.end_lsn, END_ORDINAL)
+        ]
         self._begin()
         return slice_
 
@@ -211,9 +239,9 @@ def split_into_slices(
     """
     if not entries:
         # Nothing is left of the commit at the cursor.
-        yield Slice([], None, Cursor(after.lsn, END_ORDINAL))
+        yield Slice([], None, Cursor(after.lsn, END_ORDINAL), after, [])
         return
-    builder = _SliceBuilder(max_events, changes_a_caller)
+    builder = _SliceBuilder(after, max_events, changes_a_caller)
     end_cursor = after
     for entry in entries:
         end_cursor = Cursor(entry.end_lsn, END_ORDINAL)
@@ -222,10 +250,12 @@ def split_into_slices(
         if not isinstance(entry, Transaction) or not fits(entry):
             yield builder.end(_gap_notice(entry, after, collections, end_cursor), end_cursor)
             continue
+        builder.begin_transaction(entry)
         for event in transaction_events(entry, collections, _read_changes(entry, after)):
             if isinstance(event, TruncatedCollection):
                 names = frozenset({event.collection.name})
-                gap = GapNotice(names, "truncate", event.cursor, entry.xid)
+                tables = frozenset({event.collection.table.name})
+                gap = GapNotice(names, "truncate", event.cursor, entry.xid, tables)
                 yield builder.end(gap, event.cursor)
             elif ended := builder.add(event):
                 yield ended
@@ -245,7 +275,14 @@ def slice_prefix(whole: Slice, event_count: int) -> Slice:
         return whole
     end_cursor = events[count - 1].cursor
     account_events = [event for event in whole.account_events if event.cursor <= end_cursor]
-    return Slice(events[:count], None, end_cursor, account_events)
+    return Slice(
+        events[:count],
+        None,
+        end_cursor,
+        whole.begin_cursor,
+        whole.transactions,
+        account_events,
+    )
 
 
 def delivery_ranges(events: Sequence[Event], hits: Sequence[Iterable[Hashable]]) -> Iterator[range]:
@@ -281,11 +318,12 @@ def _gap_notice(
     if isinstance(entry, Transaction):
         unread = entry.changes[_read_changes(entry, after) :]
         tables = frozenset(change.table for change in unread)
-        return GapNotice(_collection_names(tables, collections), "schema", cursor, entry.xid)
+        names = _collection_names(tables, collections)
+        return GapNotice(names, "schema", cursor, entry.xid, tables)
     names = _collection_names(entry.tables, collections)
     if isinstance(entry, OversizedTransaction):
-        return GapNotice(names, "too_large", cursor, entry.xid)
-    return GapNotice(names, entry.reason, cursor)
+        return GapNotice(names, "too_large", cursor, entry.xid, entry.tables)
+    return GapNotice(names, entry.reason, cursor, tables=entry.tables or frozenset())
 
 
 def _collection_names(

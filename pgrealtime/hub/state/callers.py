@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from pgrealtime.auth.principal import AccountKey, Caller, Guest, account_of
 from pgrealtime.auth.record import update_caller
 from pgrealtime.changelog.row_history import LookupColumn, RowHistory
-from pgrealtime.changes import Row
+from pgrealtime.changes import Row, Update, WholeRow
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.expand.plan import ExpandViewer
@@ -115,6 +115,14 @@ class CallerTracker:
             return Caller()
         after = self.caller_from_row(caller, event.collection, event.row)
         return caller if after == caller else after
+
+    def caller_before(self, event: Event, caller: Caller) -> Caller | None:
+        """Return the caller before an update of its row; None if the WAL doesn't say."""
+        match event.transaction_changes[event.cursor.ordinal - 1]:
+            case Update(old=WholeRow(row=row)):
+                return self.caller_from_row(caller, event.collection, row)
+            case _:
+                return None
 
     def caller_from_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
         """Return the caller with the values of its row; a guest if the row was deleted."""

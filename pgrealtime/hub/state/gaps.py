@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pgrealtime.auth.principal import account_of
-from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.connections.connection import Connection, Subscription
 from pgrealtime.hub.evaluation.evaluator import EvaluationGap
 from pgrealtime.hub.events.event import GapNotice
 from pgrealtime.hub.state.progress import DispatchProgress
@@ -16,7 +16,10 @@ from pgrealtime.protocol.frame import resync_tail
 
 @dataclass(eq=False)
 class GapNotifier:
-    """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it."""
+    """Sends PB_RESYNC for a gap, or closes connections whose clients don't know it.
+
+    Mirrors that it affects are told to load anew instead.
+    """
 
     progress: DispatchProgress
     registry: ConnectionRegistry
@@ -59,6 +62,33 @@ class GapNotifier:
         topics = (s.topic.collection_name_or_id for s in connection.subscriptions.values())
         return {c.name for c in map(collections.find, topics) if c is not None}
 
+    def _mirrors_affected(self, connection: Connection, gap: GapNotice) -> list[Subscription]:
+        """Return the connection's mirrors that are told to load anew instead."""
+        return [
+            own
+            for own in connection.subscriptions.values()
+            if own.mirror is not None
+            and own.mirror.is_told
+            and (self._affects_topic(own, gap) or self._affects_related(own, gap))
+        ]
+
+    def _affects_others(self, connection: Connection, gap: GapNotice) -> bool:
+        return any(
+            self._affects_topic(own, gap)
+            for own in connection.subscriptions.values()
+            if own.mirror is None or not own.mirror.is_told
+        )
+
+    def _affects_topic(self, subscription: Subscription, gap: GapNotice) -> bool:
+        collections = self.progress.generation.collections
+        collection = collections.find(subscription.topic.collection_name_or_id)
+        return collection is not None and gap.affects(collection.name)
+
+    def _affects_related(self, subscription: Subscription, gap: GapNotice) -> bool:
+        """Whether the gap may hide changes of rows that a mirror's rule or filter reads."""
+        concerns, group = self.progress.generation.matcher.concerns, subscription.group
+        return group is not None and concerns.reads(group, gap.tables)
+
     def _affects(self, connection: Connection, gap: GapNotice) -> bool:
         return gap.collections is None or bool(
             self._subscribed_collections(connection) & gap.collections
@@ -72,6 +102,10 @@ class GapNotifier:
         With ``keeps_position`` its position stays, since another gap is sent next.
         """
         is_affected = self._affects(connection, gap)
+        if mirrors := self._mirrors_affected(connection, gap):
+            for subscription in mirrors:
+                self.registry.request_resync(subscription, gap.reason)
+            is_affected = is_affected and self._affects_others(connection, gap)
         knows_gaps = connection.is_resumable or connection.has_resync_topic
         if is_affected and knows_gaps:
             cursor = None if keeps_position else gap.cursor

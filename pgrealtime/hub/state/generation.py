@@ -13,12 +13,12 @@ import structlog
 
 from pgrealtime.auth.principal import AuthRecord, Caller, Guest
 from pgrealtime.changelog.row_history import RowHistory
-from pgrealtime.collections.model import Collections
+from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import HiddenFieldsMode
 from pgrealtime.errors import RuleError
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.fairness import FairLock
-from pgrealtime.hub.connections.connection import Subscription
+from pgrealtime.hub.connections.connection import MirrorState, Subscription
 from pgrealtime.hub.delivery.enrichment import SliceEnricher
 from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.evaluation.evaluator import SliceEvaluator
@@ -160,6 +160,7 @@ class Generation:
         """
         topic = subscription.topic
         collection = self.collections.find_streamed(topic.collection_name_or_id)
+        subscription.set_mirror(_mirror_state(subscription, collection))
         if collection is None:
             subscription.set_own_record("")
             is_ours = topic.collection_name_or_id.startswith("PB_")
@@ -179,6 +180,18 @@ class Generation:
             self.enricher.expanding_count += subscription.expand_viewer is not None
             self.subscription_counts[collection.name] += 1
         return reason
+
+    def mirror_basis(self, subscription: Subscription, caller: Caller) -> tuple[object, ...]:
+        """Return what decides which rows a mirror shows and how, equal to another generation's."""
+        topic, group = subscription.topic, subscription.group
+        collection = self.collections.find_streamed(topic.collection_name_or_id)
+        if collection is None:
+            return ()
+        rule = collection.list_rule if topic.record_id is None else collection.view_rule
+        reads_others = group is not None and group.specialization.reads_other_rows
+        others = tuple(self.collections.values()) if reads_others else ()
+        # Its filter is the topic's own.
+        return rule, collection.table, collection.fields, others, caller.principal, caller.own_row
 
     def compile_expand_viewer(self, topic: Topic, caller: Caller) -> ExpandViewer | None:
         """Return the viewer of related records for a topic and caller; None without ``expand``."""
@@ -209,6 +222,18 @@ def _kind_of(caller: Caller) -> str:
     if isinstance(principal, AuthRecord):
         return principal.collection_name
     return "" if isinstance(principal, Guest) else "*"  # no collection's name
+
+
+def _mirror_state(subscription: Subscription, collection: Collection | None) -> MirrorState | None:
+    """Return what a topic has as a mirror, known or new; None if it is none."""
+    is_told = subscription.topic.asks_for_mirror
+    match collection.mirrors if collection is not None else "off":
+        case "on_request" if is_told:
+            return subscription.mirror or MirrorState(is_told=True)
+        case "always":
+            return subscription.mirror or MirrorState(is_told=is_told)
+        case _:
+            return None
 
 
 def _rule_request(topic: Topic, caller: Caller) -> RuleRequest:

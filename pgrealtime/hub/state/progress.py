@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pgrealtime.changelog.memory import Changelog
-from pgrealtime.config.model import CollectionLoginConfig, HiddenFieldsMode, RealtimeConfig
+from pgrealtime.config.model import (
+    CollectionLoginConfig,
+    HiddenFieldsMode,
+    MirrorsConfig,
+    RealtimeConfig,
+)
 from pgrealtime.hub.connections.connection import Resumption
 from pgrealtime.hub.connections.output import encode_position
 from pgrealtime.hub.state.generation import Generation
@@ -27,6 +32,7 @@ class HubSettings:
     """Settings of the hub; a reload replaces ``logins`` and ``allows_guests`` only."""
 
     limits: RealtimeConfig = field(default_factory=RealtimeConfig)
+    mirrors: MirrorsConfig = field(default_factory=MirrorsConfig)
     logins: Mapping[str, CollectionLoginConfig] = field(default_factory=dict)
     """By collection name, the columns that make a caller of a row."""
     allows_guests: bool = True
@@ -53,6 +59,8 @@ class DispatchProgress:
         self.evaluation_target = head
         """Everything up to here was evaluated for them, or is being evaluated."""
         self.generation = generation
+        self.mirrors_since = head
+        """Since when the rules are the ones in force: mirrors don't resume from before."""
         self.revision = 0
         """Increases with each new generation or history. Code that awaits compares it with the one
         read before, and discards results of an older one."""
@@ -71,12 +79,15 @@ class DispatchProgress:
 
     def replace_generation(self, generation: Generation) -> None:
         """Evaluate by another generation from now on; no slice may be in progress."""
+        if list(generation.collections.values()) != list(self.generation.collections.values()):
+            self.mirrors_since = self.head
         self.generation = generation
         self.revision += 1
 
     def begin_history(self, head: Cursor) -> None:
         """Begin another history at a head."""
         self.revision += 1
+        self.mirrors_since = head
         self.restart(head)
 
     def when_idle(self, callback: Callable[[], None]) -> None:
@@ -149,7 +160,7 @@ class ResumableEpochs:
             return Resumption(head, sent, gap_reason="unknown")
         if parsed.cursor < self._changelog.floor:
             return Resumption(head, sent, gap_reason="expired")
-        return Resumption(parsed.cursor, sent, is_resuming=True)
+        return Resumption(parsed.cursor, sent, is_resuming=True, awaits_resync=parsed.awaits_resync)
 
 
 def _parse_submitted_position(text: str | None) -> Position | None:

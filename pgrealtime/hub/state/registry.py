@@ -11,7 +11,7 @@ import secrets
 import string
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Collection as Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,14 @@ from msgspec import Struct, field
 
 from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import SubscriptionLimitError
-from pgrealtime.hub.connections.connection import LIVE, Connection, ConnectionState, Subscription
+from pgrealtime.hub.connections.connection import (
+    LIVE,
+    Connection,
+    ConnectionState,
+    Group,
+    Subscription,
+)
+from pgrealtime.hub.connections.group import has_same_predicate
 from pgrealtime.hub.connections.output import ResponseWriter
 from pgrealtime.hub.connections.send_budget import SendBudget
 from pgrealtime.hub.events.event import Event
@@ -90,6 +97,9 @@ class ConnectionRegistry:
         self.is_closing = False
         """Whether new connections get no PB_CONNECT any more."""
         self.subscriptions_with_read_point: dict[Subscription, None] = {}
+        self.mirrors_to_resync: dict[Subscription, None] = {}
+        """Those whose clients are to be told to load anew (``hub.state.resyncs``), oldest first."""
+        self.resync_requested = asyncio.Event()
 
     @property
     def connections(self) -> Sized[Connection]:
@@ -170,6 +180,7 @@ class ConnectionRegistry:
             callback(connection)
         for subscription in connection.take_subscriptions().values():
             self.unbind(subscription, self._progress.generation)
+            self.mirrors_to_resync.pop(subscription, None)
         if self._connections.pop(connection.id, None) is not None:
             self.counters.closed_connections[reason] += 1
             self.counters.events_sent_to_closed += connection.events_sent
@@ -247,6 +258,25 @@ class ConnectionRegistry:
         if subscription.read_point is not None:
             self.subscriptions_with_read_point[subscription] = None
 
+    def request_resync(self, subscription: Subscription, reason: str) -> None:
+        """Have a mirror's client told to load its list anew; others are told nothing by it."""
+        subscription.request_resync(reason)
+        self.add_mirror_to_resync(subscription)
+
+    def add_mirror_to_resync(self, subscription: Subscription) -> None:
+        """Add a subscription to ``mirrors_to_resync``, if a resync was requested for it."""
+        if subscription.mirror is not None and subscription.mirror.pending_reason:
+            self.mirrors_to_resync[subscription] = None
+            self.resync_requested.set()
+
+    def request_resyncs(self, reasons: Mapping[Group, str]) -> None:
+        """Request resyncs for the subscriptions of some groups, of LIVE connections."""
+        for group, reason in reasons.items():
+            for render_group in group.render_groups:
+                for subscription in render_group:
+                    if subscription.connection.state is LIVE:
+                        self.request_resync(subscription, reason)
+
     def clear_passed_read_points(self) -> None:
         """Remove the read points that the head has passed: they see no later transaction."""
         head = self._progress.head.lsn
@@ -265,16 +295,30 @@ class ConnectionRegistry:
             subscription.set_read_point(None)
         self.subscriptions_with_read_point.clear()
 
-    def rebind(self) -> None:
-        """Bind all callers and subscriptions in a new generation, which has none yet."""
+    def rebind(self, previous: Generation) -> None:
+        """Bind all callers and subscriptions in a new generation, which has none yet.
+
+        Mirrors that show other rows or other columns by it than by the previous one are told so.
+        """
+        generation = self._progress.generation
         for connection in list(self._connections.values()):
+            before = {
+                subscription: previous.mirror_basis(subscription, connection.caller)
+                for subscription in connection.subscriptions.values()
+                if subscription.mirror is not None
+            }
             # Of all its subscriptions before any is bound: quotas count those that are in groups.
             for subscription in connection.subscriptions.values():
                 subscription.set_group(None)  # the other generation's, which is gone
             with self.closing_on_error(connection):
                 self.callers.set_caller(connection, self.callers.revalidate(connection.caller))
                 for subscription in connection.subscriptions.values():
-                    self._progress.generation.bind_subscription(subscription, connection.caller)
+                    generation.bind_subscription(subscription, connection.caller)
+                    if subscription.mirror is not None and (
+                        before.get(subscription)
+                        != generation.mirror_basis(subscription, connection.caller)
+                    ):
+                        self.request_resync(subscription, "rules")
                 self._close_if_guest(connection, self._progress.head)
 
     def apply_caller_change(self, connection: Connection, event: Event) -> None:
@@ -287,8 +331,11 @@ class ConnectionRegistry:
             callers.set_caller(connection, caller)
             generation = self._progress.generation
             for subscription in connection.subscriptions.values():
+                before = subscription.group
                 generation.unbind_subscription(subscription)
                 generation.bind_subscription(subscription, caller)
+                if not has_same_predicate(before, subscription.group):
+                    self.request_resync(subscription, "identity")
             # An account's deletion is delivered before it applies, other changes apply first.
             delivered = event.cursor if event.action == "delete" else self._progress.head
             if caller.is_stale:

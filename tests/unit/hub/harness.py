@@ -25,7 +25,7 @@ from pgrealtime.changes import (
     WholeRow,
 )
 from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
-from pgrealtime.config.model import CollectionLoginConfig, RealtimeConfig
+from pgrealtime.config.model import CollectionLoginConfig, MirrorsConfig, RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection
@@ -361,6 +361,8 @@ async def open_harness(
     clock: Callable[[], float] = time.monotonic,
     read_schema: Callable[[], Awaitable[bool]] | None = None,
     tag: str = "",
+    collections: Collections = COLLECTIONS,
+    mirrors: MirrorsConfig | None = None,
     **limits: object,
 ) -> AsyncIterator[HubHarness]:
     """Run a hub. ``limits`` are keys of ``RealtimeConfig``, in seconds and bytes."""
@@ -369,8 +371,9 @@ async def open_harness(
     hub = Hub(
         changelog,
         database,
-        COLLECTIONS,
+        collections,
         HubSettings(
+            mirrors=mirrors or MirrorsConfig(),
             limits=RealtimeConfig.model_validate(limits),
             logins=LOGINS,
             tag=tag,

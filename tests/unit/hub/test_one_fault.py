@@ -175,7 +175,8 @@ def functions() -> list[CodeType]:
     """
     seen: dict[CodeType, None] = {}
     run(seen.setdefault)
-    loop = (Hub.run, Dispatcher.run, Dispatcher._dispatch, Dispatcher._has_undispatched)
+    dispatching = (Dispatcher._dispatch, Dispatcher._has_undispatched, Dispatcher._write_resyncs)
+    loop = (Hub.run, Dispatcher.run, *dispatching)
     excluded = {function.__code__ for function in loop}
     return [code for code in seen if code not in excluded]
 

@@ -1,0 +1,135 @@
+"""Finds the mirrors whom changes of related rows concern: verdicts may move on rows not written.
+
+They are told to load anew. Whether a changed row leads to any row of theirs now isn't asked: a row
+that a later commit took away would hide its reader. The matcher adds the groups of mirrors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from pgrealtime.changes import Change, Delete, Insert, TableName, Transaction, Truncate
+from pgrealtime.collections.model import Collections
+from pgrealtime.hub.connections.connection import Group
+from pgrealtime.lsn import Cursor
+from pgrealtime.rules.engine.plan import Specialization
+from pgrealtime.rules.engine.ways import Way, ways_to
+from pgrealtime.rules.memory.compare import SqliteValue
+
+
+@dataclass(slots=True)
+class _WayGroups:
+    """The groups of one specialization, by what a way compares."""
+
+    all: dict[Group, None] = field(default_factory=dict)
+    by_key: dict[SqliteValue, dict[Group, None]] = field(default_factory=dict)
+    """Empty if the way has no key."""
+
+
+class Concerns:
+    """The ways to the mirrors of one generation."""
+
+    def __init__(self, collections: Collections) -> None:
+        self._collections = collections
+        self._ways: WeakKeyDictionary[Specialization, tuple[Way, ...]] = WeakKeyDictionary()
+        self._groups: dict[TableName, dict[tuple[Specialization, Way], _WayGroups]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, group: Group) -> None:
+        """Add a new group of mirrors."""
+        for way in self._ways_to(group.specialization):
+            of_table = self._groups.setdefault(way.table, {})
+            groups = of_table.setdefault((group.specialization, way), _WayGroups())
+            groups.all[group] = None
+            if way.key is not None:
+                key = way.key.read_caller_key(group.values)
+                groups.by_key.setdefault(key, {})[group] = None
+
+    def remove(self, group: Group) -> None:
+        """Remove a group that ``add`` added."""
+        for way in self._ways_to(group.specialization):
+            of_table = self._groups[way.table]
+            groups = of_table[group.specialization, way]
+            del groups.all[group]
+            if way.key is not None:
+                key = way.key.read_caller_key(group.values)
+                del groups.by_key[key][group]
+                if not groups.by_key[key]:
+                    del groups.by_key[key]
+            if not groups.all:
+                del of_table[group.specialization, way]
+            if not of_table:
+                del self._groups[way.table]
+
+    def _ways_to(self, specialization: Specialization) -> tuple[Way, ...]:
+        ways = self._ways.get(specialization)
+        if ways is None:
+            ways = self._ways[specialization] = ways_to(specialization, self._collections)
+        return ways
+
+    def reads(self, group: Group, tables: AbstractSet[TableName]) -> bool:
+        """Whether the verdicts of a group depend on rows of any of the tables besides its own."""
+        return any(way.table in tables for way in self._ways_to(group.specialization))
+
+    def find(
+        self, transactions: Sequence[Transaction], after: Cursor, upto: Cursor
+    ) -> dict[Group, None]:
+        """Return the groups whom the transactions' changes between two cursors concern."""
+        found: dict[Group, None] = {}
+        if not self._groups:
+            return found
+        for transaction in transactions:
+            written: dict[TableName, frozenset[str | None]] = {}
+            for ordinal, change in enumerate(transaction.changes, start=1):
+                of_table = self._groups.get(change.table)
+                if of_table and after < Cursor(transaction.end_lsn, ordinal) <= upto:
+                    for (specialization, way), groups in of_table.items():
+                        if not _is_of_event(way, change, specialization, transaction, written):
+                            found.update(_concerned(way, change, groups))
+        return found
+
+
+def _concerned(way: Way, change: Change, groups: _WayGroups) -> dict[Group, None]:
+    try:
+        keys = way.keys_concerned(change)
+    except Exception:  # noqa: BLE001 (a value that makes no key may concern everybody)
+        keys = None
+    if keys is None:
+        return groups.all
+    return {group: None for key in keys for group in groups.by_key.get(key, ())}
+
+
+def _is_of_event(
+    way: Way,
+    change: Change,
+    specialization: Specialization,
+    transaction: Transaction,
+    written: dict[TableName, frozenset[str | None]],
+) -> bool:
+    """Whether a junction's pair is of rows that the transaction wrote: these are events."""
+    if not way.source_column or isinstance(change, Truncate):
+        return False
+    collection = specialization.collection
+    table = collection.table.name
+    if table not in written:
+        written[table] = frozenset(
+            row.get(collection.key.name)
+            for one in transaction.changes
+            if one.table == table
+            for row in _images(one)
+        )
+    return written[table].issuperset(row.get(way.source_column) for row in _images(change))
+
+
+def _images(change: Change) -> Iterator[dict[str, str | None]]:
+    if isinstance(change, Truncate):
+        return
+    if not isinstance(change, Insert):
+        yield change.old.row
+    if not isinstance(change, Delete):
+        yield change.new
