@@ -16,6 +16,7 @@ from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import quote_identifier
 from pgrealtime.cli.check.indexes import index_warnings
 from pgrealtime.cli.check.list_indexes import list_index_warnings
+from pgrealtime.cli.check.mirrors import mirror_lines
 from pgrealtime.cli.check.warnings import collection_warnings
 from pgrealtime.collections.build import build_with_problems
 from pgrealtime.collections.model import Collections
@@ -86,6 +87,7 @@ async def check_database(
         _summarize_collections(schema.collections),
         *_read_only_lines(schema.collections),
         server_line,
+        *mirror_lines(schema.collections),
         *bus_lines,
     )
     return replace(findings, summary_lines=lines)
