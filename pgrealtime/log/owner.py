@@ -52,6 +52,8 @@ _SILENT_SECONDS = 1.5
 """Walsender and pool both silent for so long: the database is away from here."""
 _BUSY_SECONDS = 10.0
 """Walsender silent, pool not: it may be decoding a large transaction. Doubled each time."""
+_MAX_BUSY_SECONDS = 60.0
+"""PostgreSQL's default ``wal_sender_timeout``."""
 
 
 class SlotPosition(NamedTuple):
@@ -228,8 +230,11 @@ class Owner:
             pause = _PATIENCE_SECONDS
         self._patience_until = now + pause
         if isinstance(error, LogAwayError) and not isinstance(error, AppendRefusedError):
-            if was_owner and now >= self._hold_until:
+            if was_owner and not self._hold_until:
                 self._hold_until = now + _HOLD_SECONDS
+            elif now >= self._hold_until:
+                # Not held again: a replica that alone can't reach the log would keep others off.
+                self._chain, self._hold_until = None, 0.0
         else:
             self._chain, self._hold_until = None, 0.0
         if was_owner:
@@ -290,6 +295,8 @@ class Owner:
         start = self._follower.log_head
         if start is None:
             start = slot.confirmed_lsn or LSN(0)
+        if self._fenced.is_set():  # paused meanwhile: the walsender is another owner's
+            raise _FencedError("another replica has begun a term")
         await self._database.end_walsender()
         writer = LogWriter(
             self._stream,
@@ -417,7 +424,7 @@ class Owner:
                     await self._resign()
                     raise _ResignError("neither walsender nor pool are heard")
             elif silent > self._busy_seconds:
-                self._busy_seconds *= 2
+                self._busy_seconds = min(2 * self._busy_seconds, _MAX_BUSY_SECONDS)
                 await self._resign()
                 raise _ResignError(f"the walsender has been silent for {silent:.0f} s")
 
@@ -448,7 +455,8 @@ class Owner:
             await asyncio.sleep(BEAT_SECONDS)
             beat = self.beat()
             if beat is not None and self._stream.is_connected:
-                await self._stream.client.publish(subject, encode(beat))
+                with suppress(NatsError):  # it is just closing, or its buffer is full
+                    await self._stream.client.publish(subject, encode(beat))
 
 
 def _is_of(chain: Chain | None, term: int, salt: int) -> bool:

@@ -54,6 +54,8 @@ class Way:
     table: TableName
     column_names: frozenset[str]
     """Those that are read there, the ones that join it included."""
+    generated_names: frozenset[str] = frozenset()
+    """Those of them that are generated: a decoder may leave them out although they changed."""
     is_referenced: bool = False
     """Whether it is reached by a foreign key alone: whoever points to a row that is inserted or
     deleted is written by the same transaction, and so an event itself."""
@@ -71,11 +73,17 @@ class Way:
             case Delete(old=old):
                 return _NOBODY if self.is_referenced else self._keys_of(old.row)
             case Update(new=new, old=old):
-                if all(_is_unchanged(name, change) for name in self.column_names):
+                if all(self._is_unchanged(name, change) for name in self.column_names):
                     return _NOBODY
                 return self._keys_of(old.row, new)
             case _:
                 return None
+
+    def _is_unchanged(self, name: str, update: Update) -> bool:
+        """Whether a column certainly has its old value, as TOASTed ones that are left out do."""
+        if name not in update.new:
+            return name not in self.generated_names
+        return name in update.old.row and update.old.row[name] == update.new[name]
 
     def _keys_of(self, *rows: dict[str, str | None]) -> frozenset[SqliteValue] | None:
         key = self.key
@@ -86,13 +94,6 @@ class Way:
 
 
 _NOBODY: frozenset[SqliteValue] = frozenset()
-
-
-def _is_unchanged(name: str, update: Update) -> bool:
-    """Whether a column certainly has its old value: of a TOASTed one the update says nothing."""
-    if name not in update.new:
-        return True
-    return name in update.old.row and update.old.row[name] == update.new[name]
 
 
 def ways_to(specialization: Specialization, collections: Collections) -> tuple[Way, ...]:
@@ -135,9 +136,11 @@ class _Places:
         yield from self._junctions
         keys = dict(self._keys())
         for place, names in self._columns.items():
+            collection = self._collection_at(place)
             yield Way(
-                table=self._collection_at(place).table.name,
+                table=collection.table.name,
                 column_names=frozenset(names),
+                generated_names=collection.generated_columns & names,
                 is_referenced=self._referenced[place],
                 key=keys.get(place),
             )

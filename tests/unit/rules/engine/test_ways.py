@@ -183,3 +183,22 @@ def test_rows_behind_a_foreign_key_come_and_go_with_those_that_point_to_them() -
     assert [keys(way, one) for one in (came, went, changed)] == [[], [], "everybody"]
     way = only(rule, "projects", is_validated=False)
     assert [keys(way, one) for one in (came, went, changed)] == ["everybody"] * 3
+
+
+@pytest.mark.parametrize("is_generated", [False, True])
+def test_a_generated_column_that_is_left_out_may_have_changed(*, is_generated: bool) -> None:
+    """Of another column that an update leaves out it says that the value is the old one."""
+    collections = schema()
+    projects = collections["projects"]
+    columns = tuple(
+        replace(column, is_generated=is_generated and column.name == "status")
+        for column in projects.table.columns
+    )
+    changed = replace(projects, table=replace(projects.table, columns=columns))
+    collections = Collections(
+        tuple(changed if one.name == "projects" else one for one in collections.values())
+    )
+    (way,) = ways_to(specialization("project.status = 'a'", collections), collections)
+    row: Row = {"id": "p", "lead": "ann"}
+    update = Update(way.table, row, WholeRow(row))
+    assert way.keys_concerned(update) == (None if is_generated else frozenset())
