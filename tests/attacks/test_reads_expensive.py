@@ -150,7 +150,7 @@ async def test_a_read_is_done_in_short_pieces(
 ) -> None:
     """What takes longer, such as making the SQL of many joins, is done in a thread."""
     # PostgreSQL may take its time, on a busy machine more than a read is given by default.
-    reads = {"statement_timeout": 60}
+    reads = {"statement_timeout": 60.0}
     async with reading(database_url, SCHEMA, COLLECTIONS, reads=reads) as reader:
         await reader.ids("a", perPage="1", expand="c", filter="n = 1")
         with measuring_work(monkeypatch) as pieces:
