@@ -13,8 +13,8 @@ PATH=$PATH:/usr/sbin:/sbin
 # Two lanes run side by side, each with a server of its own: about as long as each other, and the
 # suites that count a server's slots or end its sessions don't meet. On a server that is given they
 # run one after the other.
-LANE_1="unit conformance attacks chaos histories"
-LANE_2="integration e2e mirrors"
+LANE_1="unit conformance integration"
+LANE_2="attacks chaos histories e2e mirrors"
 REPORTS=tests/.run
 work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")
 servers=

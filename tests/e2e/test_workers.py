@@ -198,6 +198,8 @@ async def test_sigterm_drains_all(database_url: str, tmp_path: Path) -> None:
         listener(running.address, "posts/*") as one,
         listener(running.address, "posts/*") as other,
     ):
+        # Workers answer a moment before the main process knows that all of them do.
+        await running.process.wait_logged("server.started")
         workers = workers_of(running.process)
         await running.stop()
         assert [str(await each.stream.wait_end(1)) for each in (one, other)] == ["End.ORDERLY"] * 2
