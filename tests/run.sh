@@ -172,7 +172,7 @@ as_server() {
 start_server() {
     server=$work/$1
     PGREALTIME_TEST_PG_PORT=$(.venv/bin/python -c \
-        'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+        'from tests.conformance.process import free_port; print(free_port())')
     export PGREALTIME_TEST_PG_PORT
     mkdir -m 700 "$server"
     [ "$(id -u)" -ne 0 ] || chown postgres: "$server"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 LOG_SECONDS = 30.0
 POLL_SECONDS = 0.02
+SERVER_PORTS = 10_000, 32_000
+_RANDOM = random.SystemRandom()
+"""Not the one of ``random``, which tests seed."""
+_marks = deque[int](maxlen=100)
+"""The descriptors of UDP sockets, closed with this process."""
 
 
 class ServerDiedError(Exception):
@@ -24,10 +31,26 @@ class ServerDiedError(Exception):
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that is not in use at the moment."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+    """Return a TCP port of 127.0.0.1 that nobody uses, and that none of the next calls returns.
+
+    It is none of those that the system gives to outgoing connections, one of which could have it
+    before a server does. The UDP port of the same number is kept for a while, so that suites which
+    run side by side don't choose the same one.
+    """
+    while True:
+        port = _RANDOM.randint(*SERVER_PORTS)
+        mark = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            mark.bind(("127.0.0.1", port))
+            with socket.socket() as listening:
+                listening.bind(("127.0.0.1", port))
+        except OSError:
+            mark.close()
+        else:
+            if len(_marks) == _marks.maxlen:
+                os.close(_marks.popleft())
+            _marks.append(mark.detach())
+            return port
 
 
 class ServerProcess:
