@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -18,6 +16,7 @@ from structlog.testing import capture_logs
 
 from tests.attacks.reading import Reader, reading
 from tests.bench.machine import resident_kilobytes
+from tests.loop_work import measuring_work
 
 SCHEMA = """
 CREATE TABLE a (id text PRIMARY KEY, n int NOT NULL, bs text[] NOT NULL, c text,
@@ -106,33 +105,6 @@ async def test_no_read_holds_the_event_loop(database_url: str, name: str) -> Non
     assert max(pauses.seconds) < MAX_PAUSE_SECONDS
 
 
-@contextmanager
-def measuring_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """Collect the processor time of each piece of work on the event loop, in seconds."""
-    pieces: list[float] = []
-    run, collecting = asyncio.Handle._run, 0.0
-
-    def count_collector(phase: str, _info: Mapping[str, int]) -> None:
-        nonlocal collecting
-        if threading.current_thread() is threading.main_thread():
-            now = time.thread_time()
-            collecting += now if phase == "stop" else -now
-
-    def run_measured(handle: asyncio.Handle) -> None:
-        nonlocal collecting
-        collecting, began = 0.0, time.thread_time()
-        run(handle)
-        pieces.append(time.thread_time() - began - collecting)
-
-    gc.callbacks.append(count_collector)
-    monkeypatch.setattr(asyncio.Handle, "_run", run_measured)
-    try:
-        yield pieces
-    finally:
-        monkeypatch.undo()
-        gc.callbacks.remove(count_collector)
-
-
 _SIX_HOPS = "bs.ays.bs.ays.bs.ays.n"
 WORK = {
     "paths of six": {"filter": "&&".join(f"{_SIX_HOPS}!={n}" for n in range(7))},
@@ -145,15 +117,13 @@ WORK = {
 
 
 @pytest.mark.parametrize("name", WORK)
-async def test_a_read_is_done_in_short_pieces(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+async def test_a_read_is_done_in_short_pieces(database_url: str, name: str) -> None:
     """What takes longer, such as making the SQL of many joins, is done in a thread."""
     # PostgreSQL may take its time, on a busy machine more than a read is given by default.
     reads = {"statement_timeout": 60.0}
     async with reading(database_url, SCHEMA, COLLECTIONS, reads=reads) as reader:
         await reader.ids("a", perPage="1", expand="c", filter="n = 1")
-        with measuring_work(monkeypatch) as pieces:
+        with measuring_work() as pieces:
             async with reader.session.get(reader.url("a/records", **WORK[name])) as response:
                 assert response.status == 200
                 await response.read()

@@ -15,6 +15,7 @@ import structlog
 
 from pgrealtime.api.body_reader import BodyReader
 from tests.conformance.http_client import Request, send
+from tests.loop_work import measuring_work
 from tests.realtime import open_stream, post_json
 from tests.unit.api.served import Served, served, until
 from tests.unit.hub.harness import DEADLINE
@@ -161,7 +162,7 @@ async def test_large_nonsense_is_refused_soon(
         status, longest = await subscribe(service, body)
 
     assert status == 400
-    assert longest < 1.0
+    assert longest < 0.1
 
 
 @pytest.mark.parametrize(
@@ -186,18 +187,21 @@ async def test_the_largest_call_is_read_in_turns(
         await stream.close()
 
     assert status == 204
-    assert longest < 1.0
+    assert longest < 0.05
 
 
 async def subscribe(service: Served, body: bytes) -> tuple[int, float]:
-    """Send a subscribe call; return its status and the seconds of the longest loop iteration."""
-    loop = asyncio.get_running_loop()
+    """Send a subscribe call; return its status and the seconds of the longest loop iteration.
+
+    They are the processor's: what else runs on the machine counts for nothing.
+    """
     answer = asyncio.create_task(send(post_json("/api/realtime", body), service.address))
     longest = 0.0
-    while not answer.done():
-        began = loop.time()
-        await asyncio.sleep(0)  # one iteration of the loop
-        longest = max(longest, loop.time() - began)
+    with measuring_work() as pieces:
+        while not answer.done():
+            pieces.clear()
+            await asyncio.sleep(0)  # one iteration of the loop
+            longest = max(longest, sum(pieces))
     return answer.result().head.status, longest
 
 
