@@ -3,7 +3,8 @@
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from urllib.parse import quote
 
 import click
@@ -13,7 +14,7 @@ from pgrealtime.cli.options import config_option, read_token, split_user
 from pgrealtime.cli.report import EXIT_NOT_DELIVERED, report_errors
 from pgrealtime.config.load import read_config
 from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
-from pgrealtime.explain.explain import explain_delivery, explain_read
+from pgrealtime.explain.explain import Explanation, explain_delivery, explain_mirror, explain_read
 from pgrealtime.observe.log import configure_logging
 from pgrealtime.protocol.topic import parse_topic
 
@@ -32,6 +33,12 @@ from pgrealtime.protocol.topic import parse_topic
     is_flag=True,
     help="Explain a read: a list of the collection, or the view of the record in the topic.",
 )
+@click.option(
+    "--before",
+    metavar="JSON",
+    help="Explain what a mirror is told of an update to what the record is now: the fields that it"
+    " changed, with their values before.",
+)
 @click.option("--sort", metavar="TEXT", help="The list's sort.")
 @click.option("--filter", "filter_", metavar="TEXT", help="The client's filter.")
 @click.option("--options", metavar="JSON", help="All of the topic's options.")
@@ -46,6 +53,7 @@ def explain(
     guest: bool,
     superuser: bool,
     is_read: bool,
+    before: str | None,
     sort: str | None,
     filter_: str | None,
     options: str | None,
@@ -54,13 +62,20 @@ def explain(
     """Print whether a caller receives events of a record, and the value of each clause of the rule.
 
     TOPIC is what the client subscribes to, such as posts/* or posts/ID. With --list: whether the
-    caller finds the record in a list, or may view it. Exits with 3 if the caller doesn't.
+    caller finds the record in a list, or may view it. With --before: what the caller's mirror is
+    told of an update. Exits with 3 if the caller receives or finds nothing.
     """
+    if before is not None and is_read:
+        raise click.UsageError("--before is about mirrors, --list about lists: give one of them")
     if sort is not None and not is_read:
         raise click.UsageError("only lists are sorted: --sort needs --list")
-    text = _with_options(topic, {"filter": filter_, "sort": sort}, options)
+    given = {"filter": filter_, "sort": sort}
+    if before is not None and options is None and "?" not in topic:
+        given["mode"] = "mirror"
+    text = _with_options(topic, given, options)
     if record is None and parse_topic(text).record_id is None:
         raise click.UsageError("the topic is for all records: name one with --record")
+    explain_topic = _explain_function(before, is_read=is_read)
     caller_spec = _caller_spec(token, user, guest=guest, superuser=superuser)
     with report_errors():
         parsed = read_config(path)
@@ -68,13 +83,25 @@ def explain(
     configure_logging(config.logging.model_copy(update={"level": "warning"}))
     with report_errors(parsed.locations):
         explanation = asyncio.run(
-            (explain_read if is_read else explain_delivery)(
-                config, caller_spec, text, record, with_sql=with_sql
-            )
+            explain_topic(config, caller_spec, text, record, with_sql=with_sql)
         )
     click.echo("\n".join(explanation.lines))
     if not explanation.is_delivered:
         sys.exit(EXIT_NOT_DELIVERED)
+
+
+def _explain_function(
+    before: str | None, *, is_read: bool
+) -> Callable[..., Coroutine[None, None, Explanation]]:
+    if before is None:
+        return explain_read if is_read else explain_delivery
+    try:
+        row = json.loads(before)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise click.UsageError('--before takes a JSON object: {"owner": "ann"}')
+    return partial(explain_mirror, before=row)
 
 
 def _with_options(topic: str, query: Mapping[str, str | None], options: str | None) -> str:

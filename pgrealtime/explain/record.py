@@ -28,6 +28,8 @@ class RecordExplainer(ABC):
     topic_noun: ClassVar[str]
     rule_context: ClassVar[str]
     """What rules read as ``@request.context``."""
+    outcome = ""
+    """What the caller receives, behind the verdict; may be empty."""
 
     def __init__(
         self,
@@ -65,9 +67,7 @@ class RecordExplainer(ABC):
             return refusal
         row = await self._session.fetch_row_by_id(collection, record_id)
         if row is None:
-            missing = f'there is no row whose {collection.key.name} is "{record_id}" now'
-            self._parts.add_lines("record", missing)
-            return f'"{collection.name}" has no record "{record_id}"'
+            return await self._explain_no_row(collection, record_id)
         found_id = unpadded_id(collection, row[collection.key.name] or "")
         if topic.record_id not in {None, found_id}:
             self._parts.add_lines("record", f"{collection.name}/{found_id}")
@@ -81,6 +81,12 @@ class RecordExplainer(ABC):
         lines, reason = self._no_collection(name)
         self._parts.add_lines(self.label, f'there is no collection "{name}"{perhaps}', *lines)
         return reason
+
+    async def _explain_no_row(self, collection: Collection, record_id: str) -> str:
+        """Return why the caller receives or finds nothing of a record that isn't there."""
+        missing = f'there is no row whose {collection.key.name} is "{record_id}" now'
+        self._parts.add_lines("record", missing)
+        return f'"{collection.name}" has no record "{record_id}"'
 
     @abstractmethod
     def _find_collection(self, name_or_id: str) -> Collection | None:

@@ -7,10 +7,12 @@ that later statements still use the same snapshot.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import psycopg
+from psycopg import sql
 from psycopg_pool import PoolTimeout
 
 from pgrealtime.catalog.model import canonical_id
@@ -20,7 +22,7 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.explain.text import HIDDEN_TEXT, ConditionVerdict, format_value
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.rows import rows_by_key_statement
+from pgrealtime.postgres.rows import identifier, rows_by_key_statement
 from pgrealtime.rule_queries import rounds
 from pgrealtime.rules.sql.breakdown import MAX_SHOWN_VALUES, HiddenValue, KnownValue, OperandValue
 from pgrealtime.rules.sql.reference import SqlQuery
@@ -109,6 +111,29 @@ class ExplainSession:
                 code="select_not_granted",
             ) from error
         return dict(zip(names, rows[0], strict=True)) if rows else None
+
+    async def text_forms(
+        self, collection: Collection, values: Mapping[str, object]
+    ) -> Row | ConditionVerdict:
+        """Return values of columns, given as JSON has them, in the stream's text forms.
+
+        If the table can't have them: why.
+        """
+        statement = sql.SQL(
+            "SELECT {} FROM pg_catalog.jsonb_populate_record(NULL::{}, %(row)s::pg_catalog.jsonb) r"
+        ).format(
+            sql.SQL(", ").join([identifier("r", name) for name in values]),
+            identifier(*collection.table.name),
+        )
+        params = {"row": json.dumps(dict(values))}
+        try:
+            rows = await self._transaction.fetch_texts(statement.as_string(), params)
+        except psycopg.Error as error:
+            if self._transaction.is_broken:
+                raise
+            await self._transaction.recover()
+            return ConditionVerdict(None, message_without_values(error))
+        return dict(zip(values, rows[0], strict=True))
 
     async def answer_questions(self, evaluation: rounds.PendingEvaluation) -> None:
         """Answer the engine's questions; what can't be answered is denied."""

@@ -21,6 +21,10 @@ CAVEAT = (
     "evaluated with the present content of the tables, which may have changed since the event;"
     " @request.query and @request.headers are as in the topic's options"
 )
+MIRROR_CAVEAT = (
+    "related rows are as they are now; a change of one of these is told by a resync of its own;"
+    " @request.query and @request.headers are as in the topic's options"
+)
 READ_CAVEAT = (
     "evaluated with the present content of the tables; @request.query and @request.headers are as"
     " in the topic's options, those of a browser are others"
@@ -180,6 +184,13 @@ def row_lines(
 ) -> Iterator[str]:
     """Yield that the record exists, and the columns that rule and filter read."""
     yield f"{collection.name}/{row[collection.key.name]} exists"
+    yield from column_lines(collection, row, compiled)
+
+
+def column_lines(
+    collection: Collection, row: Row, compiled: AdmitAll | DenyAll | ReferenceQuery
+) -> Iterator[str]:
+    """Yield the columns that rule and filter read."""
     for name in compiled.column_names if isinstance(compiled, ReferenceQuery) else ():
         yield f"{_field_name(collection, name)} is {_format_cell(collection, name, row[name])}"
 

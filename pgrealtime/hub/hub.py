@@ -6,6 +6,7 @@ one reads on from the changelog by itself.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 from pgrealtime.auth.principal import Caller
@@ -224,6 +225,14 @@ class Hub:
     def gaps_notified(self) -> Mapping[str, int]:
         """Gaps of which connections were notified, by reason."""
         return self._gap_notifier.notified
+
+    @property
+    def mirror_frames_sent(self) -> Mapping[str, int]:
+        """Events sent to mirrors, by action."""
+        counts = Counter(self.counters.mirror_frames_sent_to_closed)
+        for connection in self.connections:
+            counts.update(connection.mirror_frames or {})
+        return counts
 
     @property
     def resyncs_written(self) -> Mapping[str, int]:

@@ -55,6 +55,8 @@ class MetricValues(Struct, kw_only=True):
     """Connections, by reason."""
     gaps_notified: Mapping[str, int]
     """Gaps notified to connections, by reason."""
+    mirror_frames: Mapping[str, int]
+    """Events sent to mirrors, by action."""
     mirror_resyncs: Mapping[str, int]
     """Mirrors told to load anew, by reason."""
     resume_outcomes: Mapping[str, int]
@@ -198,6 +200,7 @@ _HELP = {
     "events_sent": "Events written to connections.",
     "connections_closed": "Connections that ended.",
     "gaps": "Connections that were notified of a gap, or closed for one.",
+    "mirror_frames": "Events written to connections for mirrors, by action.",
     "mirror_resyncs": "Mirrors that were told to load their lists anew.",
     "resumes": "Connections that submitted a position to resume from.",
     "expensive_filters_refused": "Subscribe calls that were refused because of too many options"
@@ -238,6 +241,7 @@ def _families(values: MetricValues) -> Iterable[Metric]:
     yield _counter("events_sent", values.events_sent)
     yield _counter("connections_closed", values.closed_connections, "reason")
     yield _counter("gaps", values.gaps_notified, "reason")
+    yield _counter("mirror_frames", values.mirror_frames, "action")
     yield _counter("mirror_resyncs", values.mirror_resyncs, "reason")
     yield _counter("resumes", values.resume_outcomes, "result")
     yield _counter("expensive_filters_refused", values.refused_subscribe_calls)

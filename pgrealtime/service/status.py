@@ -45,6 +45,7 @@ class StatusReader:
             + sum(connection.events_sent for connection in hub.connections),
             closed_connections=counters.closed_connections,
             gaps_notified=hub.gaps_notified,
+            mirror_frames=hub.mirror_frames_sent,
             mirror_resyncs=hub.resyncs_written,
             resume_outcomes=counters.resume_outcomes,
             refused_subscribe_calls=counters.refused_subscribe_calls,

@@ -13,6 +13,7 @@ _NOTHING = MetricValues(
     events_sent=0,
     closed_connections={},
     gaps_notified={},
+    mirror_frames={},
     mirror_resyncs={},
     resume_outcomes={},
     refused_subscribe_calls=0,

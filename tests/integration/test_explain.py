@@ -508,13 +508,20 @@ def test_the_exit_code_distinguishes_delivered_from_not(file: Path) -> None:
 
 def test_the_transcript_of_the_readme_is_a_real_one(database_url: str) -> None:
     readme = (_ROOT / "README.md").read_text(encoding="utf-8")
-    ((given, printed),) = re.findall(r"\n\$ pgrealtime explain (.*)\n([^`]*)\n```\n", readme)
+    found = re.findall(r"\n\$ pgrealtime explain (.*)\n([^`]*)\n```\n", readme)
     with psycopg.connect(database_url) as connection:
         connection.execute((_ROOT / "sql" / "demo.sql").read_bytes())
-    _, name, *arguments = shlex.split(given)
-    outcome = command(_ROOT / name, *arguments, DATABASE_URL=database_url, DEMO_SECRET=_SECRET)
+    outcomes = []
+    for given, _ in found:
+        _, name, *arguments = shlex.split(given)
+        outcomes.append(
+            command(_ROOT / name, *arguments, DATABASE_URL=database_url, DEMO_SECRET=_SECRET)
+        )
 
-    assert (outcome.code, outcome.out) == (3, f"{printed}\n")
+    event, mirror = outcomes
+    assert (event.code, event.out) == (3, f"{found[0][1]}\n")
+    # Of the second the last line is shown.
+    assert (mirror.code, mirror.out.splitlines()[-1:]) == (0, found[1][1].splitlines()[1:])
 
 
 @pytest.mark.parametrize(

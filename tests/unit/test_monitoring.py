@@ -51,6 +51,7 @@ def _exposed() -> set[str]:
         events_sent=1,
         closed_connections=one,
         gaps_notified=one,
+        mirror_frames=one,
         mirror_resyncs=one,
         resume_outcomes=one,
         refused_subscribe_calls=1,

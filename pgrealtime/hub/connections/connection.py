@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -148,6 +149,8 @@ class Subscription:
     def set_mirror(self, mirror: MirrorState | None) -> None:
         """Make it a mirror, or none; before it is put into a group."""
         self.mirror = mirror
+        if mirror is not None:
+            self.connection.count_mirror_frames()
 
     def request_resync(self, reason: str) -> None:
         """Have its client told to load its list anew; a reason that it is to be told for stays."""
@@ -468,6 +471,10 @@ class Connection(ConnectionOutput):
         self.update_awaits_resync()
         self.write_message(tail, cursor)
         self.mark_event_sent(now)
+
+    def count_mirror_frames(self) -> None:
+        """Count what mirrors receive: it has one."""
+        self.mirror_frames = Counter() if self.mirror_frames is None else self.mirror_frames
 
     def mark_resync_requested(self) -> None:
         """Have positions say that a resync is to be written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol
@@ -57,6 +58,7 @@ class ConnectionOutput:
         "is_resumable",
         "last_drained_at",
         "last_write_at",
+        "mirror_frames",
         "position",
         "writer",
     )
@@ -80,6 +82,8 @@ class ConnectionOutput:
         self.last_drained_at = now
         """When the client last read bytes, or had none to read."""
         self.events_sent = 0
+        self.mirror_frames: Counter[str] | None = None
+        """Those of them that mirrors received, by action; None if it had no mirror."""
         self._id_prefix = b"id:" + client_id.encode()
         self._written_bytes = 0
         self._drained_bytes = 0
@@ -136,6 +140,9 @@ class ConnectionOutput:
         It stays before ``position_limit``, the start of a gap of which the client has yet to be
         notified: if it breaks off in between, it is notified again.
         """
+        if self.mirror_frames is not None:
+            for queued in self._queued_batches:
+                self.mirror_frames.update(events[index].action for index in queued.mirror_indexes)
         batch = merge_batches(self._queued_batches)
         self._queued_batches = ()
         self.events_sent += len(batch.event_indexes)
@@ -186,7 +193,7 @@ _ID_LINE_BYTES = 76
 class MessageBatch:
     """Messages without their ids, in order, each with the index of its event in the slice."""
 
-    __slots__ = ("event_indexes", "size_bytes", "tails")
+    __slots__ = ("event_indexes", "mirror_indexes", "size_bytes", "tails")
 
     def __init__(self, messages: Iterable[tuple[int, bytes]] = ()) -> None:
         self.tails: list[bytes] = [b""]
@@ -194,6 +201,8 @@ class MessageBatch:
         each, in one call per connection whatever the number of messages."""
         self.event_indexes: list[int] = []
         """The events' indexes, ascending; one less than ``tails``."""
+        self.mirror_indexes: Sequence[int] = ()
+        """Those of the messages for mirrors."""
         self.size_bytes = 0
         """Approximate size of the messages with their ids."""
         for event_index, tail in messages:
@@ -209,7 +218,9 @@ class MessageBatch:
         """Return the messages of the events before an index."""
         if not self.event_indexes or self.event_indexes[-1] < event_index:
             return self
-        return MessageBatch(message for message in self.messages() if message[0] < event_index)
+        before = MessageBatch(message for message in self.messages() if message[0] < event_index)
+        before.mirror_indexes = [index for index in self.mirror_indexes if index < event_index]
+        return before
 
     def messages(self) -> Iterable[tuple[int, bytes]]:
         """Return the events' indexes and the tails."""

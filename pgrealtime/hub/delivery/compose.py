@@ -192,6 +192,8 @@ class MessageComposer:
         if batch is None or render_group.composed_in is not composed:
             # A part that failed before it was enqueued leaves its batches behind.
             batch = render_group.batch = MessageBatch()
+            if render_group.is_mirror:
+                batch.mirror_indexes = batch.event_indexes
             render_group.composed_in = composed
             composed.render_groups.append(render_group)
         live, key = rendering.live_row_rendering, render_group.render_key
@@ -257,13 +259,15 @@ def _batch_for_subscription(
     if own := own_record_batches.get(subscription):
         batch = MessageBatch((dict(batch.messages()) | dict(own.messages())).items())
     read_point = subscription.read_point
-    if read_point is None:
-        return batch
-    return MessageBatch(
-        (index, tail)
-        for index, tail in batch.messages()
-        if read_point.predates(events[index].xid, events[index].cursor.lsn)
-    )
+    if read_point is not None:
+        batch = MessageBatch(
+            (index, tail)
+            for index, tail in batch.messages()
+            if read_point.predates(events[index].xid, events[index].cursor.lsn)
+        )
+    if subscription.mirror is not None:
+        batch.mirror_indexes = batch.event_indexes
+    return batch
 
 
 class ConnectionMessages(Struct):
@@ -298,6 +302,7 @@ async def compose_for_connection(
     sent_before = connection.messages_sent_of(events[0].cursor) if events else NO_MESSAGE_KEYS
     sent = set(sent_before)
     failed: list[int] = []
+    batch.mirror_indexes = mirror_indexes = list[int]()
     rendering: EventRendering | None = None
     for first, index, subscription in _subscription_hits(connection, events, hits):
         event, message_key = events[index], (index - first, subscription.topic_bytes)
@@ -311,12 +316,12 @@ async def compose_for_connection(
             )
         if rendering is None or rendering.event_index != index:
             rendering = event_rendering(event, index, enrichment)
-        content = rendering
-        if content.live_row_rendering is not None and subscription.group in content.live_row_groups:
-            content = content.live_row_rendering
+        content = _rendering_for(subscription, rendering)
         is_own = subscription.own_record_id == event.record_id
         if tail := renderer.render_message(content, subscription.render_key, is_own_record=is_own):
             batch.add(index, tail)
+            if subscription.mirror is not None:
+                mirror_indexes.append(index)
             if not first:
                 sent.add(message_key)
         else:
@@ -324,6 +329,13 @@ async def compose_for_connection(
         if timer.is_due():
             await timer.pause()
     return ConnectionMessages(batch, len(events), failed)
+
+
+def _rendering_for(subscription: Subscription, rendering: EventRendering) -> EventRendering:
+    live = rendering.live_row_rendering
+    return (
+        live if live is not None and subscription.group in rendering.live_row_groups else rendering
+    )
 
 
 def _subscription_hits(

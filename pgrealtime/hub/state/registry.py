@@ -58,6 +58,8 @@ class HubCounters(Struct):
     """By reason; ``client`` if the client closed it."""
     events_sent_to_closed: int = 0
     """To connections that are closed now."""
+    mirror_frames_sent_to_closed: Counter[str] = field(default_factory=Counter)
+    """The same of mirrors, by action."""
     resume_outcomes: Counter[str] = field(default_factory=Counter)
     """First calls of connections that submitted a position: ``resumed``, or the gap's reason."""
     refused_subscribe_calls: int = 0
@@ -184,6 +186,7 @@ class ConnectionRegistry:
         if self._connections.pop(connection.id, None) is not None:
             self.counters.closed_connections[reason] += 1
             self.counters.events_sent_to_closed += connection.events_sent
+            self.counters.mirror_frames_sent_to_closed.update(connection.mirror_frames or {})
             log.debug("connection.closed", connection=connection.id, events=connection.events_sent)
 
     def close(self, connection: Connection, reason: str) -> None:

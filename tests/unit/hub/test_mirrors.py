@@ -97,6 +97,25 @@ async def test_a_row_enters_stays_and_leaves() -> None:
     assert told(sink) == list(expected)
 
 
+async def test_what_mirrors_are_sent_is_counted() -> None:
+    """Live or behind, and of connections that are gone too; not what other topics are sent."""
+    async with mirrors() as harness:
+        hub = harness.hub
+        sink = await listen(harness, MIRROR, "posts/*", "notes/*")
+        gone = await listen(harness, topic("posts/a", mode="mirror"))
+        harness.commit(insert("a", "ann"), renamed("a", "ann", "ann"), insert("b", "ann"))
+        await settle(harness)
+        hub._dispatcher._fall_behind(hub._registry.live_connections()[0])
+        harness.commit(renamed("a", "ann", "bob"), delete("b", "ann"))
+        await settle(harness)
+        hub._registry.close(hub._registry.live_connections()[-1], "client")
+        counts = dict(hub.mirror_frames_sent)
+
+    assert told(gone) == ["resync start", "create a", "update a", "delete a"]
+    assert counts == {"create": 3, "update": 2, "delete": 3}
+    assert sum(counts.values()) < sum(map(len, (told(sink), told(gone))))
+
+
 async def test_who_never_saw_a_row_is_told_nothing_of_it() -> None:
     """Neither its deletion nor that it passes from one to another."""
     async with mirrors() as harness:
