@@ -302,12 +302,25 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             PoolTimeout: No connection became free in time.
         """
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
         while True:
             connection = await super().getconn(max(deadline - time.monotonic(), 0.0))
+            # The library waits with ``asyncio.wait_for``, which in Python 3.11 loses a cancellation
+            # that comes as the wait ends.
+            if task.cancelling() > cancellations:
+                await self.putconn(connection)
+                raise asyncio.CancelledError
             # After a restart of the server all pooled connections are dead at once, and each query
             # that took one would fail. The library's own ``check`` waits a second after each that
             # it finds dead.
-            if await _is_alive(connection):
+            try:
+                is_alive = await _is_alive(connection)
+            except asyncio.CancelledError:
+                await self.putconn(connection)
+                raise
+            if is_alive:
                 return connection
             await self.putconn(connection)  # the pool replaces it by another
 

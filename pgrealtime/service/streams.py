@@ -9,7 +9,6 @@ import structlog
 
 from pgrealtime.config.model import Config
 from pgrealtime.feed.base import WantedTables
-from pgrealtime.log.tasks import end_tasks
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
@@ -61,8 +60,8 @@ class StreamOpener:
             try:
                 yield stream
             finally:
-                # The driver swallows a cancellation that comes while its connection breaks.
-                await end_tasks([watch_task])
+                watch_task.cancel()
+                await asyncio.wait((watch_task,))
 
     async def check_reopenable(self, wanted: WantedTables) -> None:
         """Check that the durable slot could be reopened with other tables.

@@ -103,6 +103,47 @@ async def test_all_connections_are_free_again_after_their_users_were_cancelled(
         assert answers == [(1,)] * 4
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_cancellation_that_comes_with_a_connection_is_not_lost(
+    database_url: str, turns: int
+) -> None:
+    """So many turns of the loop after it became free. A task that goes on never ends."""
+    async with pool_of(database_url, 1) as pool:
+
+        async def ask_and_go_on() -> None:
+            await answer(pool)
+            await asyncio.Event().wait()
+
+        async with pool.session():
+            task = asyncio.create_task(ask_and_go_on())
+            for _ in range(10):
+                await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=1.0)
+
+        assert task.cancelled()
+        assert await answer(pool) == (1,)
+
+
+async def test_a_cancellation_while_a_dead_connection_is_checked_takes_none_away(
+    database_url: str,
+) -> None:
+    async with pool_of(database_url, 1) as pool:
+        async with pool.session() as connection:
+            pid = connection.info.backend_pid
+        async with await psycopg.AsyncConnection.connect(database_url) as other:
+            await other.execute("SELECT pg_terminate_backend(%s, 1000)", [pid])
+        for _ in range(3):
+            task = asyncio.create_task(answer(pool))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+
+        assert await answer(pool) == (1,)
+
+
 WAITING_WAL = """
 SELECT pg_current_wal_insert_lsn()::text,
   pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn() > 24  -- the header of a page
