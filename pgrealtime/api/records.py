@@ -44,14 +44,21 @@ _MAX_ANSWERS: Final = 4
 """So many of the maximum size may be held for clients that read slowly."""
 
 
+class BegunRead(Protocol):
+    """A read whose snapshot is yet to be taken."""
+
+    async def position_of(self, read_point: ReadPoint) -> str | None:
+        """Return up to where its snapshot saw every commit; None if that can't be told."""
+
+
 class Stream(Protocol):
     """What joins reads to events; the hub."""
 
     async def wait_for_delivered(self) -> None:
         """Return once new snapshots see every event delivered before, or after a few seconds."""
 
-    async def position_of(self, read_point: ReadPoint) -> str | None:
-        """Return up to where a snapshot saw every commit; None if that can't be told."""
+    def begin_read(self) -> BegunRead:
+        """Note what is delivered, before a read takes its snapshot."""
 
 
 _UNSUPPORTED_TYPE: Final = ErrorResponse(400, "Unsupported collection type.", "不支持的集合类型。")
@@ -96,6 +103,7 @@ class RecordRoutes:
         await self._stream.wait_for_delivered()
         network = client_network(address)
         async with self._permit(network):
+            read = self._stream.begin_read()
             answer = await self._reader.list_records(
                 collection, caller, rule_request, network=network
             )
@@ -103,7 +111,7 @@ class RecordRoutes:
             await asyncio.sleep(
                 self._throttle.delay_seconds(network, collection.name, time.monotonic())
             )
-        return await self._respond(request, address, answer)
+        return await self._respond(request, address, read, answer)
 
     async def view_record(self, request: web.Request) -> web.StreamResponse:
         """Respond with one record."""
@@ -112,8 +120,9 @@ class RecordRoutes:
         record_id = request.match_info["id"]
         await self._stream.wait_for_delivered()
         async with self._permit(client_network(address)):
+            read = self._stream.begin_read()
             answer = await self._reader.view_record(collection, record_id, caller, rule_request)
-        return await self._respond(request, address, answer)
+        return await self._respond(request, address, read, answer)
 
     async def refuse_write(self, request: web.Request) -> web.Response:
         """Refuse to write."""
@@ -170,14 +179,16 @@ class RecordRoutes:
         )
 
     async def _respond(
-        self, request: web.Request, address: str, answer: Answer
+        self, request: web.Request, address: str, read: BegunRead, answer: Answer
     ) -> web.StreamResponse:
         with self._large_responses.holding(client_network(address), len(answer.body)):
-            return await self._send(request, answer)
+            return await self._send(request, read, answer)
 
-    async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+    async def _send(
+        self, request: web.Request, read: BegunRead, answer: Answer
+    ) -> web.StreamResponse:
         headers = {"Cache-Control": "no-store"}
-        position = await self._stream.position_of(answer.read_point)
+        position = await read.position_of(answer.read_point)
         if position is not None:
             headers |= {
                 POSITION_HEADER: position,

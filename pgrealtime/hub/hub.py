@@ -24,14 +24,13 @@ from pgrealtime.hub.events.event import GapNotice
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.hub.state.progress import DispatchProgress, HubSettings, ResumableEpochs
-from pgrealtime.hub.state.read_positions import ReadPositions
+from pgrealtime.hub.state.read_positions import BegunRead, ReadPositions
 from pgrealtime.hub.state.registry import ConnectionRegistry, ConnectionTimeouts, HubCounters
 from pgrealtime.hub.state.resyncs import MirrorResyncs
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.hub.subscribe import SubscribeCalls
 from pgrealtime.lsn import Cursor
 from pgrealtime.rule_queries.executor import QueryExecutor
-from pgrealtime.snapshot import ReadPoint
 
 
 class Hub:
@@ -73,7 +72,12 @@ class Hub:
             progress, self._epochs, settings, self.counters, clock
         )
         self._read_positions = ReadPositions(
-            changelog, progress, self._epochs, visibility, wait_for_changelog
+            changelog,
+            progress,
+            self._epochs,
+            registry,
+            visibility,
+            wait_for_changelog=wait_for_changelog,
         )
         self._timeouts = ConnectionTimeouts(progress, registry, settings.limits, clock)
         self._gap_notifier = gap_notifier = GapNotifier(progress, registry, clock)
@@ -208,11 +212,9 @@ class Hub:
         """Return once new snapshots see every event delivered before, or after a few seconds."""
         await self._visibility.wait_for_delivered()
 
-    async def position_of(self, read_point: ReadPoint) -> str | None:
-        """Return the position of a read, for clients; None while the stream is interrupted."""
-        if not self._registry.is_stream_up:
-            return None
-        return await self._read_positions.position_of(read_point)
+    def begin_read(self) -> BegunRead:
+        """Note what is delivered, before a read takes its snapshot; it has a position then."""
+        return self._read_positions.begin_read()
 
     # --- called by the service ----------------------------------------------------------------
 

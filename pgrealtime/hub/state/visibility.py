@@ -59,19 +59,10 @@ class VisibilityTracker:
         """Forget all."""
         self._not_yet_visible.clear()
 
-    def first_unseen(self, snapshot: Snapshot, upto: LSN) -> LSN | None:
-        """Return the end of the first delivered transaction that a snapshot doesn't see.
-
-        Only of those that end at or before ``upto``; None if it sees them all.
-        """
-        return min(
-            (
-                end_lsn
-                for end_lsn, xid in self._not_yet_visible
-                if end_lsn <= upto and not snapshot.sees(xid)
-            ),
-            default=None,
-        )
+    @property
+    def not_yet_visible(self) -> tuple[tuple[LSN, Xid], ...]:
+        """The delivered transactions that no snapshot was known to see."""
+        return tuple(self._not_yet_visible)
 
     async def fetch_read_point(self, delivered_upto: Cursor) -> ReadPoint:
         """Return a read point whose snapshot sees every transaction delivered up to a cursor.
