@@ -21,7 +21,17 @@ import pytest
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changelog.row_history import RowHistory
-from pgrealtime.changes import Change, Delete, Insert, Key, Row, Transaction, Update, WholeRow
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Insert,
+    Key,
+    Row,
+    TableName,
+    Transaction,
+    Update,
+    WholeRow,
+)
 from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import reachable_tables
 from pgrealtime.errors import RuleError
@@ -265,6 +275,43 @@ def _unconcerned(world: World, rule: str, counts: Counter[str]) -> str:
                 return f"{member.request}\n{changes}\n{before} -> {after}"
             members[member] = after, own
     return ""
+
+
+def test_a_row_that_a_list_rule_reads_concerns_who_filters_by_another(database_url: str) -> None:
+    """The filter names u1, and what its list rule asks of the project is true by u2's row."""
+    world = World(database_url, Random(1))
+    list_rules = {"projects": "members_via_project.role ?= 'admin'"}
+    collections = Collections(
+        tuple(
+            replace(one, list_rule=list_rules.get(one.name, one.list_rule))
+            for one in world.collections.values()
+        )
+    )
+    world.collections = collections
+    request = RuleRequest(
+        principal=world.principal(), query={"filter": "project.members_via_project.user ?= 'u1'"}
+    )
+    members = TableName("public", "members")
+    rows, now = [{**world.post(), "project": "p0"}], datetime.now(UTC)
+    bound = RuleCompiler(collections).bind_caller(collections["posts"], "", request)
+    assert not isinstance(bound, DenyAll)
+    member = CallerMember(request, bound.specialization, bound.values)
+    concerns = Concerns(collections)
+    concerns.add(member)  # type: ignore[arg-type]  # has what it reads of a group
+    old: Row = {"id": "b", "project": "p0", "user": "u2", "role": "admin", "score": None}
+    deleted = Transaction(Xid(3), LSN(8), 0, (Delete(members, WholeRow(old)),), 100)
+    with world.connection as connection:
+        connection.execute("DELETE FROM public.members")
+        connection.execute(
+            "INSERT INTO public.members"
+            " VALUES ('a', 'p0', 'u1', 'editor'), ('b', 'p0', 'u2', 'admin')"
+        )
+        before = asked(world, "", request, rows, now)
+        connection.execute("DELETE FROM public.members WHERE id = 'b'")
+        after = asked(world, "", request, rows, now)
+
+    assert (before, after) == ({0}, set())
+    assert [*concerns.find([deleted], _START, Cursor(LSN(8), END_ORDINAL))] == [member]
 
 
 def _degraded(chance: Random, change: Change) -> Change:

@@ -130,6 +130,9 @@ class _Places:
         """By place, the columns read there; only of places that are rows of other tables."""
         self._referenced: dict[RowPath, bool] = {}
         self._junctions: dict[Way, None] = {}
+        self._nested: set[RowPath] = set()
+        """Places that nested rules read: by joins of their own, so that the row which another
+        condition reads there may be another one."""
         self._walk(self._test.condition, RowPath(ScopeRow(self._test.collection.name)))
 
     def ways(self) -> Iterator[Way]:
@@ -142,7 +145,7 @@ class _Places:
                 column_names=frozenset(names),
                 generated_names=collection.generated_columns & names,
                 is_referenced=self._referenced[place],
-                key=keys.get(place),
+                key=None if place in self._nested else keys.get(place),
             )
 
     def _collection_at(self, place: RowPath) -> Collection:
@@ -152,14 +155,18 @@ class _Places:
 
     def _walk(self, condition: Condition, scope: RowPath) -> None:
         match condition:
-            case Comparison():
-                for term in predicate.terms(condition):
+            case Comparison(listed=listed):
+                for term in predicate.own_terms(condition):
                     self._read_term(term, scope)
+                for rule in listed:
+                    self._walk(rule, scope)
             case Conjunction(parts) | predicate.Disjunction(parts):
                 for part in parts:
                     self._walk(part, scope)
             case predicate.NestedRule(path, where):
-                self._walk(where, self._follow(path, scope))
+                place = self._follow(path, scope)
+                self._nested.update(place.joined_rows())
+                self._walk(where, place)
 
     def _read_term(self, term: predicate.Term, scope: RowPath) -> None:
         path = predicate.row_path_of(term)
@@ -184,6 +191,8 @@ class _Places:
             self._reach(place, is_referenced=False)
         for step in path.steps:
             place = self._follow_step(place, step)
+        if not scope.is_scope_row:
+            self._nested.update(place.joined_rows())
         return place
 
     def _follow_step(self, place: RowPath, step: predicate.PathStep) -> RowPath:
@@ -300,13 +309,13 @@ def _is_bound_to(place: RowPath, condition: Condition) -> bool:
     """Whether a condition that reads a place reads the one row of it that others read, too."""
     match condition:
         case Comparison():
-            paths = filter(None, map(predicate.row_path_of, predicate.terms(condition)))
+            paths = predicate.paths_read(condition, is_nested_included=False)
             reads = any(place in path.joined_rows() for path in paths)
             return not reads or _is_any_match(condition)
         case Conjunction(parts) | predicate.Disjunction(parts):
             return all(_is_bound_to(place, part) for part in parts)
-        case predicate.NestedRule(path, _):
-            return place not in path.joined_rows()
+        case predicate.NestedRule():
+            return True  # what it reads has no key
 
 
 def _is_key_type(type_: Type) -> bool:

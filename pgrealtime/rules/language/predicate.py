@@ -315,10 +315,11 @@ def comparisons(condition: Condition) -> tuple[Comparison, ...]:
 
 def terms(condition: Condition) -> list[Term]:
     """Return every operand, each followed by its arguments."""
-    return [term for comparison in comparisons(condition) for term in _own_terms(comparison)]
+    return [term for comparison in comparisons(condition) for term in own_terms(comparison)]
 
 
-def _own_terms(comparison: Comparison) -> Iterator[Term]:
+def own_terms(comparison: Comparison) -> Iterator[Term]:
+    """Yield its operands, each followed by its arguments, without those of ``listed``."""
     for term in (comparison.left, comparison.right):
         yield term
         if isinstance(term, Strftime) and term.time is not None:
@@ -331,7 +332,7 @@ def paths_read(condition: Condition, *, is_nested_included: bool) -> Iterator[Ro
     """Yield every path that is read; of a nested rule that to its row, and those in it or not."""
     match condition:
         case Comparison(listed=listed):
-            yield from filter(None, map(row_path_of, _own_terms(condition)))
+            yield from filter(None, map(row_path_of, own_terms(condition)))
             if is_nested_included:
                 for rule in listed:
                     yield from paths_read(rule, is_nested_included=True)

@@ -49,10 +49,10 @@ def schema(*, is_validated: bool = True) -> Collections:
 
 
 def specialization(
-    rule: str, collections: Collections, own_row: Row | None = None
+    rule: str, collections: Collections, own_row: Row | None = None, *, filter_text: str = ""
 ) -> Specialization:
     ann = AuthRecord(collection_id="pbc_users", collection_name="users", id="ann")
-    request = RuleRequest(principal=ann, query={"q": "x"})
+    request = RuleRequest(principal=ann, query={"q": "x", "filter": filter_text})
     bound = RuleCompiler(collections).bind_caller(collections["tasks"], rule, request, own_row)
     assert isinstance(bound, BoundPredicate)
     return bound.specialization
@@ -129,6 +129,40 @@ def test_the_caller_s_own_row_is_no_way_if_its_columns_are_values() -> None:
     assert ways_of("@request.auth.role = 'a' || state = 'b'", {"id": "ann", "role": "x"}) == ()
     (team,) = ways_of("@request.auth.team.name = 'a'", {"id": "ann", "team": "t"})
     assert team.table.name == "teams"
+
+
+def ways_of_filter(
+    filter_text: str, list_rules: dict[str, str], *, is_strict: bool = False
+) -> tuple[Way, ...]:
+    """Return the ways to a filter on tasks, whose related rows have these list rules."""
+    ruled = (replace(one, list_rule=list_rules.get(one.name, "")) for one in schema().values())
+    collections = Collections(tuple(ruled), is_strict=is_strict)
+    return ways_to(specialization("", collections, filter_text=filter_text), collections)
+
+
+@pytest.mark.parametrize(
+    ("list_rule", "key"),
+    [
+        ("status = 'a'", "user"),
+        # Another member than the one that the filter names makes it true.
+        ("members_via_project.role ?= 'a'", ""),
+        ("lead = @request.auth.id || members_via_project.role ?= 'a'", ""),
+    ],
+)
+def test_a_member_that_a_list_rule_of_a_filter_reads_may_concern_everybody(
+    list_rule: str, key: str
+) -> None:
+    ways = ways_of_filter("project.members_via_project.user ?= 'ann'", {"projects": list_rule})
+    (members,) = (way for way in ways if way.table == MEMBERS)
+    assert (members.key.column_name if members.key else "") == key
+
+
+def test_list_rules_of_rows_that_must_all_agree_read_what_the_others_read() -> None:
+    """They stand at the comparison and beside it."""
+    filter_text = "project.members_via_project.role = 'a'"
+    rules = {"members": "project.status = 'a' || user.team.name = 'b'"}
+    strict = ways_of_filter(filter_text, rules, is_strict=True)
+    assert set(strict) == set(ways_of_filter(filter_text, rules))
 
 
 def only(rule: str, table: str, *, is_validated: bool = True) -> Way:
