@@ -80,18 +80,19 @@ class Dispatcher:
             await self._changelog_appended.wait()
             # Before reading, so that an entry that is appended meanwhile sets it again.
             self._changelog_appended.clear()
-            while self._has_undispatched():
-                await self._dispatch()
-                await self._write_resyncs()
-            await self._write_resyncs()
+            is_behind = True
+            while is_behind:
+                if is_behind := self._has_undispatched():
+                    await self._dispatch()
+                try:
+                    await self._write_resyncs()
+                except Exception as error:  # noqa: BLE001 (what is left is written later)
+                    log.error("resync.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (at says where)
 
     async def _write_resyncs(self) -> None:
         """Tell mirrors to load anew, behind all that was delivered."""
-        try:
-            written = await self.resyncs.write_to_live()
-            self._write_cursor_events(written, self.progress.head)
-        except Exception as error:  # noqa: BLE001 (what is left is written later)
-            log.error("resync.failed", error=type(error).__name__, at=raise_location(error))  # noqa: TRY400 (at says where)
+        written = await self.resyncs.write_to_live()
+        self._write_cursor_events(written, self.progress.head)
 
     def _has_undispatched(self) -> bool:
         """Whether the changelog has entries after the head; ``_dispatch`` finds why it raises."""

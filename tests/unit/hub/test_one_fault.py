@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper
 from itertools import count
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import TypeAlias
 
 import pytest
 
@@ -25,6 +26,7 @@ from pgrealtime.hub.delivery.render import RecordRenderer
 from pgrealtime.hub.dispatcher import Dispatcher
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.state.resyncs import MirrorResyncs
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
@@ -37,6 +39,7 @@ from tests.unit.hub.harness import (
     insert,
     open_harness,
 )
+from tests.unit.hub.test_mirrors import MIRROR, mirrors, settle, unlogged
 
 PACKAGE = str(Path(pgrealtime.__file__).parent)
 TOPICS = (
@@ -52,6 +55,9 @@ class InjectedError(Exception):
     """An error that no code expects."""
 
 
+Scenario: TypeAlias = Callable[
+    [Callable[[CodeType], None] | None], Coroutine[object, object, list[tuple[str, list[str]]]]
+]
 Seen = dict[tuple[str, str], CodeType]
 
 
@@ -149,6 +155,31 @@ async def scenario(on_call: Callable[[CodeType], None] | None) -> list[tuple[str
         return [(sink.state, received(sink)) for _, sink in open_]
 
 
+async def resync_scenario(
+    on_call: Callable[[CodeType], None] | None,
+) -> list[tuple[str, list[str]]]:
+    """Return the same of mirrors that must load anew: what the row was before isn't logged.
+
+    Of a resync that is told again only the last counts: nothing may follow that it doesn't cover.
+    """
+    async with mirrors(pace="1ms") as harness:
+        open_: list[tuple[Connection, MemorySink]] = []
+        for name in ("ann", "bob", "ann"):
+            connection, sink = harness.connect()
+            await harness.subscribe(connection, MIRROR, "PB_CURSOR", caller=user(name))
+            open_.append((connection, sink))
+        await settle(harness)
+        harness.commit(unlogged("a", "ann"), insert("b", "bob"))
+        if on_call is None:
+            await settle(harness)
+        else:
+            with profiling(on_call):
+                await settle(harness)
+        return [
+            (sink.state, [*reversed(dict.fromkeys(reversed(received(sink))))]) for _, sink in open_
+        ]
+
+
 def received(sink: MemorySink) -> list[str]:
     found = [
         (name.partition("?")[0], json.loads(data))
@@ -158,8 +189,10 @@ def received(sink: MemorySink) -> list[str]:
     return [f"{name} {data['action']} {data['record']['id']}" for name, data in found]
 
 
-def run(on_call: Callable[[CodeType], None] | None) -> list[tuple[str, list[str]]]:
-    """Run the scenario with empty caches, so that each run makes the same calls."""
+def run(
+    on_call: Callable[[CodeType], None] | None, scenario: Scenario = scenario
+) -> list[tuple[str, list[str]]]:
+    """Run a scenario with empty caches, so that each run makes the same calls."""
     for name, module in list(sys.modules.items()):
         if name.startswith(pgrealtime.__name__):
             for value in vars(module).values():
@@ -168,30 +201,32 @@ def run(on_call: Callable[[CodeType], None] | None) -> list[tuple[str, list[str]
     return asyncio.run(scenario(on_call))
 
 
-def functions() -> list[CodeType]:
+def functions(scenario: Scenario = scenario) -> list[CodeType]:
     """Return the functions that the dispatch task calls.
 
     Left out are those that render a record, and the loop itself.
     """
     seen: dict[CodeType, None] = {}
-    run(seen.setdefault)
-    dispatching = (Dispatcher._dispatch, Dispatcher._has_undispatched, Dispatcher._write_resyncs)
-    loop = (Hub.run, Dispatcher.run, *dispatching)
+    run(seen.setdefault, scenario)
+    loop = (Hub.run, Dispatcher.run, Dispatcher._dispatch, Dispatcher._has_undispatched)
     excluded = {function.__code__ for function in loop}
     return [code for code in seen if code not in excluded]
 
 
-def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each function raises once; all other connections receive every event, in order and once."""
-    # Every yield timer is due when read, and rendering seems to take no time, so that the calls
-    # don't depend on the speed of the machine.
+@pytest.fixture
+def same_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the calls independent of the speed of the machine.
+
+    Every yield timer is due when read, and rendering seems to take no time.
+    """
     monkeypatch.setattr(fairness, "perf_counter", count(step=fairness.YIELD_AFTER_SECONDS).__next__)
     monkeypatch.setattr(fairness, "_MAX_PAUSE_SECONDS", 0)
     monkeypatch.setattr(compose, "perf_counter", lambda: 0.0)
-    whole = run(None)
-    found = functions()
+
+
+def check_faults(found: Sequence[CodeType], scenario: Scenario) -> None:
+    """Let each function raise once in the scenario, and compare what the connections receive."""
+    whole = run(None, scenario)
     unraised: list[str] = []
     wrong: list[tuple[str, int, list[tuple[str, list[str]]]]] = []
     for code in found:
@@ -203,7 +238,7 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
                 raise InjectedError
 
         try:
-            result = run(inject)
+            result = run(inject, scenario)
         except TimeoutError:
             wrong.append((code.co_qualname, 0, []))
             continue
@@ -213,12 +248,30 @@ def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most(
         complete = [r == w for r, w in zip(result, whole, strict=True) if r[0] == "open"]
         if len(ended) > 1 or not all(complete):
             wrong.append((code.co_qualname, len(ended), result))
-
     assert not wrong
     assert not unraised
+
+
+@pytest.mark.usefixtures("same_calls")
+def test_a_fault_in_any_call_of_the_dispatch_task_ends_one_connection_at_most() -> None:
+    """Each function raises once; all other connections receive every event, in order and once."""
+    found = functions()
+    check_faults(found, scenario)
+
     assert len(found) > 150
     assert fairness.YieldTimer.pause.__code__ in found
     assert CatchUpTasks.make_caught_up_live.__code__ in found
+
+
+@pytest.mark.usefixtures("same_calls")
+def test_a_fault_amid_resyncs_costs_others_neither_event_nor_resync() -> None:
+    """A resync that was asked for is told later, perhaps twice."""
+    elsewhere = functions()
+    found = [code for code in functions(resync_scenario) if code not in elsewhere]
+    check_faults(found, resync_scenario)
+
+    assert {MirrorResyncs._write.__code__, Connection.write_resync.__code__} <= {*found}
+    assert Dispatcher._write_resyncs.__code__ in elsewhere
 
 
 async def test_a_connection_whose_bytes_cannot_be_written_is_ended_alone(
