@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
@@ -26,6 +27,7 @@ from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConf
 from pgrealtime.errors import RuleError, RuleUnsupportedError
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.index import PredicateIndex
+from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import ReferenceQuery, check_rule, reference_query
@@ -116,6 +118,35 @@ class Corpus:
         index: PredicateIndex[CallerMember] = PredicateIndex()
         index.add(CallerMember(request, bound.specialization, bound.values))
         return [bool(hits) for hits in evaluate_rows(self.connection, index, rows, now)]
+
+    def specializations(
+        self, asked: Iterable[Case]
+    ) -> Iterator[tuple[str, tuple[Specialization, Collections]]]:
+        """Yield the rules of cases that read other rows, what each is for a caller and the names.
+
+        A rule that is the same for several callers comes once.
+        """
+        seen: set[str] = set()
+        for case in asked:
+            request, collections = (
+                self._request(case),
+                self._with_list_rules(case.get("others", {})),
+            )
+            kind = case["auth"].partition("/")[0]
+            name = (
+                f"{case['collection']} {case['rule']} {case['query']} {kind} {case.get('others')}"
+            )
+            if case["rule"] is None or "." not in name or name in seen:
+                continue
+            seen.add(name)
+            for is_known in (False, True):
+                own, collection = self._own_row(request) if is_known else None, case["collection"]
+                with suppress(RuleError):
+                    bound = RuleCompiler(collections).bind_caller(
+                        collections[collection], case["rule"], request, own
+                    )
+                    if isinstance(bound, BoundPredicate) and bound.specialization.reads_other_rows:
+                        yield f"{name} {is_known}", (bound.specialization, collections)
 
     def _own_row(self, request: RuleRequest) -> Row | None:
         match request.principal:

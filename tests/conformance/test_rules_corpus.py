@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.columns_of_ways import columns_without_way
 from tests.conformance.rules_corpus import CORPUS, Way, cases, evaluate_cases, load
 
 REFUSED: frozenset[str] = frozenset()
@@ -50,3 +51,23 @@ async def test_every_recorded_case_is_decided_as_recorded(database_url: str, way
 
     assert report.wrong == ()
     assert folder is not None or set(report.refused) == REFUSED
+
+
+async def test_ways_name_each_column_of_other_rows_that_the_sql_reads(database_url: str) -> None:
+    """Of every rule of the corpus: a mirror isn't told of changes of a column that is forgotten."""
+    corpus = await load(database_url)
+    try:
+        asked = [*cases(CORPUS), *cases(FOUND)]
+        if os.environ.get("PGREALTIME_SLOW") != "1":  # the random ones
+            asked = [case for case in asked if "random" not in case["constructs"]]
+        bound = dict(corpus.specializations(asked))
+    finally:
+        corpus.connection.close()
+    missing = {
+        rule: names
+        for rule, (specialization, collections) in bound.items()
+        if (names := columns_without_way(specialization, collections))
+    }
+
+    assert not missing
+    assert len(bound) > 400

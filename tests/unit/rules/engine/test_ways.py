@@ -10,7 +10,7 @@ import pytest
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.model import ForeignKey, Table
 from pgrealtime.changes import Change, Delete, Insert, Key, Row, TableName, Update, WholeRow
-from pgrealtime.collections.model import Collections
+from pgrealtime.collections.model import Collections, FieldKind
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
 from pgrealtime.rules.engine.ways import Way, ways_to
@@ -21,7 +21,7 @@ _Expected: TypeAlias = dict[str, tuple[str, str]]
 """By table: the columns that are read there, and the column that names the callers concerned."""
 
 
-def schema(*, is_validated: bool = True) -> Collections:
+def schema(*, is_validated: bool = True, pointed_at: str = "projects") -> Collections:
     tasks = collection(
         "tasks",
         one("project", "projects"),
@@ -32,7 +32,7 @@ def schema(*, is_validated: bool = True) -> Collections:
     key = ForeignKey(
         name="fk",
         column_names=("project",),
-        target=TableName("public", "projects"),
+        target=TableName("public", pointed_at),
         target_column_names=("id",),
         is_validated=is_validated,
     )
@@ -40,7 +40,9 @@ def schema(*, is_validated: bool = True) -> Collections:
     return Collections(
         (
             replace(tasks, table=table),
-            collection("projects", field("status"), one("lead", "users")),
+            collection(
+                "projects", field("status"), one("lead", "users"), field("extra", FieldKind.JSON)
+            ),
             collection("members", one("project", "projects"), one("user", "users"), field("role")),
             collection("users", field("role"), one("team", "teams"), kind="auth"),
             collection("teams", field("name")),
@@ -106,6 +108,7 @@ RULES: dict[str, _Expected] = {
         "members": ("id project user", "user"),
     },
     "likes.role ?= 'a'": {"users": ("id role", "")},
+    "project.extra.a.b = 'x'": {"projects": ("extra id", "")},
     "@collection.members.user ?= @request.auth.id && @collection.members.project ?= project": {
         "members": ("id project user", "user")
     },
@@ -165,8 +168,8 @@ def test_list_rules_of_rows_that_must_all_agree_read_what_the_others_read() -> N
     assert set(strict) == set(ways_of_filter(filter_text, rules))
 
 
-def only(rule: str, table: str, *, is_validated: bool = True) -> Way:
-    collections = schema(is_validated=is_validated)
+def only(rule: str, table: str, *, is_validated: bool = True, pointed_at: str = "projects") -> Way:
+    collections = schema(is_validated=is_validated, pointed_at=pointed_at)
     (way,) = (
         way
         for way in ways_to(specialization(rule, collections), collections)
@@ -215,8 +218,11 @@ def test_rows_behind_a_foreign_key_come_and_go_with_those_that_point_to_them() -
 
     way = only(rule, "projects")
     assert [keys(way, one) for one in (came, went, changed)] == [[], [], "everybody"]
-    way = only(rule, "projects", is_validated=False)
-    assert [keys(way, one) for one in (came, went, changed)] == ["everybody"] * 3
+    for other in (
+        only(rule, "projects", is_validated=False),
+        only(rule, "projects", pointed_at="archive"),
+    ):
+        assert [keys(other, one) for one in (came, went, changed)] == ["everybody"] * 3
 
 
 @pytest.mark.parametrize("is_generated", [False, True])
