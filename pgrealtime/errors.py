@@ -74,6 +74,21 @@ class ConfigError(PgRealtimeError):
         self.problems = problems
 
 
+class RuleTestError(PgRealtimeError):
+    """Rule tests of the configuration came out otherwise than expected."""
+
+    code = "rule_test_failed"
+
+    def __init__(
+        self, failures: tuple[ConfigProblem, ...], decisions: int, *, source_name: str
+    ) -> None:
+        super().__init__(
+            f"{len(failures)} of {decisions} rule tests failed",
+            detail="\n".join(describe_problem(source_name, failure) for failure in failures),
+            hint="Change the rules, or what the tests expect.",
+        )
+
+
 def describe_problem(source_name: str, problem: ConfigProblem) -> str:
     """Return the problem as text, with file and line."""
     location = source_name if problem.line is None else f"{source_name}:{problem.line}"

@@ -256,7 +256,7 @@ class Authenticator:
         users = self._users_by_name.get(issuer.collection)
         values = claim_values(claims, issuer)
         if users is None:
-            record = _record_of_claims(claims, issuer.collection, record_id)
+            record = record_of_claims(claims, issuer.collection, record_id)
             record = replace(record, claims=values)
             return Caller(record, expires_at, trust_digest=digest)
         # Open connections of a deleted user become guests (protocol, 8). The same token on a new
@@ -378,7 +378,7 @@ def caller_of_account(
     )
 
 
-def _record_of_claims(claims: Claims, collection: str, record_id: str) -> AuthRecord:
+def record_of_claims(claims: Claims, collection: str, record_id: str) -> AuthRecord:
     """Return the record of a user without a row, from the claims (rules, section 17)."""
     email = claims.get("email")
     return AuthRecord(

@@ -63,7 +63,7 @@ def _flatten_errors(error: Exception) -> Iterator[Exception]:
 def exit_code(error: PgRealtimeError) -> int:
     """Return the exit code of an error."""
     match error:
-        case errors.ConfigError() | errors.RuleError():
+        case errors.ConfigError() | errors.RuleError() | errors.RuleTestError():
             return EXIT_CONFIGURATION
         case errors.DatabaseUnreachableError():
             return EXIT_UNREACHABLE

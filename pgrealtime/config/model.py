@@ -1,5 +1,6 @@
 """The sections of the configuration and their defaults."""
 
+import re
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Annotated, Literal, Self, TypeAlias
 
@@ -428,6 +429,64 @@ class CollectionConfig(Section):
     """Of an auth collection: which accounts may log in; null is none."""
 
 
+_CALLER = re.compile(r"guest|superuser|[^/]+/.+")
+
+
+def _require_caller(text: str) -> str:
+    if not _CALLER.fullmatch(text):
+        raise ValueError("a caller is guest, superuser or COLLECTION/ID, such as users/ann")
+    return text
+
+
+class RuleTestCaller(Section):
+    """A caller of a rule test; written as a text if its token has no claims that rules read."""
+
+    user: Annotated[str, AfterValidator(_require_caller)]
+    """``guest``, ``superuser`` or ``COLLECTION/ID``: a user whose row exists."""
+    claims: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """Of the user's token, by their names in rules."""
+
+
+def _caller_of_text(value: object) -> object:
+    return {"user": value} if isinstance(value, str) else value
+
+
+def _id_of_number(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
+RuleTestCallers = tuple[Annotated[RuleTestCaller, BeforeValidator(_caller_of_text)], ...]
+
+
+class RuleTestConfig(Section):
+    """Who may see one record, and who may not; ``pgrealtime check`` decides it as the service."""
+
+    name: str = ""
+    """Said if it fails; empty is collection and record."""
+    collection: str
+    id: Annotated[str, BeforeValidator(_id_of_number)] = ""
+    """A record that exists."""
+    record: dict[str, object] = Field(default_factory=dict)
+    """Or a record that need not exist, by its fields; those that aren't given are NULL."""
+    rule: Literal["both", "list_rule", "view_rule"] = "both"
+    """Which rule has to decide so."""
+    allow: RuleTestCallers = ()
+    deny: RuleTestCallers = ()
+
+    @model_validator(mode="after")
+    def _require_record_and_caller(self) -> Self:
+        if bool(self.id) == bool(self.record):
+            raise ValueError("give one of id, of a record that exists, and record")
+        if not (self.allow or self.deny):
+            raise ValueError("name callers to allow or to deny")
+        return self
+
+    @property
+    def rule_keys(self) -> tuple[Literal["list_rule", "view_rule"], ...]:
+        """The rules that have to decide so."""
+        return ("list_rule", "view_rule") if self.rule == "both" else (self.rule,)
+
+
 class AdminConfig(Section):
     """The operator's port: probes and metrics. Off unless it has a port."""
 
@@ -474,6 +533,7 @@ class Config(Section):
     reads: ReadsConfig = ReadsConfig()
     auth: AuthConfig = AuthConfig()
     collections: dict[str, CollectionConfig] = Field(default_factory=dict)
+    tests: tuple[RuleTestConfig, ...] = ()
     admin: AdminConfig = AdminConfig()
     logging: LoggingConfig = LoggingConfig()
 

@@ -39,11 +39,18 @@ class DeliveryExplainer(RecordExplainer):
 
     async def _explain_row(self, collection: Collection, row: Row, record_id: str) -> str:
         del record_id  # the engine gets the row
-        is_visible, reason = await self._explain_image(collection, row, "record")
+        is_visible, reason = await self.explain_image(collection, row, "record")
         self._parts.add_lines("note", text.CAVEAT)
         return "" if is_visible else reason
 
-    async def _explain_image(
+    def columns_read(self, collection: Collection) -> frozenset[str]:
+        """Return the columns of the collection's row that the topic's rule reads."""
+        is_whole = self._topic.record_id is None
+        rule = collection.list_rule if is_whole else collection.view_rule
+        made = reference_query(self._collections, collection, rule, self._request)
+        return frozenset(made.column_names if isinstance(made, ReferenceQuery) else ())
+
+    async def explain_image(
         self,
         collection: Collection,
         row: Row,

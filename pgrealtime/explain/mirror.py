@@ -64,7 +64,7 @@ class MirrorExplainer(DeliveryExplainer):
         if old_key != row[collection.key.name]:
             return "an update of the id is a deletion and a new record: explain each"
         before = await self._explain_before(collection, row | given)
-        after = _Image(*await self._explain_image(collection, row, "record"))
+        after = _Image(*await self.explain_image(collection, row, "record"))
         return self._told(before, after)
 
     async def _explain_no_row(self, collection: Collection, record_id: str) -> str:
@@ -100,7 +100,7 @@ class MirrorExplainer(DeliveryExplainer):
     async def _explain_before(self, collection: Collection, row: Row) -> _Image:
         logged = frozenset(collection.table.replica_identity_columns)
         unknown = collection.column_names - logged - {collection.key.name}
-        is_visible, reason = await self._explain_image(collection, row, "before", unknown)
+        is_visible, reason = await self.explain_image(collection, row, "before", unknown)
         if is_visible is None and not logged.issuperset(collection.column_names):
             listed = ", ".join(sorted(logged)) or "nothing"
             reason = f"of old rows only {listed} is logged (pgrealtime check says what helps)"

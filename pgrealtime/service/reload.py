@@ -36,7 +36,7 @@ _REFRESH_SECONDS = 30.0
 _MIN_REFRESH_SECONDS = 1.0
 """Between two reads of the catalogue, however many mismatches there are."""
 
-_RELOADABLE_SECTIONS = ("collections", "auth")
+_RELOADABLE_SECTIONS = ("collections", "auth", "tests")
 """Sections that a reload applies; the others need a restart."""
 
 

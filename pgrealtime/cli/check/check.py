@@ -18,7 +18,7 @@ from pgrealtime.cli.report import report_errors
 from pgrealtime.collections.names import check_names
 from pgrealtime.config.load import ParsedConfig, in_file_order, read_config
 from pgrealtime.config.model import Config
-from pgrealtime.errors import ConfigError, PgRealtimeError, describe_problem
+from pgrealtime.errors import ConfigError, PgRealtimeError, RuleTestError, describe_problem
 from pgrealtime.rules.rule_set import rule_texts, syntax_problems
 
 
@@ -59,6 +59,9 @@ async def run_check(
         located = locations.locate(ConfigError(problems)).problems
         in_order = in_file_order((*parsed.problems, *located))
         errors = (ConfigError(in_order, source_name=locations.source), *errors)
+    if findings.failed_tests:
+        failed = locations.locate(ConfigError(findings.failed_tests)).problems
+        errors += (RuleTestError(failed, findings.test_decisions, source_name=locations.source),)
     warnings = locations.locate(ConfigError((*config_warnings(config), *findings.warnings)))
     texts = [describe_problem(locations.source, p) for p in in_file_order(warnings.problems)]
     return CheckResult(errors, findings.summary_lines, tuple(texts))

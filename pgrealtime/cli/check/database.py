@@ -25,6 +25,7 @@ from pgrealtime.collections.streamed_tables import reachable_tables, streamed_ta
 from pgrealtime.config.load import ParsedConfig
 from pgrealtime.config.model import Config, DatabaseConfig, SlotConfig
 from pgrealtime.errors import ConfigProblem, PgRealtimeError, SetupError
+from pgrealtime.explain.rule_tests import run_rule_tests
 from pgrealtime.log.installed import require_client
 from pgrealtime.postgres.connect import URL_SETTING, connect_once
 from pgrealtime.rules.rule_set import rule_problems, rule_texts, syntax_problems
@@ -53,6 +54,10 @@ class Findings:
     errors: tuple[PgRealtimeError, ...] = ()
     warnings: tuple[ConfigProblem, ...] = ()
     summary_lines: tuple[str, ...] = ()
+    failed_tests: tuple[ConfigProblem, ...] = ()
+    """Rule tests that came out otherwise than expected."""
+    test_decisions: int = 0
+    """Decisions of all rule tests."""
 
 
 async def check_database(
@@ -63,7 +68,10 @@ async def check_database(
         schema = await _check_schema(config, parsed)
     except PgRealtimeError as error:
         return Findings(errors=(error,))
-    findings = schema.findings
+    try:
+        findings = await _check_rule_tests(config, schema)
+    except PgRealtimeError as error:
+        findings = replace(schema.findings, errors=(*schema.findings.errors, error))
     try:
         system, slot = await dry_run_stream(
             config.database.url,
@@ -89,6 +97,7 @@ async def check_database(
         server_line,
         *mirror_lines(schema.collections),
         *bus_lines,
+        *([count_text(findings.test_decisions, "rule test")] if findings.test_decisions else ()),
     )
     return replace(findings, summary_lines=lines)
 
@@ -155,6 +164,20 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
             system_id=row[0],
             is_standby=row[1],
         )
+
+
+async def _check_rule_tests(config: Config, schema: _SchemaCheck) -> Findings:
+    """Decide the rule tests, unless what they rest on has problems."""
+    findings = schema.findings
+    if not config.tests or findings.problems or findings.errors:
+        return findings
+    results = await run_rule_tests(config, schema.collections)
+    return replace(
+        findings,
+        problems=results.problems,
+        failed_tests=results.failures,
+        test_decisions=results.decisions,
+    )
 
 
 def _build_collections(

@@ -507,7 +507,7 @@ def test_the_annotated_example_has_every_key_and_the_defaults_it_claims() -> Non
     assert keys_of(Config) - keys_in(Config, example) == set()
     environ = {"APP_JWT_SECRET": "x" * 32}
     assert parse_config(example, environ).model_copy(
-        update={"collections": {}, "auth": parse_config({}).auth}
+        update={"collections": {}, "auth": parse_config({}).auth, "tests": ()}
     ) == parse_config({})
 
 
@@ -538,6 +538,22 @@ def below(annotation: object) -> tuple[type[Section] | None, str]:
     candidates = [annotation, *get_args(annotation)]
     sections = [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
     return (sections[0] if sections else None), ("" if annotation in sections else ".*")
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ({"id": 7, "deny": ["nobody"]}, "a caller is guest, superuser or COLLECTION/ID"),
+        ({"id": 7, "deny": ["users/"]}, "a caller is guest, superuser or COLLECTION/ID"),
+        ({"id": 7}, "name callers to allow or to deny"),
+        ({"deny": ["guest"]}, "give one of id, of a record that exists, and record"),
+        ({"id": 7, "record": {"id": 7}, "deny": ["guest"]}, "give one of id"),
+    ],
+)
+def test_a_rule_test_has_one_record_and_callers(test: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as failed:
+        parse_config({"tests": [{"collection": "posts", **test}]})
+    assert message in failed.value.detail
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "metrics.internal"])
