@@ -247,8 +247,16 @@ def test_every_table_is_described(operator: Operator) -> None:
 
     assert "# public.tags: about 1,234 rows, primary key id." in text
     assert "# public.parts: not analyzed yet, primary key id, 2 partitions." in text
-    assert 'ALTER TABLE "public"."parts_2" REPLICA IDENTITY FULL;' in mending(text)
-    assert "REPLICA IDENTITY FULL: rules see the whole row of a delete." in text
+    assert re.search(r"# public\.composite_full: .*, REPLICA IDENTITY FULL\.", text)
+
+
+def test_what_is_true_of_many_tables_is_said_once(operator: Operator) -> None:
+    remarks = [line for line in initiated(operator, *BOTH).splitlines() if re.match(" *# ", line)]
+    repeated = {line for line in remarks if remarks.count(line) > 1} - {"  # Not served:"}
+
+    # Only reasons of tables that aren't served, which have the table's own SQL below them.
+    assert [line for line in repeated if not line.startswith("  #   ")] == []
+    assert sum("REPLICA IDENTITY FULL a delete" in line for line in remarks) == 1
 
 
 def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
@@ -258,6 +266,7 @@ def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
         for statement in mending(text):
             if "\\n" not in statement:  # a remark can't contain a line break
                 connection.execute(statement.encode())
+        connection.execute(LOG_WHOLE_ROWS.encode())
     outcome = operator.check(unlocked(text), **SECRETS)
 
     assert outcome.code == 0, outcome.err
@@ -270,6 +279,20 @@ def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
         if not re.search("each change reads the whole table|finds the rows of a list", warning)
     ] == []
 
+
+LOG_WHOLE_ROWS = """
+DO $$
+DECLARE name text;
+BEGIN
+  FOR name IN
+    SELECT format('%I.%I', nspname, relname) FROM pg_class c JOIN pg_namespace n
+    ON n.oid = relnamespace WHERE nspname IN ('public', 'My CRM') AND relkind IN ('r', 'p')
+  LOOP
+    EXECUTE 'ALTER TABLE ' || name || ' REPLICA IDENTITY FULL';
+  END LOOP;
+END $$
+"""
+"""What ``pgrealtime sql`` prints for the tables whose rules need it."""
 
 NAMES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
@@ -614,14 +637,100 @@ def test_a_url_of_the_command_line_is_to_be_put_where_the_file_looks(operator: O
     assert operator.run("check").code == 0
 
 
-def test_no_file_is_overwritten(operator: Operator) -> None:
-    """The command reports that before it connects to the database."""
-    operator.file.write_text("mine", encoding="utf-8")
-    outcome = operator.run("init", DATABASE_URL="postgresql://postgres@127.0.0.1:1/none")
+EDITED = """\
+# ours
+version: 1
+database: {url: "${DATABASE_URL}"}
+collections:
+    people:   # renamed
+        table: public.users
+        type: auth
+        list_rule: >-
+          id =
+          @request.auth.id
+        # a remark of ours
+
+    tags: {table: tags}
+
+    # posts:
+    #     table: posts
+
+# what follows
+admin: {port: 0}
+"""
+
+
+async def test_a_second_run_adds_tables_and_keeps_what_was_edited(
+    database_url: str, tmp_path: Path
+) -> None:
+    """What is commented out stays so. New collections have the names and the indentation there."""
+    operator = operator_of(
+        database_url,
+        tmp_path,
+        """
+        CREATE TABLE users (id int PRIMARY KEY, email text);
+        CREATE TABLE posts (id int PRIMARY KEY, author int REFERENCES users);
+        CREATE TABLE people (id int PRIMARY KEY, account int NOT NULL REFERENCES users);
+        CREATE TABLE keyless (a int);
+        CREATE TABLE tags (id int PRIMARY KEY);
+        CREATE TABLE user_tags (
+          "user" int REFERENCES users, tag int REFERENCES tags, PRIMARY KEY ("user", tag)
+        );
+        """,
+    )
+    operator.file.write_text(EDITED, encoding="utf-8")
+    added = await write_config(str(operator.file), operator.url, ())
+    text = operator.file.read_text(encoding="utf-8")
+    again = await write_config(str(operator.file), operator.url, ())
+    parsed = read_config(operator.file, {"DATABASE_URL": operator.url})
+
+    assert added is not None
+    assert list(added.names) == ["keyless", "public_people"]
+    assert "no primary key" in added.names["keyless"]
+    ((collection, relation),) = added.relations
+    assert (collection, "through: public.user_tags" in relation) == ("tags", True)
+    before, after = EDITED.split("\n\n# what follows")
+    assert text.startswith(f"{before}\n\n    # public.keyless: ")
+    assert text.endswith(f"\n\n# what follows{after}")
+    assert set(collections_of(text)) == {"people", "public_people", "tags"}
+    assert "#list_rule: account = @request.auth.id" in text
+    assert (await run_check(parsed, with_database=True)).errors == ()
+    assert again is not None
+    assert not again.names
+    assert operator.file.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("version: 1\n", "version: 1\n\ncollections:\n  # public.tags: "),
+        ("collections: {}\nversion: 1\n", "collections:\n  # public.tags: "),
+        ("#collections:\n  # mine\n", "collections:\n  # mine\n\n  # public.tags: "),
+        ("collections:\nversion: 1\n", "collections:\n  # public.tags: "),
+    ],
+)
+async def test_a_file_without_collections_gets_them(
+    database_url: str, tmp_path: Path, before: str, after: str
+) -> None:
+    operator = operator_of(database_url, tmp_path, "CREATE TABLE tags (id int PRIMARY KEY)")
+    operator.file.write_text(before, encoding="utf-8")
+    await write_config(str(operator.file), operator.url, ())
+
+    text = operator.file.read_text(encoding="utf-8")
+    assert text.startswith(after)
+    assert set(collections_of(text)) == {"tags"}
+
+
+@pytest.mark.parametrize(
+    "text", ["mine", "a: [", "collections: {a: {table: a}}\n", "collections: [a]\n"]
+)
+def test_what_can_not_be_extended_stays_as_it_is(operator: Operator, text: str) -> None:
+    operator.file.write_text(text, encoding="utf-8")
+    outcome = operator.run("init")
 
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith('file_not_written: "pgrealtime.yaml" already exists\nHINT: ')
-    assert operator.file.read_text(encoding="utf-8") == "mine"
+    assert outcome.err.startswith("file_not_extended: tables can't be added to ")
+    assert operator.file.read_text(encoding="utf-8") == text
 
 
 def test_a_dash_prints_what_would_be_written(operator: Operator) -> None:

@@ -6,6 +6,7 @@ Pure; called by ``init``. Drafts are validated by ``collections.build`` and by `
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from pgrealtime.catalog.model import Catalog, Column, Table, TableKind
 from pgrealtime.changes import TableName, quote_identifier, quote_table_name
@@ -33,8 +34,13 @@ from pgrealtime.config.model import (
 from pgrealtime.errors import ConfigProblem
 
 
-def draft_config(survey: SchemaSurvey) -> ConfigDraft:
-    """Return a draft for each table of the catalogue that becomes a collection."""
+def draft_config(
+    survey: SchemaSurvey, names: Mapping[TableName, str] = MappingProxyType({})
+) -> ConfigDraft:
+    """Return a draft for each table of the catalogue that becomes a collection.
+
+    ``names`` has the collections of tables that have one already.
+    """
     catalog, extensions, unreadable = survey.catalog, survey.extensions, survey.unreadable
     left_out = dict(_omitted_tables(catalog, extensions))
     standalone = [t for t in catalog.tables.values() if _is_standalone(t, extensions)]
@@ -42,7 +48,7 @@ def draft_config(survey: SchemaSurvey) -> ConfigDraft:
     auths = accounts.auth_tables(tables)
     # Behind the tables, so that these keep their names.
     tables += [t for t in catalog.tables.values() if t.name not in left_out and _is_read_only(t)]
-    named = name_collections(tables)
+    named = name_collections(tables, names)
     drafts = [_draft_collection(name, t, is_auth=t.name in auths) for name, t in named]
     drafts = _with_table_faults(drafts, catalog, unreadable)
     served = {draft.table.name: draft for draft in drafts if not draft.faults}

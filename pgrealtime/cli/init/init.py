@@ -7,11 +7,11 @@ import asyncio
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from psycopg import AsyncConnection
@@ -20,6 +20,7 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import Catalog
 from pgrealtime.catalog.privileges import read_privilege_errors
 from pgrealtime.changes import TableName
+from pgrealtime.cli.init.extend import Addition, extend_config, parse_existing
 from pgrealtime.cli.init.model import SchemaSurvey, TableFault
 from pgrealtime.cli.init.render import render_config
 from pgrealtime.cli.options import config_option
@@ -30,6 +31,7 @@ from pgrealtime.spelling import did_you_mean
 
 STDOUT = "-"
 _DEFAULT_FILE = "pgrealtime.yaml"
+_DEFAULT_SCHEMAS = ("public",)
 
 _SCHEMAS_QUERY = (
     "SELECT nspname FROM pg_catalog.pg_namespace WHERE nspname !~ '^pg_' ORDER BY nspname"
@@ -60,26 +62,36 @@ async def write_config(
     *,
     only: Sequence[str] = (),
     excluded: Sequence[str] = (),
-) -> None:
-    """Write a configuration for the tables of the schemas.
+) -> Addition | None:
+    """Write a configuration for the tables of the schemas, and return what was added to a file.
 
-    The file must not exist; ``-`` is the standard output. An empty URL uses libpq's PG* variables.
-    Of two tables with one name, that of the earlier schema keeps it. ``only`` and ``excluded`` are
+    ``-`` is the standard output. A file that exists keeps what it has, and gets the tables that it
+    doesn't name; None is returned for a new one. An empty URL uses libpq's PG* variables. Of two
+    tables with one name, that of the earlier schema keeps it. ``only`` and ``excluded`` are
     patterns of table names, see ``select_tables``.
 
     Raises:
         DatabaseUnreachableError: The server doesn't answer, or refuses the login.
-        SetupError: Code ``schema_missing``, ``table_missing`` or ``file_not_written``.
+        SetupError: Code ``schema_missing``, ``table_missing``, ``file_not_written`` or
+            ``file_not_extended``.
     """
-    if path != STDOUT and Path(path).exists():  # noqa: ASYNC240 (nothing else runs in the loop)
-        raise _exists_error(path)
+    existing = None if path == STDOUT else _read_existing(path)
+    parsed = None if existing is None else parse_existing(path, existing)
+    if parsed is not None and not schemas:
+        schemas = parsed.schemas
     async with connect_once(url) as connection:
-        schema = await _survey_schemas(connection, schemas, only, excluded)
+        schema = await _survey_schemas(connection, schemas or _DEFAULT_SCHEMAS, only, excluded)
+    if parsed is not None:
+        addition = extend_config(parsed, schema)
+        if addition.names:
+            _write_file(path, addition.text, mode="w")
+        return addition
     text = render_config(schema, is_url_known=bool(url))
     if path == STDOUT:
         sys.stdout.write(text)
     else:
-        _create_file(path, text)
+        _write_file(path, text, mode="x")
+    return None
 
 
 def _next_steps_text(path: str, *, lacks_url: bool) -> str:
@@ -92,20 +104,35 @@ def _next_steps_text(path: str, *, lacks_url: bool) -> str:
     return "\n".join([*lines, f"2. pgrealtime check{option}", f"3. pgrealtime run{option}"])
 
 
-def _exists_error(path: str) -> SetupError:
-    return SetupError(
-        f'"{path}" already exists',
-        hint="Name another file with --config; --config - prints the configuration.",
-        code="file_not_written",
-    )
+def _added_lines(path: str, addition: Addition) -> Iterator[str]:
+    """Yield what was added to a file."""
+    if not addition.names:
+        yield f"{path} names every table; nothing was added."
+    for name, fault in addition.names.items():
+        yield f"added to {path}: {name}{', not served: ' + fault if fault else ''}"
+    for collection, relation in addition.relations:
+        yield f"not added, since {collection} is in the file: relations: {{{relation}}}"
 
 
-def _create_file(path: str, text: str) -> None:
+def _read_existing(path: str) -> str | None:
     try:
-        with Path(path).open("x", encoding="utf-8") as file:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "It isn't UTF-8"
+        raise SetupError(
+            f'"{path}" can\'t be read',
+            detail=f"{reason}.",
+            hint="Name another file with --config.",
+            code="file_not_extended",
+        ) from error
+
+
+def _write_file(path: str, text: str, *, mode: Literal["w", "x"]) -> None:
+    try:
+        with Path(path).open(mode, encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        raise _exists_error(path) from None
     except OSError as error:
         raise SetupError(
             f'"{path}" can\'t be written',
@@ -189,9 +216,7 @@ def _matches(name: TableName, pattern: str) -> bool:
     "--schema",
     "schemas",
     multiple=True,
-    default=["public"],
-    show_default=True,
-    help="Schema whose tables are served; may be repeated.",
+    help="Schema whose tables are served; may be repeated. By default public; or the file's.",
 )
 @click.option(
     "--table",
@@ -214,9 +239,15 @@ def init(
     only: tuple[str, ...],
     excluded: tuple[str, ...],
 ) -> None:
-    """Write a configuration for the existing tables, with all rules locked."""
+    """Write a configuration for the existing tables, with all rules locked.
+
+    A file that exists keeps what it has, and gets the tables that it doesn't name.
+    """
     with report_errors():
         named = tuple(dict.fromkeys(schemas))
-        asyncio.run(write_config(path, url, named, only=only, excluded=excluded))
+        addition = asyncio.run(write_config(path, url, named, only=only, excluded=excluded))
+    if addition is not None:
+        click.echo("\n".join(_added_lines(path, addition)))
+        return
     lacks_url = bool(url) and not os.environ.get("DATABASE_URL")
     click.echo(_next_steps_text(path, lacks_url=lacks_url), err=path == STDOUT)

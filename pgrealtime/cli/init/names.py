@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import count
 
 from pgrealtime.catalog.model import Column, Table
@@ -35,13 +35,18 @@ def unused_name(name: str, taken: Container[str]) -> str:
     return next(tried for n in count(2) if (tried := f"{name}_{n}") not in taken)
 
 
-def name_collections(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
-    """Yield each table with its collection's name.
+def name_collections(
+    tables: Iterable[Table], given: Mapping[TableName, str]
+) -> Iterator[tuple[str, Table]]:
+    """Yield each table with its collection's name: the given one, if it has one.
 
     Names are unique without regard to case, because ``@collection.NAME`` ignores case.
     """
-    taken = {"_superusers"}  # PocketBase's own
+    taken = {"_superusers", *(name.casefold() for name in given.values())}  # PocketBase's own
     for table in tables:
+        if table.name in given:
+            yield given[table.name], table
+            continue
         name = valid_name(table.name.name, "table")
         if name.casefold() in taken:
             name = valid_name(f"{table.name.schema}_{table.name.name}", "table")

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import yaml
 
-from pgrealtime.catalog.model import ReplicaIdentity, Table
-from pgrealtime.changes import quote_table_name
+from pgrealtime.catalog.model import ReplicaIdentity
 from pgrealtime.cli.init.accounts import may_have_credential_ids
 from pgrealtime.cli.init.drafts import READ_ONLY_TABLE_KINDS, draft_config
 from pgrealtime.cli.init.model import CollectionDraft, ConfigDraft, SchemaSurvey
@@ -27,6 +26,7 @@ def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
     config_draft = draft_config(survey)
     lines = [
         *_HEADER,
+        *_shared_remark_lines(config_draft),
         "version: 1",
         "",
         "database:",
@@ -41,13 +41,42 @@ def render_config(survey: SchemaSurvey, *, is_url_known: bool) -> str:
 
 
 _HEADER = (
-    "# Written by pgrealtime init from the existing tables. Edit it as needed.",
+    "# Written by pgrealtime init from the existing tables. Edit it as needed: run again, it adds",
+    "# tables that the file doesn't name, and leaves all else as it is.",
     "#",
     "# All rules are locked: only superusers see records. Lines that begin with # and no space",
     "# are suggestions: read each, change it, and remove the # to enable it.",
     "# list_rule is for lists and subscriptions to all records, view_rule for a single record.",
     "# config/pgrealtime.yaml of pgrealtime lists all keys.",
 )
+
+
+def render_collection(draft: CollectionDraft, survey: SchemaSurvey, indent: int) -> list[str]:
+    """Return the lines of one collection, for a file that has others."""
+    return [f"{' ' * indent}{line}".rstrip() for line in _collection_lines(draft, survey)]
+
+
+def render_relation(name: str, relation: RelationConfig) -> str:
+    """Return a relation in one line, as a collection's section ``relations`` has it."""
+    return f"{_yaml_key(name)}: {_relation_mapping(relation)}"
+
+
+def _shared_remark_lines(draft: ConfigDraft) -> Iterator[str]:
+    """Yield once what is true of several collections."""
+    drafts = [one for one in draft.drafts if not one.faults]
+    if any(one.suggested_rule == SIGNED_IN_RULE for one in drafts):
+        yield "#"
+        yield f"# Where no column names the owner of a row, {SIGNED_IN_RULE} is suggested: it"
+        yield "# admits every authenticated caller."
+    if any(one.config.fields.hide for one in drafts):
+        yield "#"
+        yield '# "hide" has columns that are secrets by their names: superusers alone receive them.'
+    streamed = [one.table.replica_identity for one in drafts if one.config.stream]
+    if any(identity is not ReplicaIdentity.FULL for identity in streamed):
+        yield "#"
+        yield "# Without REPLICA IDENTITY FULL a delete logs only the key of its row, and an update"
+        yield "# omits long values that it leaves unchanged. pgrealtime check says which rules need"
+        yield "# more, and pgrealtime sql prints what their tables lack."
 
 
 def _auth_lines(draft: ConfigDraft) -> Iterator[str]:
@@ -88,8 +117,6 @@ def _collection_lines(draft: CollectionDraft, survey: SchemaSurvey) -> Iterator[
             yield from _fix_lines(fault.fix)
         yield from map(_commented_out, _setting_lines(draft))
         return
-    if draft.config.stream:
-        yield from _replica_identity_lines(draft.table)
     yield from _setting_lines(draft)
 
 
@@ -103,27 +130,9 @@ def _table_summary(draft: CollectionDraft, survey: SchemaSurvey) -> str:
         facts.append(f"primary key {', '.join(table.primary_key)}")
     if table.leaves:
         facts.append(f"{len(table.leaves)} partition{'s' * (len(table.leaves) != 1)}")
+    if draft.config.stream and table.replica_identity is not ReplicaIdentity.DEFAULT:
+        facts.append(f"REPLICA IDENTITY {table.replica_identity.name}")
     return f"{table.name}: {', '.join(facts)}."
-
-
-_LOGGED_BY_IDENTITY = {
-    ReplicaIdentity.DEFAULT: "only the key",
-    ReplicaIdentity.INDEX: "only the columns of an index",
-}
-
-
-def _replica_identity_lines(table: Table) -> Iterator[str]:
-    if table.replica_identity is ReplicaIdentity.FULL:
-        yield from _comment_lines("REPLICA IDENTITY FULL: rules see the whole row of a delete.")
-        return
-    logged = _LOGGED_BY_IDENTITY.get(table.replica_identity, "nothing")
-    kind = table.replica_identity.name
-    yield from _comment_lines(
-        f"REPLICA IDENTITY {kind}: a delete logs {logged} of the row, and an update omits long"
-        " values that it leaves unchanged. For rules that need more:"
-    )
-    for name in table.leaves or (table.name,):
-        yield f"#   ALTER TABLE {escape_unprintable(quote_table_name(name))} REPLICA IDENTITY FULL;"
 
 
 def _fix_lines(fix: str) -> Iterator[str]:
@@ -148,8 +157,6 @@ def _setting_lines(draft: CollectionDraft) -> Iterator[str]:
     yield from _relations_lines(draft)
     yield from _login_lines(draft)
     if draft.suggested_rule:
-        if draft.suggested_rule == SIGNED_IN_RULE:
-            yield "  # No column names the owner of a row; this admits every authenticated caller:"
         yield _commented_out(f"  list_rule: {_yaml_value(draft.suggested_rule)}")
         yield _commented_out(f"  view_rule: {_yaml_value(draft.suggested_rule)}")
     elif may_have_credential_ids(draft) and not draft.faults:
@@ -165,7 +172,6 @@ def _fields_lines(draft: CollectionDraft) -> Iterator[str]:
         yield "    # Without foreign keys whose type can't be an id."
         yield f"    include: {_yaml_list(fields.include)}"
     if fields.hide:
-        yield "    # Secrets, as their names suggest: for superusers only."
         yield f"    hide: {_yaml_list(fields.hide)}"
     if fields.rename:
         renames = [f"{_yaml_key(name)}: {_yaml_value(new)}" for name, new in fields.rename.items()]
