@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import psycopg
 
-from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.auth.principal import GUEST, AuthRecord
 from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.collections.build import build_collections
@@ -23,6 +23,7 @@ from pgrealtime.config.model import CollectionConfig, FieldsConfig, RelationConf
 from pgrealtime.hub.evaluation.concerns import Concerns
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 from pgrealtime.rules.engine.compiler import RuleCompiler
+from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.language.predicate import AdmitAll, DenyAll
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.sql.reference import reference_query
@@ -360,6 +361,27 @@ def test_whoever_a_change_of_a_related_row_moves_is_concerned(database_url: str)
         faults = {name: found for name, case in CASES.items() if (found := _faults(scene, case))}
 
     assert not faults
+
+
+def test_pairs_of_a_junction_concern_whoever_sees_the_ids(database_url: str) -> None:
+    """Also by a rule that reads none of them; unless the row itself was written and is an event."""
+    scene = Scene(database_url)
+    collections = scene.collections
+    bound = RuleCompiler(collections).bind_caller(
+        collections["tasks"], "owner = 'gus'", RuleRequest(principal=GUEST)
+    )
+    assert isinstance(bound, BoundPredicate)
+    concerns = Concerns(collections)
+    member = CallerMember(RuleRequest(principal=GUEST), bound.specialization, bound.values)
+    concerns.add(member)  # type: ignore[arg-type]  # has what it reads of a group
+    pair = Delete(TableName("public", "task_labels"), WholeRow({"task": "one", "label": "hot"}))
+    written = Update(TableName("public", "tasks"), ONE, WholeRow(ONE))
+    alone = Transaction(Xid(3), LSN(8), 0, (pair,), 100)
+    beside = Transaction(Xid(3), LSN(8), 0, (pair, written), 100)
+    scene.connection.close()
+
+    assert concerns.find([alone], _START, _END)
+    assert not concerns.find([beside], _START, _END)
 
 
 def _faults(scene: Scene, case: Case) -> list[str]:

@@ -164,9 +164,7 @@ class _Places:
                 for part in parts:
                     self._walk(part, scope)
             case predicate.NestedRule(path, where):
-                place = self._follow(path, scope)
-                self._nested.update(place.joined_rows())
-                self._walk(where, place)
+                self._walk(where, self._follow(path, scope))
 
     def _read_term(self, term: predicate.Term, scope: RowPath) -> None:
         path = predicate.row_path_of(term)
@@ -210,7 +208,6 @@ class _Places:
                 )
             case EachValue(field):
                 self._read_field(place, field)
-                self._read(place, self._collection_at(place).key.name)
             case ToEach():
                 each = place.steps[-1]
                 assert isinstance(each, EachValue)
@@ -223,7 +220,6 @@ class _Places:
                     ),
                 )
             case BackRelation(field=field):
-                self._read(place, self._collection_at(place).key.name)
                 self._reach(end, is_referenced=False)
                 self._read_field(end, field)
         return end

@@ -9,7 +9,17 @@ import pytest
 
 from pgrealtime.auth.principal import AuthRecord
 from pgrealtime.catalog.model import ForeignKey, Table
-from pgrealtime.changes import Change, Delete, Insert, Key, Row, TableName, Update, WholeRow
+from pgrealtime.changes import (
+    Change,
+    Delete,
+    Insert,
+    Key,
+    Row,
+    TableName,
+    Truncate,
+    Update,
+    WholeRow,
+)
 from pgrealtime.collections.model import Collections, FieldKind
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
@@ -201,6 +211,7 @@ OLD: Row = {"id": "m", "project": "p", "user": "ann", "role": "a"}
         # What the old row doesn't say is unknown.
         (Delete(MEMBERS, Key({"id": "m"})), "everybody"),
         (Update(MEMBERS, OLD, Key({"id": "m"})), "everybody"),
+        (Truncate(MEMBERS), "everybody"),
         # A long value that was left alone.
         (Update(MEMBERS, {"id": "m", "project": "p"}, WholeRow(OLD)), []),
     ],
