@@ -211,7 +211,12 @@ class _CollectionBuilder:
         if source == target:
             self._report(path, "source and target are the same column", "set both")
             return None
-        junction = Junction(table=table, source_column=source.name, target_column=target.name)
+        junction = Junction(
+            table=table,
+            source_column=source.name,
+            target_column=target.name,
+            updates=relation.updates,
+        )
         return Field(
             name=name,
             column=None,

@@ -40,6 +40,8 @@ class Junction:
     """Its column that names the record of this collection."""
     target_column: str
     """Its column that names the related record."""
+    updates: bool = True
+    """Whether a change of its pairs is an update of the record that shows their ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,22 @@ def streamed_collections(
     return collections.replace_all(tuple(c for c in streamed if c.name not in unreadable))
 
 
+def link_columns(collections: Collections, table: TableName) -> frozenset[str]:
+    """Return the columns of a junction table whose old values say which records it linked.
+
+    Only of relations whose links update their records.
+    """
+    return frozenset(
+        junction.source_column
+        for collection in collections.values()
+        for field in collection.fields
+        if field.relation is not None
+        and (junction := field.relation.junction) is not None
+        and junction.table.name == table
+        and junction.updates
+    )
+
+
 def collection_name_of(problem: ConfigProblem) -> str:
     """Return the name of the collection that a path such as ``collections.posts.id`` is in."""
     return (*problem.path.split("."), "")[1]

@@ -390,6 +390,9 @@ class RelationConfig(Section):
     """In the junction table: the column naming this collection's record."""
     target: str = ""
     """In the junction table: the column naming the related record."""
+    updates: bool = True
+    """Of a junction table: whether a row that is inserted or deleted there is an update of the
+    record that shows its id."""
 
 
 def _forbid_empty_rule(rule: str | None) -> str | None:

@@ -167,7 +167,13 @@ class Dispatcher:
         collections, fits = generation.collections, generation.shape_checker.fits
         changes = registry.callers.changes_a_caller
         for slice_ in split_into_slices(
-            entries, progress.head, collections, changes, LIVE_SLICE_CHANGES, fits=fits
+            entries,
+            progress.head,
+            collections,
+            changes,
+            LIVE_SLICE_CHANGES,
+            fits=fits,
+            links=generation.matcher.links,
         ):
             # From here on catching up may read the slice, and a connection that has caught up
             # becomes LIVE after it only: this evaluation may have passed its groups already.

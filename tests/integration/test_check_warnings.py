@@ -268,6 +268,25 @@ def test_a_rule_that_reads_what_a_deleted_row_lacks(operator: Operator) -> None:
     assert warnings(check(operator, configured)) == []
 
 
+def test_a_junction_table_that_does_not_say_whose_link_goes(operator: Operator) -> None:
+    """A key of its own is all that a deleted row of it logs."""
+    configured = collections()
+    relations = configured["posts"]["relations"]
+    relations["people"] = {"collection": "users", "through": "members"}
+    with psycopg.connect(operator.url) as connection:
+        connection.execute("CREATE INDEX ON members (post)")
+    assert warnings(check(operator, configured)) == []
+    with psycopg.connect(operator.url) as connection:
+        connection.execute("ALTER TABLE members REPLICA IDENTITY DEFAULT")
+    full = 'ALTER TABLE "public"."members" REPLICA IDENTITY FULL;'
+    message = 'no subscriber hears of ids that go: the old row of "public.members" lacks "post"'
+    path = "collections.posts.relations.people"
+    (warning,) = warnings(check(operator, configured))
+    assert warning == (path, message, f"{full} or updates: false")
+    relations["people"]["updates"] = False
+    assert warnings(check(operator, configured)) == []
+
+
 def test_what_can_only_be_read_has_no_deletes_and_is_listed(operator: Operator) -> None:
     """Nor does a change of it read another table."""
     run(operator, "CREATE VIEW seen AS SELECT id::text, title, author FROM posts")

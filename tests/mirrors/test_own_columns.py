@@ -45,6 +45,43 @@ async def test_a_row_enters_stays_and_leaves(database_url: str) -> None:
     assert ann.resyncs == bob.resyncs == {"start": 1}
 
 
+LINKS = """
+CREATE TABLE people (id text PRIMARY KEY);
+CREATE TABLE watchers (task text, person text, PRIMARY KEY (task, person));
+INSERT INTO people VALUES ('ann'), ('bob');
+"""
+
+
+async def test_a_row_enters_and_leaves_by_its_links(database_url: str) -> None:
+    """What the rule reads of a junction table is part of the record that shows it."""
+    watchers = {"collection": "people", "through": "watchers"}
+    relation = {**watchers, "source": "task", "target": "person"}
+    rule = "watchers.id ?= @request.auth.id"
+    shown = {"table": "tasks", "relations": {"watchers": relation}}
+    tasks = {**shown, "list_rule": rule, "view_rule": rule}
+    people = {"table": "people", "list_rule": "", "view_rule": ""}
+    async with scene(database_url, SCHEMA + LINKS, {"tasks": tasks, "people": people}) as world:
+        ann = await world.client("tasks", "ann")
+        assert not ann.rows
+        await world.write("INSERT INTO watchers VALUES ('a', 'ann'), ('b', 'bob')")
+        await world.write("INSERT INTO watchers VALUES ('a', 'bob')")
+        await world.check()
+        await world.write("DELETE FROM watchers WHERE person = 'ann'")
+        await world.write("INSERT INTO watchers VALUES ('a', 'ann')")
+        await world.write("UPDATE watchers SET task = 'o' WHERE task = 'a' AND person = 'ann'")
+        await world.check()
+
+    assert ann.log[1:] == [
+        ("create", "a"),
+        ("update", "a"),
+        ("delete", "a"),
+        ("create", "a"),
+        ("delete", "a"),
+        ("create", "o"),
+    ]
+    assert ann.resyncs == {"start": 1}
+
+
 PEOPLE = """
 CREATE TABLE users (id text PRIMARY KEY, team text, seen int);
 ALTER TABLE users REPLICA IDENTITY FULL;

@@ -6,13 +6,17 @@ from pgrealtime.catalog.model import Column, Table, TypeKind
 from pgrealtime.changes import TableName, quote_identifier, quote_table_name
 from pgrealtime.cli.check.rules import sample_principals
 from pgrealtime.collections.model import Collection, Collections
-from pgrealtime.collections.streamed_tables import reachable_tables, streamed_tables
+from pgrealtime.collections.streamed_tables import (
+    link_columns,
+    reachable_tables,
+    streamed_tables,
+)
 from pgrealtime.collections.tables import alter_leaf_tables
 from pgrealtime.errors import RuleError
 from pgrealtime.rules.engine.compiler import RuleCompiler
 from pgrealtime.rules.engine.formula import tests_of
 from pgrealtime.rules.engine.plan import BoundPredicate, Specialization
-from pgrealtime.rules.engine.ways import ways_to
+from pgrealtime.rules.engine.ways import Way, ways_to
 from pgrealtime.rules.language.request import RuleRequest
 
 _BOUNDED_TYPES = frozenset({"int2", "int4", "int8", "bool", "uuid", "date", "timestamp"})
@@ -86,8 +90,18 @@ def _related(
     found: dict[TableName, frozenset[str]] = {}
     for specialization in specializations:
         for way in ways_to(specialization, collections):
+            if _is_told_by_updates(way, collections):
+                continue
             found[way.table] = found.get(way.table, frozenset()) | way.column_names
     return found
+
+
+def _is_told_by_updates(way: Way, collections: Collections) -> bool:
+    """Whether rows of a junction table there update the record itself, whichever it is."""
+    if not way.source_column or way.source_column not in link_columns(collections, way.table):
+        return False
+    table = reachable_tables(collections)[way.table]
+    return way.column_names.issubset(table.replica_identity_columns)
 
 
 def _identity_hints(collection: Collection, missing: frozenset[str]) -> Iterator[str]:

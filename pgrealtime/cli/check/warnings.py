@@ -60,6 +60,7 @@ def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
             yield from _precision_warnings(path, rule, expression, collections, collection)
         if collection.is_streamed:
             yield from _delete_warnings(collections, collection)
+            yield from _link_warnings(collection)
 
 
 # -- issuers
@@ -235,6 +236,33 @@ def _delete_warnings(collections: Collections, collection: Collection) -> Iterat
             hint = alter_leaf_tables(table, "REPLICA IDENTITY FULL")
             yield ConfigProblem(f"collections.{collection.name}.{key}", message, hint)
             return  # one statement fixes it for both rules
+
+
+# -- links
+
+
+def _link_warnings(collection: Collection) -> Iterator[ConfigProblem]:
+    """Yield relations through junction tables whose changes don't say which record they concern."""
+    for field in collection.fields:
+        junction = None if field.relation is None else field.relation.junction
+        if junction is None or not junction.updates:
+            continue
+        table, source = junction.table, junction.source_column
+        hint = alter_leaf_tables(table, "REPLICA IDENTITY FULL")
+        if table.is_unlogged:
+            message = f'"{table.name}" is unlogged'
+            hint = f"ALTER TABLE {quote_table_name(table.name)} SET LOGGED;"
+        elif not table.replica_identity_columns:
+            message = f'"{table.name}" has no replica identity'
+        elif source not in table.replica_identity_columns:
+            message = f'the old row of "{table.name}" lacks "{source}"'
+        else:
+            continue
+        is_deaf = table.is_unlogged or not table.replica_identity_columns
+        path = f"collections.{collection.name}.relations.{field.name}"
+        ids = "come or go" if is_deaf else "go"
+        message = f"no subscriber hears of ids that {ids}: {message}"
+        yield ConfigProblem(path, message, f"{hint} or updates: false")
 
 
 def _quoted_list(columns: Iterable[Column]) -> str:

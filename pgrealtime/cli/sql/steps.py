@@ -17,7 +17,7 @@ from pgrealtime.cli.check.indexes import index_warnings
 from pgrealtime.cli.check.list_indexes import list_index_warnings
 from pgrealtime.cli.check.rules import columns_read, parsed_rules
 from pgrealtime.collections.model import Collections
-from pgrealtime.collections.streamed_tables import streamed_tables
+from pgrealtime.collections.streamed_tables import link_columns, streamed_tables
 from pgrealtime.errors import ConfigProblem, SetupError
 from pgrealtime.wal.publication import check_publication, publication_sql
 from pgrealtime.wal.slot import read_publication
@@ -204,11 +204,11 @@ def tables_to_log_whole(catalog: Catalog, collections: Collections) -> Iterator[
             yield table, f'deletes of "{name}" don\'t say which row they concern'
             continue
         owner = next((one for one in collections.values() if one.table.name == name), None)
-        if owner is None:
-            continue  # a junction table
-        needed = {owner.key.name}
-        for key, _, _ in parsed_rules(owner):
-            needed |= columns_read(collections, owner, key)
+        needed = {*link_columns(collections, name)}
+        if owner is not None:
+            needed.add(owner.key.name)
+            for key, _, _ in parsed_rules(owner):
+                needed |= columns_read(collections, owner, key)
         lacking = [c.name for c in table.columns if c.name in needed - logged]
         if lacking:
             columns = ", ".join(f'"{column}"' for column in lacking)

@@ -128,8 +128,9 @@ class SliceReader:
         # what follows may be split by a caller that this one changes.
         generation, cursor = self.progress.generation, connection.cursor
         fits = generation.shape_checker.fits
+        links = generation.matcher.links
         slices = split_into_slices(
-            entries, cursor, generation.collections, changes_caller, fits=fits
+            entries, cursor, generation.collections, changes_caller, fits=fits, links=links
         )
         return next(slices)
 

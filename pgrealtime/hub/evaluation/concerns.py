@@ -6,14 +6,16 @@ that a later commit took away would hide its reader. The matcher adds the groups
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from pgrealtime.changes import Change, Delete, Insert, TableName, Transaction, Truncate
+from pgrealtime.changes import Change, TableName, Transaction, Truncate
 from pgrealtime.collections.model import Collections
 from pgrealtime.hub.connections.connection import Group
+from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.events.links import LinkUpdates, row_images_of
 from pgrealtime.lsn import Cursor
 from pgrealtime.rules.engine.plan import Specialization
 from pgrealtime.rules.engine.ways import Way, ways_to
@@ -30,10 +32,14 @@ class _WayGroups:
 
 
 class Concerns:
-    """The ways to the mirrors of one generation."""
+    """The ways to the mirrors of one generation.
 
-    def __init__(self, collections: Collections) -> None:
+    A row of a junction table among ``links`` concerns nobody by that: it is an event.
+    """
+
+    def __init__(self, collections: Collections, links: LinkUpdates | None = None) -> None:
         self._collections = collections
+        self._links = links
         self._ways: WeakKeyDictionary[Specialization, tuple[Way, ...]] = WeakKeyDictionary()
         self._groups: dict[TableName, dict[tuple[Specialization, Way], _WayGroups]] = {}
 
@@ -89,8 +95,29 @@ class Concerns:
                 of_table = self._groups.get(change.table)
                 if of_table and after < Cursor(transaction.end_lsn, ordinal) <= upto:
                     for (specialization, way), groups in of_table.items():
-                        if not _is_of_event(way, change, specialization, transaction, written):
+                        if not (
+                            self._is_link_update(way, change, specialization)
+                            or _is_of_event(way, change, specialization, transaction, written)
+                        ):
                             found.update(_concerned(way, change, groups))
+        return found
+
+    def _is_link_update(self, way: Way, change: Change, specialization: Specialization) -> bool:
+        """Whether a junction's change makes updates of the rows that it links: these are events."""
+        return (
+            bool(way.source_column)
+            and self._links is not None
+            and not isinstance(change, Truncate)
+            and self._links.names_pairs_of(specialization.collection, change)
+        )
+
+    def find_relinked(self, event: Event) -> dict[Group, None]:
+        """Return the groups whom an update by links concerns that can't be evaluated."""
+        found: dict[Group, None] = {}
+        change = event.transaction_changes[event.cursor.ordinal - 1]
+        for (specialization, way), groups in self._groups.get(change.table, {}).items():
+            if way.source_column and specialization.collection.name == event.collection.name:
+                found.update(_concerned(way, change, groups))
         return found
 
 
@@ -121,15 +148,6 @@ def _is_of_event(
             row.get(collection.key.name)
             for one in transaction.changes
             if one.table == table
-            for row in _images(one)
+            for row in row_images_of(one)
         )
-    return written[table].issuperset(row.get(way.source_column) for row in _images(change))
-
-
-def _images(change: Change) -> Iterator[dict[str, str | None]]:
-    if isinstance(change, Truncate):
-        return
-    if not isinstance(change, Insert):
-        yield change.old.row
-    if not isinstance(change, Delete):
-        yield change.new
+    return written[table].issuperset(row.get(way.source_column) for row in row_images_of(change))

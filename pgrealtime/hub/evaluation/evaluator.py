@@ -55,6 +55,7 @@ class SliceEvaluator:
         """Return the receivers of events in stream order, of some groups; complete their rows.
 
         Events that mirrors alone receive are inserted into ``events``, each behind its change's.
+        Superseded ones are removed.
         """
         try:
             result = await self._evaluate(events, budget, only_groups)
@@ -91,12 +92,18 @@ class SliceEvaluator:
     async def _evaluate(
         self, events: list[Event], budget: FilterBudget, only_groups: Sized[Group] | None
     ) -> SliceResult:
+        if relinked := [event for event in events if event.is_relinked]:
+            self._drop_unreceived(events, relinked)
         lacks_columns = self._partial_row_indexes(events)
         result = SliceResult([], partial_row_indexes=lacks_columns)
         if lacks_columns:
             await self._complete_rows(events, result)
+        if relinked:
+            self._drop_superseded(events, result)
         search = _Search(events, datetime.now(UTC), budget, only_groups)
         await self._find_receivers(search, result)
+        if relinked:
+            result.withhold_unread(events)
         if lacks_columns:
             result.record_unprovable(search.evaluations[0])
         if self._matcher.has_mirrors:
@@ -151,7 +158,7 @@ class SliceEvaluator:
         groups = mirrored.undecided
         if found.undecided_collections:
             groups.update(self._dependent_mirrors(search, found.undecided_collections))
-        result.resync_reasons = dict.fromkeys(groups - found.over_budget_groups, "unknown")
+        result.resync_reasons |= dict.fromkeys(groups - found.over_budget_groups, "unknown")
         # Where clients are mirrors that didn't ask, they are notified as of other topics.
         always = {name for name in names if collections[name].mirrors == "always"}
         if always:
@@ -200,6 +207,27 @@ class SliceEvaluator:
             and event.missing_columns
             and self._matcher.has_subscriptions(event.collection)
         ]
+
+    def _drop_unreceived(self, events: list[Event], relinked: Iterable[Event]) -> None:
+        """Remove updates by links that no subscription is about: their rows needn't be read."""
+        unreceived = {
+            id(event)
+            for event in relinked
+            if not self._matcher.has_subscriptions_to(event.collection, event.record_id)
+        }
+        if unreceived:
+            events[:] = [event for event in events if id(event) not in unreceived]
+
+    def _drop_superseded(self, events: list[Event], result: SliceResult) -> None:
+        """Remove the superseded events; mirrors that they may concern load their lists anew."""
+        superseded = [event for event in events if event.is_superseded]
+        if not superseded:
+            return
+        partial = {id(events[index]) for index in result.partial_row_indexes}
+        events[:] = [event for event in events if not event.is_superseded]
+        result.partial_row_indexes = [n for n, one in enumerate(events) if id(one) in partial]
+        for event in superseded:
+            result.record_concerned(self._matcher.concerns.find_relinked(event))
 
     async def _complete_rows(self, events: list[Event], result: SliceResult) -> None:
         indexes = result.partial_row_indexes
@@ -288,6 +316,12 @@ class SliceResult(Struct):
         self.partial_row_indexes = partial
         self.gap_indexes = _appended(self.gap_indexes, part.gap_indexes, first)
         self.resync_reasons |= part.resync_reasons
+
+    def withhold_unread(self, events: Sequence[Event]) -> None:
+        """Send no event whose row could not be read; connections are notified of a gap."""
+        for index in [index for index in self.partial_row_indexes if events[index].is_unread]:
+            self.hits[index] = ()
+            self.failed_collections |= {events[index].collection.name}
 
     def replace_hits(self, mirrored: MirrorEvents) -> None:
         """Replace the receivers by those of a slice with the events of mirrors."""

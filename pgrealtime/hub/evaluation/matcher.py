@@ -28,6 +28,7 @@ from pgrealtime.hub.evaluation.filter_limits import (
     check_topic,
 )
 from pgrealtime.hub.events.event import Event
+from pgrealtime.hub.events.links import LinkUpdates
 from pgrealtime.protocol.topic import Topic
 from pgrealtime.rules.engine.before_state import BeforeStates
 from pgrealtime.rules.engine.compiler import RuleCompiler
@@ -64,7 +65,9 @@ class Matcher:
         self._mirror_tables: dict[str, GroupTable] = {}
         self._remote_filter_mirror_tables: dict[str, GroupTable] = {}
         """The same two for groups of mirrors: nobody else is evaluated before a change as well."""
-        self.concerns = Concerns(collections)
+        self.links = LinkUpdates(collections)
+        """Which rows of junction tables update records."""
+        self.concerns = Concerns(collections, self.links)
         """Which mirrors a change of related rows concerns."""
         self._mirror_columns: dict[str, MirrorColumns] = {}
         """By collection, what its mirrors read of a row."""
@@ -212,6 +215,17 @@ class Matcher:
             or name in self._remote_filter_tables
             or self.has_mirrors_of(collection)
         )
+
+    def has_subscriptions_to(self, collection: Collection, record_id: str) -> bool:
+        """Whether any group subscribes to the whole collection, or to the record."""
+        every = (
+            self._tables,
+            self._remote_filter_tables,
+            self._mirror_tables,
+            self._remote_filter_mirror_tables,
+        )
+        found = (tables.get(collection.name) for tables in every)
+        return any(table is not None and table.has_groups_of(record_id) for table in found)
 
     def start_evaluation(
         self,
@@ -378,6 +392,10 @@ class GroupTable:
 
     def __bool__(self) -> bool:
         return bool(self._by_specialization or self.by_record_id)
+
+    def has_groups_of(self, record_id: str) -> bool:
+        """Whether there are groups of the whole collection, or of the record."""
+        return bool(self._by_specialization) or record_id in self.by_record_id
 
     def find(self, bound: BoundPredicate, record_id: str | None) -> Group | None:
         """Return the group with that predicate and record, if there is one."""

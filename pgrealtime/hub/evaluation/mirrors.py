@@ -43,7 +43,7 @@ def row_images(
     found = images.events
     for index, event in enumerate(events):
         name = event.collection.name
-        if name not in columns_by_name:
+        if name not in columns_by_name or event.is_unread:
             continue
         match event.action:
             case "create":
@@ -55,12 +55,18 @@ def row_images(
             case "update":
                 images.before[index] = images.after[index] = len(found)
                 found.append(event)
-                change = event.transaction_changes[event.cursor.ordinal - 1]
-                assert isinstance(change, Update)
                 columns = columns_by_name[name]
-                if columns is None or not _is_unchanged(event, change, columns):
+                if event.is_relinked:
+                    # Its own columns are unchanged; before the transaction it had other links.
+                    old_row = event.row if columns is None else None
+                else:
+                    change = event.transaction_changes[event.cursor.ordinal - 1]
+                    assert isinstance(change, Update)
+                    is_unchanged = columns is not None and _is_unchanged(event, change, columns)
+                    old_row = None if is_unchanged else _old_row(event, change)
+                if old_row is not None:
                     images.before[index] = len(found)
-                    found.append(replace(event, action="delete", row=_old_row(event, change)))
+                    found.append(replace(event, action="delete", row=old_row))
     return images
 
 

@@ -5,6 +5,9 @@ table holds it, perhaps as a later transaction left it, which not every receiver
 of a live row is what it was at an event if no later change writes it, of all changes that the live
 row's snapshot sees. Writers of a row wait for one another, so that its versions follow each other
 in stream order. The evaluator completes rows before it evaluates them.
+
+Of a record that was updated by rows of a junction table alone all columns but the key are missing.
+If it was written again since, its row is the old image of that write, if the WAL has it.
 """
 
 from collections import Counter, defaultdict
@@ -15,7 +18,7 @@ from msgspec import Struct
 
 from pgrealtime.caches import WeightedCache
 from pgrealtime.changelog.row_history import CACHED_CHANGES, RowHistory, RowWrite, TableHistory
-from pgrealtime.changes import Change, Insert, TableName, Update
+from pgrealtime.changes import Change, Delete, Insert, TableName, Update, WholeRow
 from pgrealtime.collections.model import Collection
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.events.event import Event
@@ -84,6 +87,8 @@ class RowCompleter:
             record = event.collection.name, event.record_id
             live_row = live_rows.get(record)
             if live_row is None:
+                if event.is_relinked and event.collection.name not in unreadable:
+                    event.is_superseded = True
                 continue
             missing = event.missing_columns
             dropped[event.collection.name] |= missing.difference(live_row.row)
@@ -120,6 +125,7 @@ class RowCompleter:
             earlier = [event for event in row.events if event.event.cursor.lsn < written_at]
             writes = [write for write in writes if write.end_lsn <= written_at]
             await _fill_unwritten_columns(earlier, row.live_row, writes, timer)
+            _fill_relinked_rows(earlier, writes)
             row.events = row.events[len(earlier) :]
             if row.events:
                 waiting.append(row)
@@ -129,9 +135,9 @@ class RowCompleter:
             for row in waiting:
                 history = histories.get(row.collection.table.name)
                 if history is not None:
-                    await _fill_unwritten_columns(
-                        row.events, row.live_row, _visible_writes(history, row), timer
-                    )
+                    writes = _visible_writes(history, row)
+                    await _fill_unwritten_columns(row.events, row.live_row, writes, timer)
+                    _fill_relinked_rows(row.events, writes)
 
     async def _table_histories(
         self, undated_rows: Iterable[_UndatedLiveRow]
@@ -169,6 +175,25 @@ async def _fill_unwritten_columns(
             if timer.is_due():
                 await timer.pause()
         _fill_columns(event, live_row, columns & unwritten)
+
+
+def _fill_relinked_rows(
+    events: Sequence[_CompletableEvent], later_writes: Sequence[RowWrite]
+) -> None:
+    """Take rows that were written again from the old images of those writes; all are known.
+
+    Where an image has the key alone, the event is superseded by the write.
+    """
+    for event in (one.event for one in events if one.event.is_relinked):
+        if not event.missing_columns:
+            continue
+        next_write = next((w for w in later_writes if w.end_lsn > event.cursor.lsn), None)
+        match None if next_write is None else next_write.change:
+            case Update(old=WholeRow(row=old)) | Delete(old=WholeRow(row=old)) if (
+                old.get(event.collection.key.name) == event.record_id
+            ):
+                event.row = {**event.row, **old}
+        event.is_superseded = next_write is not None and bool(event.missing_columns)
 
 
 def _fill_columns(event: Event, live_row: LiveRow, columns: frozenset[str]) -> None:

@@ -24,6 +24,7 @@ from pgrealtime.changes import (
     Update,
 )
 from pgrealtime.collections.model import Collection, Collections, unpadded_id
+from pgrealtime.hub.events.links import LinkUpdates
 from pgrealtime.lsn import END_ORDINAL, Cursor, Xid
 
 
@@ -44,12 +45,23 @@ class Event(Struct, gc=False):
     is_departure: bool = False
     """Whether it is a delete for mirrors, of which they are told the id alone: the row went, or it
     is out of their sight."""
+    is_relinked: bool = False
+    """Whether it is an update by rows of a junction table alone. The WAL has nothing of the row but
+    its key; the evaluator reads the rest."""
+    is_superseded: bool = False
+    """Whether the record was written again, or is gone, before its row could be read: what follows
+    in the stream shows its links."""
 
     @property
     def missing_columns(self) -> frozenset[str]:
         """Columns that the row lacks: left out of the WAL, or no longer in the table."""
         # By name: the table may have been altered since the catalogue was read.
         return self.collection.column_names.difference(self.row)
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether its row could not be read: of a record whose links changed the WAL has no row."""
+        return self.is_relinked and bool(self.missing_columns)
 
     @property
     def hides_email(self) -> bool:
@@ -72,15 +84,23 @@ class TruncatedCollection(Struct, frozen=True):
 
 
 def transaction_events(
-    transaction: Transaction, collections: Collections, skipped_changes: int = 0
+    transaction: Transaction,
+    collections: Collections,
+    skipped_changes: int = 0,
+    links: LinkUpdates | None = None,
 ) -> Iterator[Event | TruncatedCollection]:
     """Yield the events of a transaction in order, without those of the first changes.
 
-    Changes of tables without a collection make no events.
+    Changes of tables without a collection make no events, except those of junction tables among
+    ``links``.
     """
     changes = transaction.changes
+    link_tables = links.tables if links else ()
     for ordinal in range(skipped_changes + 1, len(changes) + 1):  # a slice of changes may be large
         change = changes[ordinal - 1]
+        if link_tables and change.table in link_tables:
+            assert links is not None
+            yield from _link_events(transaction, ordinal, links)
         collection = collections.find_by_table(change.table)
         if collection is None:
             continue
@@ -101,6 +121,28 @@ def transaction_events(
                 yield _row_event(collection, "delete", old.row, cursor, transaction)
             case Truncate():
                 yield TruncatedCollection(collection, cursor)
+
+
+def _link_events(
+    transaction: Transaction, ordinal: int, links: LinkUpdates
+) -> Iterator[Event | TruncatedCollection]:
+    """Yield the updates of the records that show the links which a junction's change alters."""
+    cursor, change = Cursor(transaction.end_lsn, ordinal), transaction.changes[ordinal - 1]
+    if isinstance(change, Truncate):
+        for collection in links.collections_of(change.table):
+            yield TruncatedCollection(collection, cursor)
+    for collection, key in links.records_of(transaction).get(ordinal, ()):
+        row: Row = {collection.key.name: key}
+        yield Event(
+            collection,
+            "update",
+            key,
+            row,
+            cursor,
+            transaction.xid,
+            transaction.changes,
+            is_relinked=True,
+        )
 
 
 def _row_event(
@@ -184,7 +226,11 @@ class _SliceBuilder:
     def add(self, event: Event) -> Slice | None:
         """Add an event; return the slice that ends before it, if any. No change is divided."""
         ended = None
-        is_account = event.collection.type == "auth" and event.action != "create"
+        is_account = (
+            event.collection.type == "auth"
+            and event.action != "create"
+            and not event.is_relinked  # callers have the columns of a row
+        )
         is_caller_change = is_account and (
             self._changed_account == event.account_key or self._changes_a_caller(event)
         )
@@ -229,6 +275,7 @@ def split_into_slices(
     max_events: int = SLICE_CHANGES,
     *,
     fits: Callable[[Transaction], bool],
+    links: LinkUpdates,
 ) -> Iterator[Slice]:
     """Divide entries into slices that begin after the reader's cursor; at least one.
 
@@ -248,10 +295,12 @@ def split_into_slices(
         if isinstance(entry, Watermark):
             continue
         if not isinstance(entry, Transaction) or not fits(entry):
-            yield builder.end(_gap_notice(entry, after, collections, end_cursor), end_cursor)
+            gap = _gap_notice(entry, after, collections, links, end_cursor)
+            yield builder.end(gap, end_cursor)
             continue
         builder.begin_transaction(entry)
-        for event in transaction_events(entry, collections, _read_changes(entry, after)):
+        skipped = _read_changes(entry, after)
+        for event in transaction_events(entry, collections, skipped, links):
             if isinstance(event, TruncatedCollection):
                 names = frozenset({event.collection.name})
                 tables = frozenset({event.collection.table.name})
@@ -313,23 +362,26 @@ def _gap_notice(
     entry: Transaction | OversizedTransaction | Gap,
     after: Cursor,
     collections: Collections,
+    links: LinkUpdates,
     cursor: Cursor,
 ) -> GapNotice:
     if isinstance(entry, Transaction):
         unread = entry.changes[_read_changes(entry, after) :]
         tables = frozenset(change.table for change in unread)
-        names = _collection_names(tables, collections)
+        names = _collection_names(tables, collections, links)
         return GapNotice(names, "schema", cursor, entry.xid, tables)
-    names = _collection_names(entry.tables, collections)
+    names = _collection_names(entry.tables, collections, links)
     if isinstance(entry, OversizedTransaction):
         return GapNotice(names, "too_large", cursor, entry.xid, entry.tables)
     return GapNotice(names, entry.reason, cursor, tables=entry.tables or frozenset())
 
 
 def _collection_names(
-    tables: frozenset[TableName] | None, collections: Collections
+    tables: frozenset[TableName] | None, collections: Collections, links: LinkUpdates
 ) -> frozenset[str] | None:
     if tables is None:
         return None
     served = (collections.find_by_table(table) for table in tables)
-    return frozenset(collection.name for collection in served if collection is not None)
+    names = {collection.name for collection in served if collection is not None}
+    linked = (collection for table in tables for collection in links.collections_of(table))
+    return frozenset(names.union(collection.name for collection in linked))
