@@ -15,8 +15,8 @@ from pgrealtime.lsn import Cursor
 
 MAX_BUFFERED_BYTES = 8 * 1024 * 1024
 """Bytes handed to a socket that the process hasn't read; it reads the rest when it has."""
-_PATIENCE_CHECKS = 3
-"""Checks without progress after which a process is not waited for."""
+_IDLE_CHECKS = 3
+"""Checks in a row without progress after which a process is not waited for."""
 LENGTH_BYTES = 4
 """Of the length before each frame: unsigned, big endian."""
 
@@ -44,6 +44,8 @@ class FrameSender(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the protocol's)
         """Send no more."""
         self._transport = None
+        self.is_stalled = True
+        self._on_progress()
 
     def pause_writing(self) -> None:
         """Wait until the process has read some of what was sent."""
@@ -86,19 +88,19 @@ class FrameSender(asyncio.Protocol):
     def check_progress(self) -> None:
         """Note whether the process has read anything since the last check."""
         if self._transport is None:
-            self.is_stalled = True
             return
         seen = (self._next or 0, self._transport.get_write_buffer_size())
         is_idle = self._is_full and seen == self._seen
         self._seen, self._idle_checks = seen, self._idle_checks + 1 if is_idle else 0
-        self.is_stalled = self._idle_checks >= _PATIENCE_CHECKS
+        self.is_stalled = self._idle_checks >= _IDLE_CHECKS
 
 
 class Broadcaster:
     """Tells the processes of the streams and sends them the window; a ``Follower``.
 
-    A process that has read nothing for ``patience_seconds`` while frames wait for it is not waited
-    for. If the window has moved on when it reads again, it is sent a gap.
+    A process that reads nothing while frames wait for it is waited for ``patience_seconds`` at most
+    (three quarters of them at least). If the window has moved on when it reads again, it is sent a
+    gap.
     """
 
     def __init__(
@@ -163,7 +165,8 @@ class Broadcaster:
     async def watch(self) -> None:
         """Find out which processes read nothing, for ever."""
         while True:
-            await asyncio.sleep(self._patience_seconds / _PATIENCE_CHECKS)
+            # One more than are counted: it may have read last just after a check.
+            await asyncio.sleep(self._patience_seconds / (_IDLE_CHECKS + 1))
             for sender in self._senders:
                 sender.check_progress()
             self.progressed.set()

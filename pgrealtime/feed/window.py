@@ -197,6 +197,7 @@ class EncodedWindow:
 
     def frame(self, number: int) -> bytes:
         """Return the frame of a number that is kept."""
+        assert number >= self.first_number
         stored = self._frames[number - self._removed_before]
         assert stored is not None
         return stored.data

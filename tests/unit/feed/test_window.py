@@ -20,6 +20,7 @@ from pgrealtime.feed.window import EncodedWindow
 from pgrealtime.feed.wire import FrameDecoder
 from pgrealtime.history import SystemIdentity, make_era
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
+from tests import virtual_time
 from tests.feed_follower import Follower
 
 POSTS = TableName("public", "posts")
@@ -287,6 +288,55 @@ async def test_a_process_that_has_ended_holds_up_nothing() -> None:
     process.sender.connection_lost(None)
     feeding.broadcaster.remove_sender(process.sender)
     assert feeding.broadcaster.head == feeding.window.end_cursor
+
+
+async def test_a_process_whose_socket_breaks_holds_up_nothing() -> None:
+    """Who waits for it is woken, although it hasn't ended yet."""
+    feeding = Feeding(max_bytes=SMALL)
+    process = Process(feeding.broadcaster)
+    feeding.start()
+    for _ in range(20):
+        await feeding.commit(500)
+    feeding.broadcaster.progressed.clear()
+    process.sender.connection_lost(None)
+    assert feeding.broadcaster.progressed.is_set()
+    assert feeding.broadcaster.head == feeding.window.end_cursor
+
+
+@pytest.mark.parametrize("read_at", [0.01, 0.26, 0.34, 0.51])
+def test_a_process_that_stops_reading_is_waited_for_no_longer_than_the_patience(
+    read_at: float,
+) -> None:
+    """Which is 1 s here, from when it has read last; not much shorter either."""
+
+    async def stall() -> float:
+        feeding = Feeding(max_bytes=SMALL)
+        process = Process(feeding.broadcaster)
+        feeding.start()
+        for _ in range(20):
+            await feeding.commit(500)
+        watching = asyncio.create_task(feeding.broadcaster.watch())
+        await asyncio.sleep(read_at)
+        process.socket.take()
+        while not process.sender.is_stalled:
+            feeding.broadcaster.progressed.clear()
+            await feeding.broadcaster.progressed.wait()
+        watching.cancel()
+        return asyncio.get_running_loop().time() - read_at
+
+    assert 0.74 < virtual_time.run(stall()) < 1.01
+
+
+async def test_the_frame_of_a_number_that_is_not_kept_is_never_another_one() -> None:
+    feeding = Feeding()
+    feeding.start()
+    await feeding.commit(1)
+    kept = feeding.window.first_number
+    feeding.start()
+    await feeding.commit(1)
+    assert feeding.window.first_number > kept
+    with pytest.raises(AssertionError):
+        feeding.window.frame(kept)
 
 
 async def test_entries_in_the_wrong_order_are_an_error() -> None:
