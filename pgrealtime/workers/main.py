@@ -397,13 +397,15 @@ class Team:
         return prepared
 
     async def _apply(self, prepared: Sequence[WorkerProcess]) -> None:
+        # Those that start from here on have this configuration.
+        outdated = [worker for worker in self.workers if worker not in prepared]
         outcomes = await asyncio.gather(
             *(_ask_in_time(worker, Apply(is_accepted=True)) for worker in prepared),
             return_exceptions=True,
         )
-        applied = {w for w, one in zip(prepared, outcomes, strict=True) if one is None}
-        for worker in self.workers:
-            if worker not in applied:
+        outdated += [w for w, one in zip(prepared, outcomes, strict=True) if one is not None]
+        for worker in outdated:
+            if worker.exit_code is None:
                 # It is starting, hangs or has failed: it begins anew with this configuration.
                 log.warning("worker.outdated", worker=worker.number)
                 worker.kill()

@@ -63,6 +63,7 @@ class WorkerProcess:
         self._missed_beats = 0
         self._allowed_beats = _START_BEATS
         self._failure: Failed | None = None
+        self._is_killed = False
         self._process: asyncio.subprocess.Process | None = None
         self._sender: FrameSender | None = None
         self.link = Link(self._answer)
@@ -92,6 +93,8 @@ class WorkerProcess:
                 env=_environ(),
             )
         log.debug("worker.started", worker=self.number, pid=process.pid)
+        if self._is_killed:
+            process.kill()
         self._sender = self._broadcaster.add_sender()
         watch = asyncio.create_task(self._watch_beats(process), name="beats")
         try:
@@ -126,7 +129,8 @@ class WorkerProcess:
         self.link.tell(Stop())
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once; if it is being started, right after that."""
+        self._is_killed = True
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
@@ -156,7 +160,12 @@ class WorkerProcess:
         return None
 
     async def read_counts(self) -> Counts | None:
-        """Return its metrics, the last ones if it doesn't answer in time; None if it never did."""
+        """Return its metrics, the last ones if it doesn't answer in time; None if it never did.
+
+        A silent one isn't asked.
+        """
+        if self.is_silent:
+            return self.counts
         try:
             async with asyncio.timeout(_COUNTS_SECONDS):
                 self.counts = await self.link.ask(ReadCounts(), Counts)
