@@ -54,10 +54,3 @@ class ReadPoint:
 def parse_read_point(snapshot: str, insert_lsn: str) -> ReadPoint:
     """Return the read point that PostgreSQL printed."""
     return ReadPoint(parse_snapshot(snapshot), parse_lsn(insert_lsn))
-
-
-SNAPSHOT_QUERY = (
-    "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
-    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, pg_catalog.pg_is_in_recovery()"
-)
-"""The only query of its transaction, so its snapshot is taken after the query has arrived."""

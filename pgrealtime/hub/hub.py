@@ -67,7 +67,9 @@ class Hub:
             changelog.end_cursor, self._make_generation(collections)
         )
         self._epochs = ResumableEpochs(settings.epoch, changelog, can_resume=settings.can_resume)
-        self._visibility = visibility = VisibilityTracker(executor.fetch_snapshot, progress, clock)
+        self._visibility = visibility = VisibilityTracker(
+            executor.fetch_read_point, progress, clock
+        )
         self._registry = registry = ConnectionRegistry(
             progress, self._epochs, settings, self.counters, clock
         )

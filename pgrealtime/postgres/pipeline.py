@@ -121,6 +121,13 @@ def raise_if_error(result: PGresult) -> None:
         raise error_from_result(result)
 
 
+def values_of(result: PGresult) -> list[tuple[object, ...]]:
+    """Return a result's rows as the driver's values."""
+    transformer = Transformer()
+    transformer.set_pgresult(result)
+    return transformer.load_rows(0, result.ntuples, tuple)
+
+
 class _Bound(NamedTuple):
     key: _Key
     text: bytes

@@ -28,7 +28,13 @@ from psycopg_pool import AsyncConnectionPool
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.catalog.privileges import POLICIES_SHOW_ALL_ROWS, has_row_security
-from pgrealtime.postgres.pipeline import PreparedStatements, Statement, exchange, raise_if_error
+from pgrealtime.postgres.pipeline import (
+    PreparedStatements,
+    Statement,
+    exchange,
+    raise_if_error,
+    values_of,
+)
 from pgrealtime.snapshot import ReadPoint, parse_read_point
 
 _T = TypeVar("_T")
@@ -110,11 +116,12 @@ _BEGIN_SQL: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 COMMIT: Final = Statement("COMMIT")
 
 
-def _settings_sql(timeout: str) -> str:
+def _settings_sql() -> str:
     """Return the columns of a SELECT that makes all settings: a dozen statements take longer.
 
     They end with the transaction, so a pooler's next client doesn't inherit them.
     """
+    timeout = "%(timeout)s"
     values = {
         name: "NULL" if value is None else Literal(value).as_string()
         for name, value in _TRANSACTION_SETTINGS.items()
@@ -125,7 +132,7 @@ def _settings_sql(timeout: str) -> str:
 
 _BEGIN_READING_SQL: Final = (
     "SELECT pg_catalog.pg_current_snapshot()::pg_catalog.text,"
-    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, " + _settings_sql("%(timeout)s")
+    " pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text, " + _settings_sql()
 )
 """The LSN is read while the snapshot is held: it lies behind every commit that this sees."""
 
@@ -209,18 +216,10 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             if not await has_row_security(connection, tables):
                 self.enable_row_security_for(())
 
-    def begin_sql(self, timeout_seconds: float = math.inf) -> str:
-        """Return the statements that begin a transaction: one message, and so one round trip.
-
-        ``timeout_seconds`` shortens the configured statement timeout.
-        """
-        settings = _settings_sql(f"'{self._timeout_text(timeout_seconds)}'")
-        return "; ".join(filter(None, (_BEGIN_SQL, f"SELECT {settings}", self._row_security_sql)))
-
     def begin_statements(self, timeout_seconds: float = math.inf) -> list[Statement]:
-        """As ``begin_sql``, to be run in one round trip with others; ``read_point_of`` the first.
+        """Return the statements that begin a transaction; ``read_point_of`` their first result.
 
-        All but BEGIN have rows.
+        ``timeout_seconds`` shortens the configured statement timeout. All but BEGIN have rows.
         """
         timeout = {"timeout": self._timeout_text(timeout_seconds)}
         statements = [Statement(_BEGIN_SQL), Statement(_BEGIN_READING_SQL, timeout)]
@@ -241,7 +240,7 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             psycopg.Error: The transaction can't begin.
         """
         async with self.session(timeout) as connection:
-            await connection.execute(self.begin_sql().encode())
+            raise_if_error((await connection.run(self.begin_statements()))[-1])
             yield connection
             await connection.commit()
 
@@ -270,14 +269,9 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             PoolTimeout: No connection became free in time.
             psycopg.Error: There is no answer.
         """
-        async with self.session() as connection:
-            text = query.as_string() if isinstance(query, Composed) else query
-            cursor = await connection.execute(f"{self.begin_sql()}; {text}; COMMIT".encode())
-            # The last result is that of COMMIT.
-            await cursor.set_result(-2)
-            row = await cursor.fetchone()
-            assert row is not None
-            return row
+        text = query.as_string() if isinstance(query, Composed) else query
+        (row,) = values_of((await self._run([Statement(text)]))[-1])
+        return row
 
     async def fetch(
         self, statement: str, params: Mapping[str, object]
@@ -289,11 +283,24 @@ class QueryPool(AsyncConnectionPool[DatabaseConnection]):
             psycopg.Error: The query fails.
             UnicodeEncodeError: A value can't be encoded.
         """
-        asked = [*self.begin_statements(), Statement(statement, params), COMMIT]
-        async with self.session() as connection:
-            results = await connection.run(asked)
-            raise_if_error(results[-1])
+        results = await self._run([Statement(statement, params)])
         return read_point_of(results[0]), results[-1]
+
+    async def fetch_read_point(self) -> ReadPoint:
+        """Return a read point whose snapshot is taken after this call, in one round trip.
+
+        Raises:
+            PoolTimeout: No connection became free in time.
+            psycopg.Error: There is no answer.
+        """
+        return read_point_of((await self._run([]))[0])
+
+    async def _run(self, statements: Sequence[Statement]) -> list[PGresult]:
+        """Run statements in a transaction of their own, in one round trip."""
+        async with self.session() as connection:
+            results = await connection.run([*self.begin_statements(), *statements, COMMIT])
+            raise_if_error(results[-1])
+        return results
 
     async def getconn(self, timeout: float | None = None) -> DatabaseConnection:  # noqa: ASYNC109 (the library's)
         """Return a connection that is alive.

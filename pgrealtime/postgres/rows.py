@@ -83,13 +83,6 @@ async def texts_of(result: PGresult) -> list[TextRow]:
     return rows
 
 
-def values_of(result: PGresult) -> list[tuple[object, ...]]:
-    """Return a result's rows as the driver's values."""
-    transformer = Transformer()
-    transformer.set_pgresult(result)
-    return transformer.load_rows(0, result.ntuples, tuple)
-
-
 async def stream_texts(
     connection: DatabaseConnection,
     statement: bytes,

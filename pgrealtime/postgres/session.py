@@ -13,9 +13,9 @@ import psycopg
 from psycopg.pq.abc import PGresult
 
 from pgrealtime.lsn import Xid
-from pgrealtime.postgres.pipeline import Statement, is_error, raise_if_error
+from pgrealtime.postgres.pipeline import Statement, is_error, raise_if_error, values_of
 from pgrealtime.postgres.pool import COMMIT, DatabaseConnection, QueryPool, read_point_of
-from pgrealtime.postgres.rows import TextRow, stream_texts, texts_of, values_of
+from pgrealtime.postgres.rows import TextRow, stream_texts, texts_of
 from pgrealtime.snapshot import ReadPoint
 
 TIMEOUT_ERRORS = (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable)
@@ -100,8 +100,9 @@ class ReadTransaction:
             psycopg.Error: The transaction can't begin.
         """
         if self._keeps_snapshot:
-            begin = self._pool.begin_sql(self.statement_seconds)
-            await self._connection.execute(f"{begin}; SAVEPOINT question".encode())
+            begin = self._pool.begin_statements(self.statement_seconds)
+            results = await self._connection.run([*begin, Statement("SAVEPOINT question")])
+            raise_if_error(results[-1])
             self._state = _State.RUNNING
             return
         self._state = _State.BEGINNING

@@ -20,7 +20,6 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.lsn import Xid
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.rows import texts_of
 from pgrealtime.postgres.session import DatabaseOutage
 from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow, LiveRowReader
 from pgrealtime.rule_queries.rounds import (
@@ -31,7 +30,7 @@ from pgrealtime.rule_queries.rounds import (
 )
 from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.rule_queries.slow_queries import TimeBudget
-from pgrealtime.snapshot import SNAPSHOT_QUERY
+from pgrealtime.snapshot import ReadPoint
 
 log = structlog.get_logger(__name__)
 
@@ -61,15 +60,10 @@ class QueryExecutor:
         self._live_rows = LiveRowReader(pool, self.outage, self._unanswered)
         self._may_have_standbys = True
 
-    async def fetch_snapshot(self) -> tuple[str, str, bool]:
-        """Return the row of ``SNAPSHOT_QUERY``; raises ``DatabaseUnreachableError``."""
+    async def fetch_read_point(self) -> ReadPoint:
+        """Return a read point of after this call; raises ``DatabaseUnreachableError``."""
         with _database_errors():
-            _, result = await self._pool.fetch(SNAPSHOT_QUERY, {})
-            (row,) = await texts_of(result)
-        snapshot, insert_lsn, is_in_recovery = row
-        assert snapshot is not None
-        assert insert_lsn is not None
-        return snapshot, insert_lsn, is_in_recovery == "t"
+            return await self._pool.fetch_read_point()
 
     async def verify_assumptions(self, assumptions: CatalogAssumptions) -> bool:
         """Return whether the catalogue confirms them; raises ``DatabaseUnreachableError``."""

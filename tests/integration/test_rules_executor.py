@@ -348,7 +348,7 @@ async def test_the_short_time_never_is_longer_than_the_operator_s(
         QueryPool(database_url, statement_timeout=theirs) as pool,
         pool.session() as connection,
     ):
-        await connection.execute(pool.begin_sql(SLICE_FILTER_SECONDS).encode())
+        await connection.run(pool.begin_statements(SLICE_FILTER_SECONDS))
         shown = await (await connection.execute("SHOW statement_timeout")).fetchone()
         await connection.execute("ROLLBACK")
         after = await (await connection.execute("SHOW statement_timeout")).fetchone()

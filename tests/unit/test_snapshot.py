@@ -9,7 +9,7 @@ import pytest
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.state.visibility import SnapshotSource
 from pgrealtime.lsn import LSN, Xid
-from pgrealtime.snapshot import ReadPoint, Snapshot, parse_snapshot
+from pgrealtime.snapshot import ReadPoint, Snapshot, parse_read_point, parse_snapshot
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ async def test_who_asks_meanwhile_shares_the_next_snapshot_and_not_the_running_o
     started: list[int] = []
     is_started = asyncio.Event()
 
-    async def fetch() -> tuple[str, str, bool]:
+    async def fetch() -> ReadPoint:
         number = len(started)
         started.append(number)
         is_started.set()
         await gates[number].wait()
-        return f"{number + 1}:{number + 1}:", "0/10", False
+        return parse_read_point(f"{number + 1}:{number + 1}:", "0/10")
 
     snapshots = SnapshotSource(fetch)
     first = asyncio.create_task(snapshots.fetch())
@@ -76,10 +76,10 @@ async def test_who_asks_within_a_few_passes_of_the_loop_shares_the_first_snapsho
     """Requests are read one by one: a query for the first of them would answer it alone."""
     queries = 0
 
-    async def fetch() -> tuple[str, str, bool]:
+    async def fetch() -> ReadPoint:
         nonlocal queries
         queries += 1
-        return "5:5:", "0/10", False
+        return parse_read_point("5:5:", "0/10")
 
     snapshots = SnapshotSource(fetch)
     asking = []
@@ -92,9 +92,9 @@ async def test_who_asks_within_a_few_passes_of_the_loop_shares_the_first_snapsho
 
 
 async def test_a_failed_snapshot_fails_its_askers_and_not_the_next() -> None:
-    answers: list[tuple[str, str, bool] | None] = [None, ("5:5:", "0/10", False)]
+    answers: list[ReadPoint | None] = [None, parse_read_point("5:5:", "0/10")]
 
-    async def fetch() -> tuple[str, str, bool]:
+    async def fetch() -> ReadPoint:
         answer = answers.pop(0)
         if answer is None:
             raise DatabaseUnreachableError("away")

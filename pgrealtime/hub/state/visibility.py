@@ -18,7 +18,7 @@ from pgrealtime.errors import PgRealtimeError, SubscriptionError
 from pgrealtime.fairness import wait_while_growing
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.lsn import LSN, Cursor, Xid
-from pgrealtime.snapshot import ReadPoint, Snapshot, parse_read_point
+from pgrealtime.snapshot import ReadPoint, Snapshot
 
 log = structlog.get_logger(__name__)
 
@@ -31,17 +31,17 @@ _UNANSWERED_GAP_DELAY_SECONDS = 1.0
 _FAILED_RETRY_SECONDS = 1.0
 _WATCH_INTERVAL_SECONDS = 0.5
 
-FetchSnapshot: TypeAlias = Callable[[], Awaitable[tuple[str, str, bool]]]
-"""Runs ``SNAPSHOT_QUERY`` and returns its row."""
+FetchReadPoint: TypeAlias = Callable[[], Awaitable[ReadPoint]]
+"""Returns a read point whose snapshot is taken after the call."""
 
 
 class VisibilityTracker:
     """The delivered transactions that were not seen to be visible yet."""
 
     def __init__(
-        self, run_query: FetchSnapshot, progress: DispatchProgress, clock: Callable[[], float]
+        self, fetch: FetchReadPoint, progress: DispatchProgress, clock: Callable[[], float]
     ) -> None:
-        self._snapshots = SnapshotSource(run_query)
+        self._snapshots = SnapshotSource(fetch)
         self._progress = progress
         self._clock = clock
         self._not_yet_visible: deque[tuple[LSN, Xid]] = deque()
@@ -167,8 +167,8 @@ class VisibilityTracker:
 class SnapshotSource:
     """Fetches snapshots; callers that come while one is being fetched share the next."""
 
-    def __init__(self, run_query: FetchSnapshot) -> None:
-        self._run_query = run_query
+    def __init__(self, fetch: FetchReadPoint) -> None:
+        self._fetch = fetch
         self._running: asyncio.Task[ReadPoint] | None = None
         self._next: asyncio.Task[ReadPoint] | None = None
         self._waiting_count = 0
@@ -191,5 +191,4 @@ class SnapshotSource:
         await wait_while_growing(lambda: self._waiting_count)
         # Before the query: calls from here on must get a later snapshot.
         self._running, self._next, self._waiting_count = self._next, None, 0
-        snapshot, insert_lsn, _in_recovery = await self._run_query()
-        return parse_read_point(snapshot, insert_lsn)
+        return await self._fetch()

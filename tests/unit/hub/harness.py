@@ -37,7 +37,7 @@ from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.session import ReadSession
 from pgrealtime.rule_queries.slow_queries import TimeBudget
-from pgrealtime.snapshot import Snapshot
+from pgrealtime.snapshot import ReadPoint, Snapshot, parse_read_point
 from tests.column_types import TEXT, text_columns
 
 POSTS = TableName("public", "posts")
@@ -224,13 +224,13 @@ class FakeDatabase(QueryExecutor):
         self.is_at_rows_gate = asyncio.Event()
         """Set when a read of live rows waits at ``rows_gate``."""
 
-    async def fetch_snapshot(self) -> tuple[str, str, bool]:
+    async def fetch_read_point(self) -> ReadPoint:
         self._snapshot_queries.release()
         if self.gate is not None:
             await self.gate.wait()
         if self.is_unreachable:
             raise DatabaseUnreachableError("no answer")
-        return self.snapshot_text, self.insert_lsn, False
+        return parse_read_point(self.snapshot_text, self.insert_lsn)
 
     async def wait_for_snapshot_queries(self, times: int) -> None:
         """Return after ``times`` further snapshot queries."""

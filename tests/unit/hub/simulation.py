@@ -24,11 +24,12 @@ from pgrealtime.config.model import RealtimeConfig
 from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.hub import Hub
 from pgrealtime.hub.state.progress import HubSettings
-from pgrealtime.lsn import LSN, Cursor, Xid, format_lsn
+from pgrealtime.lsn import LSN, Cursor, Xid
 from pgrealtime.rule_queries.live_rows import IncompleteRow, LiveRow
 from pgrealtime.rule_queries.rounds import PendingEvaluation
 from pgrealtime.rule_queries.slow_queries import TimeBudget
 from pgrealtime.rules.engine.batch_query import PairQuestion
+from pgrealtime.snapshot import ReadPoint, parse_snapshot
 from tests.unit.hub.harness import (
     COLLECTIONS,
     LOGINS,
@@ -98,13 +99,13 @@ class Database(FakeDatabase):
         super().__init__()
         self._simulation = world
 
-    async def fetch_snapshot(self) -> tuple[str, str, bool]:
+    async def fetch_read_point(self) -> ReadPoint:
         await self._simulation.random_delay()
         if self._simulation.rng.random() < self._simulation.failing:
             raise DatabaseUnreachableError("no answer")
-        row = self._simulation.snapshot()
+        read_point = self._simulation.read_point()
         await self._simulation.random_delay()
-        return row
+        return read_point
 
     async def answer_questions(
         self, evaluation: PendingEvaluation, budget: TimeBudget | None = None
@@ -206,14 +207,14 @@ class Simulation:
     def _invisible(self) -> list[Commit]:
         return [c for c in self.commits if c.history == self.history and not c.is_visible]
 
-    def snapshot(self) -> tuple[str, str, bool]:
-        """Return the answer of a snapshot query, as PostgreSQL computes it."""
+    def read_point(self) -> ReadPoint:
+        """Return the read point of this moment, as PostgreSQL computes it."""
         in_progress = sorted(commit.xid for commit in self._invisible())
         done = [c.xid for c in self.commits if c.history == self.history and c.is_visible]
         xmax = max([*done, self._first_xid - 1]) + 1
         xip = [xid for xid in in_progress if xid < xmax]
         text = f"{min([*xip, xmax])}:{xmax}:{','.join(map(str, xip))}"
-        return text, format_lsn(LSN(self.wal_end)), False
+        return ReadPoint(parse_snapshot(text), LSN(self.wal_end))
 
     def begin(self) -> None:
         if self.next_xid % (1 << 32) < 3:

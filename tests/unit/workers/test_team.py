@@ -70,7 +70,7 @@ def read_nothing() -> ParsedConfig:
 
 def team() -> Team:
     config = parse_config({})
-    applied = AppliedConfig(config=config, collections=Collections({}))
+    applied = AppliedConfig(config=config, collections=Collections(()))
     return Team(applied, QueryPool(), read_nothing, count=2, port=0)
 
 
