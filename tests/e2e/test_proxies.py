@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tests.e2e.numbered import OPEN
 from tests.e2e.proxy import PREFIX, PROGRAMS, Program, Proxy, proxy
 from tests.e2e.sdk import native, sdk
 from tests.e2e.service import Service, service, token
+from tests.e2e.test_admin import admin, scrape
 
 BEHIND_A_PROXY = {"base_path": PREFIX, "trusted_proxies": ["127.0.0.1"]}
 NO_HEARTBEAT = {"realtime": {"heartbeat": "1h"}}
@@ -119,6 +120,34 @@ async def test_the_client_s_own_address_counts(
 
     assert known == ["127.0.0.2", "127.0.0.3", "127.0.0.3"]
     assert (by_pretender, by_other, by_itself) == (400, 400, 204)
+
+
+async def test_behind_haproxy_calls_come_to_any_of_several_workers(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Over connections that it keeps; the client's address goes along with the call."""
+    at, sections = admin()
+    workers = {**BEHIND_A_PROXY, "workers": 2}
+    async with (
+        behind("haproxy", database_url, tmp_path, server=workers, admin=sections["admin"]) as (
+            running,
+            front,
+        ),
+        AsyncExitStack() as stack,
+    ):
+        clients = [
+            await stack.enter_async_context(listener(front.address, caller=ONE)) for _ in range(12)
+        ]
+        calls = [(client, caller) for client in clients for caller in (OTHER, PRETENDER, ONE)]
+        statuses = [await client.subscribe("posts/*", caller=caller) for client, caller in calls]
+        await insert(running, "to all")
+        received = [(await client.take(1))[0].data["record"]["id"] for client in clients]
+        metrics = await scrape(at)
+
+    assert len({client.client_id[:6] for client in clients}) == 2
+    assert statuses == [400, 400, 204] * len(clients)
+    assert received == ["to all"] * len(clients)
+    assert sum(n for name, n in metrics.items() if name.startswith("calls_forwarded_total{"))
 
 
 async def test_a_client_that_bypasses_the_proxy_is_not_trusted(
