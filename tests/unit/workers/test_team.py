@@ -118,6 +118,26 @@ async def test_a_worker_that_is_killed_while_it_is_being_started_does_not_run(
     assert one.exit_code == -9
 
 
+async def test_the_end_waits_for_no_worker_that_is_yet_to_be_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pause before that grows while a worker fails again and again."""
+    monkeypatch.setattr("pgrealtime.workers.main._FIRST_PAUSE_SECONDS", 1000.0)
+    failed = asyncio.Event()
+
+    async def fail(_worker: WorkerProcess) -> None:
+        failed.set()
+
+    monkeypatch.setattr(WorkerProcess, "run", fail)
+    of = team()
+    supervising = asyncio.create_task(of._supervise(1))
+    async with asyncio.timeout(10):
+        await failed.wait()
+        await of._stop([supervising])
+    assert supervising.done()
+    assert not supervising.cancelled()
+
+
 async def test_a_silent_worker_is_not_asked_for_its_metrics() -> None:
     """A scrape would wait for it, each time."""
     one = worker(1)
