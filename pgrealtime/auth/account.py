@@ -44,14 +44,16 @@ class UserCollection:
     collection: Collection
     login: CollectionLoginConfig = _NO_LOGIN
     rule_columns: tuple[str, ...] = ()
+    admission_columns: tuple[str, ...] = ()
+    """Those that the ``auth_rule`` reads."""
 
     @cached_property
     def column_names(self) -> tuple[str, ...]:
         """The columns that are read to make a caller: the key first, each once."""
         columns = (self.collection.column_of(name) for name in _PLAIN_FIELDS)
         plain = (column.name for column in columns if column is not None)
-        names = (self.collection.key.name, *plain, *self.login.secret_columns, *self.rule_columns)
-        return tuple(dict.fromkeys(names))
+        read = (*self.login.secret_columns, *self.rule_columns, *self.admission_columns)
+        return tuple(dict.fromkeys((self.collection.key.name, *plain, *read)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """From an ``Authorization`` header to a caller. Every route that needs a caller calls this.
 
 A token is checked against each issuer's keys, then as a token of our login. Its user is read from
-the users table each time (``auth.account``), so that a deleted user's token is refused.
+the users table each time (``auth.account``), so that a deleted user's token is refused, as is that
+of one whom the collection's ``auth_rule`` doesn't admit.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from types import MappingProxyType
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -31,7 +33,8 @@ from pgrealtime.auth.token import (
     login_claims,
 )
 from pgrealtime.auth.verified_tokens import VerifiedTokens
-from pgrealtime.collections.model import Collections, derive_collection_id
+from pgrealtime.changes import Row
+from pgrealtime.collections.model import Collection, Collections, derive_collection_id
 from pgrealtime.config.model import AuthConfig, CollectionLoginConfig, Config, IssuerConfig
 from pgrealtime.errors import AuthError, ConfigError, ConfigProblem
 
@@ -49,6 +52,18 @@ class AuthenticatedCaller:
     token: Token
     is_login_token: bool
     """Whether our login made it, or a PocketBase with the same secrets."""
+    account: Account | None
+    """Whose row the caller was made of; None if there is none."""
+
+
+class AdmitsUsers(Protocol):
+    """Decides about users by their collections' ``auth_rule``; see ``reads.admission``."""
+
+    def columns_of(self, collection: Collection) -> tuple[str, ...]:
+        """Return the columns that a row must have to be decided about."""
+
+    async def admits(self, collection: Collection, row: Row) -> bool:
+        """Return whether a user is admitted, or raise ``DatabaseUnreachableError``."""
 
 
 class Authenticator:
@@ -70,9 +85,11 @@ class Authenticator:
         *,
         logins: Mapping[str, CollectionLoginConfig] = _NO_LOGINS,
         rule_columns: Mapping[str, tuple[str, ...]] = _NO_RULE_COLUMNS,
+        admission: AdmitsUsers | None = None,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
         self._accounts = accounts
+        self._admission = admission
         self._unix_clock = unix_clock
         self._issuers: tuple[tuple[IssuerConfig, KeySource], ...] = ()
         self._issuers_replaced = asyncio.Event()
@@ -102,19 +119,22 @@ class Authenticator:
             for issuer, source in issuers
         )
         self._issuers_replaced.set()
-        self._issuer_by_trust_digest = {
-            digest: issuer for issuer, _ in self._issuers for digest in _trust_digests_of(issuer)
-        }
         self._users_by_name = {
             c.name: UserCollection(
                 collection=c,
                 login=logins.get(c.name, CollectionLoginConfig()),
                 rule_columns=rule_columns.get(c.name, ()),
+                admission_columns=() if self._admission is None else self._admission.columns_of(c),
             )
             for c in collections.values()
         }
         by_name = self._users_by_name
         self._users_by_id = {users.collection.id: users for users in by_name.values()}
+        self._issuer_by_trust_digest = {
+            digest: issuer
+            for issuer, _ in self._issuers
+            for digest in _trust_digests_of(issuer, by_name.get(issuer.collection))
+        }
         self._users_by_folded_name = {name.lower(): users for name, users in by_name.items()}
         self._past_collection_ids |= self._users_by_id.keys()
 
@@ -177,7 +197,8 @@ class Authenticator:
             SetupError: The users table can't be read as configured.
         """
         try:
-            caller = (await self.authenticate_token(authorization)).caller
+            authenticated = await self.authenticate_token(authorization)
+            await self.require_admission(authenticated)
         except AuthError as error:
             self.checks_by_result[error.error_code] += 1
             if error.error_code != "token_missing":
@@ -185,7 +206,22 @@ class Authenticator:
                 log.debug("auth.rejected", reason=error.error_code)
             return Caller()
         self.checks_by_result["accepted"] += 1
-        return caller
+        return authenticated.caller
+
+    async def require_admission(self, authenticated: AuthenticatedCaller) -> None:
+        """Check that the user is admitted by the collection's ``auth_rule``.
+
+        Raises:
+            AuthError: Code ``account_refused``.
+            DatabaseUnreachableError: The rule can't be evaluated now.
+        """
+        account, admission = authenticated.account, self._admission
+        if (
+            account is not None
+            and admission is not None
+            and not await admission.admits(account.users.collection, account.row)
+        ):
+            raise AuthError("the auth_rule refuses the token's user", code="account_refused")
 
     async def authenticate_subscriber(self, authorization: str | None) -> Caller:
         """As ``authenticate``, for a subscribe call.
@@ -216,8 +252,10 @@ class Authenticator:
                 continue
             # Outside the ``try``: with this issuer's signature no other issuer need be asked.
             expires_at = check_times(token.claims, now=self._unix_clock(), leeway=issuer.leeway)
-            caller = await self._caller_of_claims(token.claims, issuer, expires_at, key)
-            return AuthenticatedCaller(caller=caller, token=token, is_login_token=False)
+            caller, account = await self._caller_of_claims(token.claims, issuer, expires_at, key)
+            return AuthenticatedCaller(
+                caller=caller, token=token, is_login_token=False, account=account
+            )
         # A token that an issuer signed, but that was refused, is not tried as one of ours.
         for error in refusals:
             if error.error_code != "token_signature":
@@ -244,26 +282,27 @@ class Authenticator:
         issuer: IssuerConfig,
         expires_at: float | None,
         key: VerificationKey,
-    ) -> Caller:
+    ) -> tuple[Caller, Account | None]:
         record_id = id_from_claim(claims, issuer.id_claim)
         is_super = is_superuser(claims, issuer)
-        digest = _trust_digest(issuer, key.material, is_superuser=is_super)
+        users = self._users_by_name.get(issuer.collection)
+        digest = _trust_digest(issuer, key.material, users, is_superuser=is_super)
         if is_super:
             # Service keys of hosted databases have no id.
-            return Caller(Superuser(record_id or ""), expires_at, trust_digest=digest)
+            return Caller(Superuser(record_id or ""), expires_at, trust_digest=digest), None
         if record_id is None:
             raise AuthError(f'the token has no "{issuer.id_claim}"', code="token_id")
-        users = self._users_by_name.get(issuer.collection)
         values = claim_values(claims, issuer)
         if users is None:
             record = record_of_claims(claims, issuer.collection, record_id)
             record = replace(record, claims=values)
-            return Caller(record, expires_at, trust_digest=digest)
+            return Caller(record, expires_at, trust_digest=digest), None
         # Open connections of a deleted user become guests (protocol, 8). The same token on a new
         # connection must not undo that.
         account = require_account(await self._accounts.load(users, record_id))
         record = replace(account.record, claims=values) if values else account.record
-        return caller_of_account(account, expires_at, record=record, trust_digest=digest)
+        caller = caller_of_account(account, expires_at, record=record, trust_digest=digest)
+        return caller, account
 
     async def _authenticate_login_token(
         self, authorization: str | None, token: Token
@@ -291,7 +330,7 @@ class Authenticator:
             trust_digest=_login_trust_digest(secret, users),
             token_key_digest=digest_token_key(account.token_key),
         )
-        return AuthenticatedCaller(caller=caller, token=token, is_login_token=True)
+        return AuthenticatedCaller(caller=caller, token=token, is_login_token=True, account=account)
 
 
 def _key_sources_of(auth: AuthConfig) -> list[tuple[IssuerConfig, KeySource]]:
@@ -313,24 +352,28 @@ def _jwks_identity(issuer: IssuerConfig) -> tuple[object, ...]:
     return issuer.jwks_url, issuer.accepted_algorithms
 
 
-def _trust_digests_of(issuer: IssuerConfig) -> list[bytes]:
+def _trust_digests_of(issuer: IssuerConfig, users: UserCollection | None) -> list[bytes]:
     """Return the trust digests of all valid tokens of the issuer."""
     secrets = [secret for secret in (issuer.secret, issuer.previous_secret) if secret]
     return [
-        _trust_digest(issuer, secret, is_superuser=is_superuser)
+        _trust_digest(issuer, secret, users, is_superuser=is_superuser)
         for secret in secrets or [""]
         for is_superuser in (False, True)
     ]
 
 
-def _trust_digest(issuer: IssuerConfig, key_material: object, *, is_superuser: bool) -> bytes:
+def _trust_digest(
+    issuer: IssuerConfig, key_material: object, users: UserCollection | None, *, is_superuser: bool
+) -> bytes:
     """Return a digest of the configuration that makes a token valid (``Caller.trust_digest``)."""
     # A public key is in the issuer's configuration already. The secret may be the previous one:
     # when that is removed, its tokens become invalid and others stay valid.
     secret = key_material if isinstance(key_material, str) else ""
     # Only for superusers: requiring other claims of them makes no user's token invalid.
     claims = issuer.superuser_when if is_superuser else None
-    purpose = (issuer.issuer, issuer.audience, issuer.id_claim, claims)
+    # Whoever was admitted by another rule must be admitted anew.
+    auth_rule = "" if users is None or is_superuser else users.collection.auth_rule
+    purpose = (issuer.issuer, issuer.audience, issuer.id_claim, claims, auth_rule)
     return _digest(secret, issuer.public_key, *_jwks_identity(issuer), *purpose)
 
 

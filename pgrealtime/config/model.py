@@ -429,7 +429,7 @@ class CollectionConfig(Section):
     manage_rule: Annotated[str | None, AfterValidator(_forbid_empty_rule)] = None
     """Of an auth collection: who receives e-mail addresses that aren't public."""
     auth_rule: str | None = ""
-    """Of an auth collection: which accounts may log in; null is none."""
+    """Of an auth collection: whose logins and tokens are accepted; null is nobody's."""
 
 
 _CALLER = re.compile(r"guest|superuser|[^/]+/.+")

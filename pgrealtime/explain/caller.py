@@ -4,13 +4,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeAlias
 
-from pgrealtime.auth.account import AccountLoader
+from pgrealtime.auth.account import Account, AccountLoader
 from pgrealtime.auth.authenticator import Authenticator, caller_of_account
 from pgrealtime.auth.principal import AuthRecord, Caller, Guest, Superuser
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import Config
 from pgrealtime.errors import AuthError
 from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.admission import Admission
+from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.rule_set import caller_columns_read_by_rules
 
 _MAX_TIMESTAMP = 253_402_300_799.0
@@ -41,12 +43,14 @@ async def resolve_caller(
     """Return the caller, and lines that describe it."""
     logins = {name: collection.login for name, collection in config.collections.items()}
     accounts = AccountLoader(pool)
+    admission = Admission(QueryExecutor(pool), collections)
     authenticator = Authenticator(
         config.auth,
         collections,
         accounts,
         logins=logins,
         rule_columns=caller_columns_read_by_rules(collections),
+        admission=admission,
     )
     match spec:
         case Guest():
@@ -54,15 +58,21 @@ async def resolve_caller(
         case Superuser():
             return Caller(spec), ["superuser"]
         case NamedUser():
-            caller = await _resolve_user(authenticator, accounts, spec)
-            return caller, [_describe_caller(caller)]
+            account = await _find_user(authenticator, accounts, spec)
+            caller = caller_of_account(account, None)
+            name = _describe_caller(caller)
+            if not await admission.admits(account.users.collection, account.row):
+                return Caller(), ["guest", f"the auth_rule doesn't admit {name}"]
+            return caller, [name]
         case BearerToken(token):
             return await _resolve_token(authenticator, token)
 
 
 async def _resolve_token(authenticator: Authenticator, token: str) -> tuple[Caller, list[str]]:
     try:
-        caller = (await authenticator.authenticate_token(token)).caller
+        authenticated = await authenticator.authenticate_token(token)
+        await authenticator.require_admission(authenticated)
+        caller = authenticated.caller
     except AuthError as refusal:
         return Caller(), ["guest", f"the token is refused: {refusal.error_code}: {refusal.message}"]
     if caller.expires_at is None:
@@ -83,9 +93,9 @@ def _describe_caller(caller: Caller) -> str:
             return "guest"
 
 
-async def _resolve_user(
+async def _find_user(
     authenticator: Authenticator, accounts: AccountLoader, spec: NamedUser
-) -> Caller:
+) -> Account:
     users = authenticator.find_user_collection(spec.collection_name_or_id)
     if users is None or users.collection.type != "auth":
         raise AuthError(
@@ -97,4 +107,4 @@ async def _resolve_user(
     if account is None:
         name = users.collection.name
         raise AuthError(f'"{name}" has no record "{spec.record_id}"', code="user_unknown")
-    return caller_of_account(account, None)
+    return account

@@ -31,6 +31,7 @@ from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.hub.subscribe import SubscribeCalls
 from pgrealtime.lsn import Cursor
 from pgrealtime.rule_queries.executor import QueryExecutor
+from pgrealtime.rules.engine.admission import AdmissionRules
 
 
 class Hub:
@@ -73,6 +74,7 @@ class Hub:
         self._registry = registry = ConnectionRegistry(
             progress, self._epochs, settings, self.counters, clock
         )
+        registry.callers.admission = AdmissionRules(collections)
         self._read_positions = ReadPositions(
             changelog,
             progress,
@@ -287,6 +289,7 @@ class Hub:
                 self._registry.callers.replace_settings(
                     logins or {}, revalidate_caller, allows_guests=allows_guests
                 )
+                self._registry.callers.admission = AdmissionRules(collections)
                 self._progress.replace_generation(generation)
                 self._registry.rebind(previous)
             except Exception as error:  # noqa: BLE001 (raised where it is awaited)

@@ -39,6 +39,7 @@ from pgrealtime.lsn import LSN
 from pgrealtime.observe.metrics import Metrics
 from pgrealtime.postgres.connect import open_query_pool
 from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.admission import Admission
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.reads.reader import ReadLimits, RecordReader
 from pgrealtime.rule_queries.executor import QueryExecutor
@@ -261,12 +262,14 @@ def _build_parts(
         else neighbours.connect_feed(intake)
     )
     accounts = AccountLoader(pool, on_schema_mismatch=on_schema_mismatch)
+    admission = Admission(executor, collections)
     authenticator = Authenticator(
         config.auth,
         collections,
         accounts,
         logins=applied.logins,
         rule_columns=caller_columns_read_by_rules(collections),
+        admission=admission,
     )
     return ServiceParts(
         pool=pool,
@@ -277,6 +280,7 @@ def _build_parts(
         authenticator=authenticator,
         calls=CallRouter(hub, authenticator, bus),
         login_service=LoginService(config.auth.login, accounts),
+        admission=admission,
         own_records=OwnRecordRenderer(
             executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
         ),

@@ -9,6 +9,7 @@ from pgrealtime.changelog.memory import Changelog
 from pgrealtime.feed.base import Feed
 from pgrealtime.hub.hub import Hub
 from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.admission import Admission
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.reads.reader import RecordReader
 from pgrealtime.rule_queries.executor import QueryExecutor
@@ -26,6 +27,7 @@ class ServiceParts:
     authenticator: Authenticator
     calls: CallRouter
     login_service: LoginService
+    admission: Admission
     own_records: OwnRecordRenderer
     reads_pool: QueryPool | None = None
     record_reader: RecordReader | None = None

@@ -264,6 +264,7 @@ class Reloader:
         auth, collections, parts = applied.config.auth, applied.collections, self._parts
         parts.login_service.replace_settings(auth.login)
         parts.own_records.replace_collections(collections)
+        parts.admission.replace_collections(collections)
         if parts.record_reader is not None:
             parts.record_reader.replace_collections(collections)
         parts.authenticator.replace_settings(

@@ -287,6 +287,17 @@ def test_a_junction_table_that_does_not_say_whose_link_goes(operator: Operator) 
     assert warnings(check(operator, configured)) == []
 
 
+def test_an_auth_rule_about_the_login(operator: Operator) -> None:
+    """Whom it refuses later keeps the token."""
+    configured = collections()
+    configured["users"]["auth_rule"] = "@request.context = 'password' && team > 1"
+    ((path, message, _),) = warnings(check(operator, configured))
+    assert path == "collections.users.auth_rule"
+    assert message == "a rule that reads @request is about logins: it makes no token invalid"
+    configured["users"]["auth_rule"] = "team > 1"
+    assert warnings(check(operator, configured)) == []
+
+
 def test_what_can_only_be_read_has_no_deletes_and_is_listed(operator: Operator) -> None:
     """Nor does a change of it read another table."""
     run(operator, "CREATE VIEW seen AS SELECT id::text, title, author FROM posts")

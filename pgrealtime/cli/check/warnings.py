@@ -24,6 +24,7 @@ from pgrealtime.collections.model import Collection, Collections, Field, FieldKi
 from pgrealtime.collections.tables import alter_leaf_tables
 from pgrealtime.config.model import Config
 from pgrealtime.errors import ConfigProblem
+from pgrealtime.rules.engine.admission import is_about_login
 from pgrealtime.rules.language import predicate, syntax
 from pgrealtime.rules.language.comparison import is_double
 from pgrealtime.rules.language.parameters import RequestValue
@@ -58,6 +59,7 @@ def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
             path = f"collections.{collection.name}.{key}"
             yield from absent_value_warnings(path, rule, expression, collections, collection)
             yield from _precision_warnings(path, rule, expression, collections, collection)
+        yield from _auth_rule_warnings(collection)
         if collection.is_streamed:
             yield from _delete_warnings(collections, collection)
             yield from _link_warnings(collection)
@@ -114,6 +116,13 @@ def _is_local_url(url: str) -> bool:
         host = urlsplit(url).hostname or ""
         return host == "localhost" or ip_address(host).is_loopback
     return False
+
+
+def _auth_rule_warnings(collection: Collection) -> Iterator[ConfigProblem]:
+    if is_about_login(collection.auth_rule):
+        message = "a rule that reads @request is about logins: it makes no token invalid"
+        hint = "write a rule of the row's columns, such as: is_active = true"
+        yield ConfigProblem(f"collections.{collection.name}.auth_rule", message, hint)
 
 
 # -- @collection without "?"

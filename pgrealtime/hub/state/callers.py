@@ -14,11 +14,11 @@ from typing import NamedTuple, TypeAlias
 
 from msgspec.structs import replace
 
-from pgrealtime.auth.principal import AccountKey, Caller, Guest, account_of
+from pgrealtime.auth.principal import AccountKey, AuthRecord, Caller, Guest, account_of
 from pgrealtime.auth.record import update_caller
 from pgrealtime.changelog.row_history import LookupColumn, RowHistory
-from pgrealtime.changes import Row, Update, WholeRow
-from pgrealtime.collections.model import Collection
+from pgrealtime.changes import Change, Row, Update, WholeRow
+from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import CollectionLoginConfig
 from pgrealtime.expand.plan import ExpandViewer
 from pgrealtime.fairness import YieldTimer
@@ -27,6 +27,7 @@ from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.state.generation import Generation
 from pgrealtime.lsn import LSN, Cursor
 from pgrealtime.rule_queries.session import ReadSession, fetch_rows_by_id
+from pgrealtime.rules.engine.admission import AdmissionRules
 from pgrealtime.snapshot import ReadPoint
 
 _MAX_REMEMBERED_CHANGES = 4096
@@ -45,6 +46,8 @@ class CallerTracker:
         self, logins: Mapping[str, CollectionLoginConfig], *, allows_guests: bool = True
     ) -> None:
         self._logins = logins
+        self.admission = AdmissionRules(Collections(()))
+        """Whom the ``auth_rule`` of the generation in force admits."""
         self._allows_guests = allows_guests
         self._revalidate: Callable[[Caller], Caller] | None = None
         self._connections_by_account: dict[AccountKey, dict[Connection, None]] = {}
@@ -113,7 +116,7 @@ class CallerTracker:
             return caller
         if event.action == "delete":
             return Caller()
-        after = self.caller_from_row(caller, event.collection, event.row)
+        after = self.caller_from_row(caller, event.collection, event.row, _change_of(event))
         return caller if after == caller else after
 
     def caller_before(self, event: Event, caller: Caller) -> Caller | None:
@@ -124,11 +127,27 @@ class CallerTracker:
             case _:
                 return None
 
-    def caller_from_row(self, caller: Caller, collection: Collection, row: Row | None) -> Caller:
-        """Return the caller with the values of its row; a guest if the row was deleted."""
+    def caller_from_row(
+        self, caller: Caller, collection: Collection, row: Row | None, change: Change | None = None
+    ) -> Caller:
+        """Return the caller with the values of its row; a guest if the row was deleted.
+
+        It is a guest too if the row no longer satisfies the ``auth_rule``, and stale if that can't
+        be decided from the row. ``change`` is what left the row so, if it is known.
+        """
         if row is None:
             return Caller()
-        return update_caller(caller, collection, self._logins.get(collection.name, _NO_LOGIN), row)
+        login = self._logins.get(collection.name, _NO_LOGIN)
+        after = update_caller(caller, collection, login, row)
+        if not self.admission.has_rule(collection) or not isinstance(after.principal, AuthRecord):
+            return after
+        match self.admission.verdict(collection, row):
+            case None if change is None or not self.admission.is_unaffected(collection, change):
+                return Caller(is_stale=True)
+            case False:
+                return Caller()
+            case _:
+                return after
 
     # --- Changes between the authentication of a call and its end
 
@@ -180,6 +199,12 @@ class CallerTracker:
         if caller.is_stale:
             raise LookupError("the caller's row may have changed in a gap")
         return caller
+
+
+def _change_of(event: Event) -> Change | None:
+    """Return the change that an event is made of; None where it isn't kept."""
+    changes = event.transaction_changes
+    return changes[event.cursor.ordinal - 1] if changes else None
 
 
 FindConnections: TypeAlias = Callable[[Sized[ExpandViewer], Sized[Group]], Iterable[Connection]]

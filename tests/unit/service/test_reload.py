@@ -29,6 +29,7 @@ from pgrealtime.errors import AuthError, DatabaseUnreachableError
 from pgrealtime.feed.base import FeedStatus, WantedTables
 from pgrealtime.lsn import LSN
 from pgrealtime.postgres.pool import QueryPool
+from pgrealtime.reads.admission import Admission
 from pgrealtime.reads.own_record import OwnRecordRenderer
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
@@ -149,6 +150,7 @@ async def running() -> AsyncIterator[Running]:
             authenticator=authenticator,
             calls=CallRouter(harness.hub, authenticator, NoBus(draw_tag())),
             login_service=login,
+            admission=Admission(executor, collections),
             own_records=OwnRecordRenderer(executor, collections, nulls="null"),
             pool=pool,
         )
