@@ -15,7 +15,7 @@ from pgrealtime.api import error_responses
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY, MAX_BODY_BYTES, BodyReader
 from pgrealtime.api.call_router import CallRouter
-from pgrealtime.api.cors import AllowedOrigins
+from pgrealtime.api.cors import AllowedOrigins, Headers
 from pgrealtime.api.json_response import respond_json
 from pgrealtime.api.realtime import RUNNER_KEY, SHUTDOWN_SECONDS, RealtimeRoutes
 from pgrealtime.auth.authenticator import Authenticator
@@ -70,7 +70,7 @@ def build_app(
     app = web.Application(middlewares=[_redirect_to_clean_path, middleware.handle])
     app[BODY_READER_KEY] = BodyReader()
     app.on_response_prepare.append(middleware.add_headers)
-    realtime = RealtimeRoutes(hub, calls, config.server, config.realtime)
+    realtime = RealtimeRoutes(hub, calls, config.server, config.realtime, middleware.fields_of)
     app.on_shutdown.append(realtime.close_streams)
     path = f"{config.server.base_path}/api/realtime"
     app.router.add_get(path, realtime.handle_connect)
@@ -155,13 +155,17 @@ class ResponseMiddleware:
         response.headers.popall("Server", None)  # aiohttp's; PocketBase sends none
         if response.status == _REDIRECT_STATUS:
             return
-        origin = request.headers.get("Origin", "")
         if request.method == "OPTIONS":
+            origin = request.headers.get("Origin", "")
             requested = request.headers.get("Access-Control-Request-Headers", "")
             response.headers.extend(self._allowed_origins.preflight_headers(origin, requested))
         else:
-            response.headers.extend(_SECURITY_HEADERS)
-            response.headers.extend(self._allowed_origins.response_headers(origin))
+            response.headers.extend(self.fields_of(request))
+
+    def fields_of(self, request: web.BaseRequest) -> Headers:
+        """Return the header fields of a response that is neither a redirect nor a preflight's."""
+        origin = request.headers.get("Origin", "")
+        return [*_SECURITY_HEADERS, *self._allowed_origins.response_headers(origin)]
 
 
 async def _handle_expect(request: web.Request) -> None:

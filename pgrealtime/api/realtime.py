@@ -1,6 +1,7 @@
 """The route ``/api/realtime``: GET opens an SSE response, POST submits its topics."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -10,7 +11,9 @@ from aiohttp import web
 from pgrealtime.api.address import client_address
 from pgrealtime.api.body_reader import BODY_READER_KEY
 from pgrealtime.api.call_router import CallRouter
+from pgrealtime.api.cors import Headers
 from pgrealtime.api.error_responses import RequestRefusedError, invalid_members, limit_reached
+from pgrealtime.api.no_content import NoContentResponse
 from pgrealtime.api.sse_transport import (
     EventStreamResponse,
     SseTransport,
@@ -43,12 +46,18 @@ class RealtimeRoutes:
     """The two handlers."""
 
     def __init__(
-        self, hub: Hub, calls: CallRouter, server: ServerConfig, config: RealtimeConfig
+        self,
+        hub: Hub,
+        calls: CallRouter,
+        server: ServerConfig,
+        config: RealtimeConfig,
+        fields_of: Callable[[web.Request], Headers],
     ) -> None:
         self._hub = hub
         self._calls = calls
         self._trusted_proxies = server.trusted_proxies
         self._stall_timeout = config.stall_timeout
+        self._fields_of = fields_of
         self._transports: set[SseTransport] = set()
         self._all_closed = asyncio.Event()
 
@@ -124,7 +133,9 @@ class RealtimeRoutes:
             fault = limit_reached(error.limit_name, error.maximum)
             refusal = invalid_members({"subscriptions": {index: fault}})
             raise RequestRefusedError(refusal) from error
-        return web.Response(status=204, headers={OUTCOME_HEADER: outcome} if outcome else {})
+        if outcome:
+            return web.Response(status=204, headers={OUTCOME_HEADER: outcome})
+        return NoContentResponse(self._fields_of(request))
 
 
 def _truncate_position(text: str | None) -> str | None:

@@ -228,7 +228,8 @@ class SubscribeCalls:
         except LookupError as error:
             reason = "the caller's row may have changed"
             raise SubscriptionError(reason, code="stream_away") from error
-        return replace(callers.revalidate(caller), read_point=None)
+        caller = callers.revalidate(caller)
+        return caller if caller.read_point is None else replace(caller, read_point=None)
 
     async def _run_in_chunks(self, connection: Connection, steps: Generator[None]) -> bool:
         """Run steps of a call, yielding the loop; return whether the revision stayed the same.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -419,6 +420,28 @@ async def test_call_whose_client_leaves_changes_nothing_for_others() -> None:
 
     assert status == 204
     assert b'"id":"a"' in message
+
+
+async def test_accepted_calls_are_answered_alike_on_connections_that_stay_and_that_end() -> None:
+    """The head of the first is written as one text, of the second by aiohttp."""
+    async with served({"cors_origins": ["https://*.example"]}) as service:
+        stream, client_id = await open_stream(service.address)
+        body = call(client_id, "posts/*").encode()
+        head = (
+            "POST /api/realtime HTTP/1.1\r\nHost: x\r\nOrigin: https://app.example\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        ).encode()
+        kept, ended = head + b"\r\n" + body, head + b"Connection: close\r\n\r\n" + body
+        answers = await service.answer_to(kept + kept + ended)
+        await stream.close()
+
+    first, second, last, rest = answers.split(b"\r\n\r\n")
+    dated = re.compile(rb"Date: [^\r]{29}")
+    plain = [dated.sub(b"Date", one) for one in (first, second, last)]
+    assert b"\r\nConnection: close" in plain[2]
+    assert plain[0] == plain[1] == plain[2].replace(b"\r\nConnection: close", b"")
+    assert b"\r\nAccess-Control-Allow-Origin: https://app.example" in first
+    assert (dated.search(first) is not None, rest) == (True, b"")
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])

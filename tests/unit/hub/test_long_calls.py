@@ -265,3 +265,28 @@ async def test_a_caller_that_is_deleted_meanwhile_is_a_guest_in_the_end() -> Non
             assert received_topics(sink) == ["posts/new0"]
             assert connection.caller.principal == GUEST
             await assert_receives(harness, sink)
+
+
+@pytest.mark.parametrize(
+    ("filter_text", "waits"),
+    [
+        ("title > 'a'", False),
+        ("title > 'a' || author.name = 'b'", True),  # other rows
+        ("title = 'a' || " * 5 + "title = 'b'", True),
+        ("title > strftime('%Y', 'now')", True),
+    ],
+)
+async def test_a_short_filter_is_compiled_beside_the_work_of_others(
+    filter_text: str, *, waits: bool
+) -> None:
+    """Any other waits for its turn: a call may bring many that take long."""
+    async with open_harness() as harness:
+        connection, _ = harness.connect()
+        async with harness.hub._subscribe_calls._work_lock.acquire("another"):
+            task = asyncio.create_task(
+                harness.subscribe(connection, topic("posts/*", filter=filter_text))
+            )
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert task.done() is not waits
+        await task
