@@ -34,6 +34,7 @@ from tests.e2e.demo import (
     supervisor_of,
     uid_of,
 )
+from tests.e2e.readme_mirror import readme_mirror, wait_for_titles
 from tests.e2e.sdk import sdk
 from tests.lacking import lacking
 
@@ -158,6 +159,7 @@ async def _open(
     for user in ("Ann Chovy", "Bob Sledd", "A guest"):
         status = page.get_by_role("status").filter(has_text=f"{user}: listening")
         await expect(status).to_have_count(1)
+    await expect(page.locator("#screen li").first).to_be_attached()
     return page
 
 
@@ -259,6 +261,43 @@ async def test_the_database_is_listed_by_the_api_and_kept_by_events(running: Dem
         await expect(shown.first).to_have_text("Listed")
 
     assert len(asked) == 1
+
+
+async def test_a_screen_has_the_tasks_that_its_viewer_may_see_and_no_others(running: Demo) -> None:
+    """They enter as Bob is put into the project and leave as he is put out of it.
+
+    The official SDK has the same list by the README's lines.
+    """
+    tokens = {one["id"]: one["token"] for one in (await running.state())["people"]}
+    async with chromium() as browser, readme_mirror(running.url, tokens["bob"]) as client:
+        page = await _open(browser, f"{running.url}/")
+        await _hush(page)
+        screen = page.locator("#screen")
+        party = page.get_by_role("group", name="Surprise party for Bob, on the screen")
+
+        async def expect_tasks(projects: set[str]) -> None:
+            tasks = [t for t in await running.records("tasks") if t["project"] in projects]
+            titles = [f"{'✓' if task['done'] else '○'} {task['title']}" for task in tasks]
+            shown = screen.locator("li:not(.left)")
+            await expect(shown).to_have_count(len(titles))
+            assert sorted(await shown.all_inner_texts()) == sorted(titles)
+            await wait_for_titles(client, [task["title"] for task in tasks])
+
+        await expect(page.locator("#screen-title")).to_have_text("Bob's screen")
+        await expect(party).to_contain_text("none of it")
+        await expect_tasks({"2", "3"})
+        await _press(page, "Let Bob in")
+        await expect(party.locator("li.entered").first).to_be_visible()
+        await expect_tasks({"1", "2", "3"})
+        await _press(page, "Send Bob out again")
+        await expect(party.locator("li.left").first).to_be_attached()
+        await expect_tasks({"2", "3"})
+        await expect(party).to_contain_text("none of it")
+        await page.get_by_label("Subscriber 2").select_option("guest")
+        await expect(page.locator("#screen-title")).to_have_text("The guest's screen")
+        await expect(screen.locator("li")).to_have_count(
+            len([task for task in await running.records("tasks") if task["project"] == "3"])
+        )
 
 
 async def test_another_subscriber_can_be_chosen_and_comes_with_no_history(running: Demo) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.conformance.http_client import Address
 from tests.e2e.numbered import OPEN
+from tests.e2e.readme_mirror import readme_mirror, wait_for_titles
 from tests.e2e.sdk import module
 from tests.e2e.service import service
 
@@ -118,3 +119,32 @@ async def test_the_sdk_with_the_lines_for_it_learns_what_it_missed(
 
     assert missed["data"]["reason"] in ("expired", "unknown")
     assert event["data"]["record"]["id"] == "b"
+
+
+async def test_the_lines_for_a_mirror_keep_the_list_right(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Rows enter and leave, and after what events can't tell the list is loaded anew."""
+    rule = {"table": "tasks", "list_rule": "done = false", "view_rule": "done = false"}
+    schema = """
+        CREATE TABLE tasks (id text PRIMARY KEY, title text, done boolean);
+        ALTER TABLE tasks REPLICA IDENTITY FULL;
+        INSERT INTO tasks VALUES ('1', 'one', false), ('2', 'two', true);
+    """
+    async with (
+        service(database_url, tmp_path, collections={"tasks": rule}, schema=schema) as running,
+        readme_mirror(running.url) as client,
+    ):
+        await wait_for_titles(client, ["one"])
+        await running.write.execute("UPDATE tasks SET done = false WHERE id = '2'")
+        await wait_for_titles(client, ["one", "two"])
+        await running.write.execute("UPDATE tasks SET title = 'TWO' WHERE id = '2'")
+        await wait_for_titles(client, ["one", "TWO"])
+        await running.write.execute("UPDATE tasks SET done = true WHERE id = '1'")
+        await wait_for_titles(client, ["TWO"])
+        await running.write.execute("DELETE FROM tasks WHERE id = '2'")
+        await wait_for_titles(client, [])
+        async with running.write.transaction():
+            await running.write.execute("TRUNCATE tasks")
+            await running.write.execute("INSERT INTO tasks VALUES ('3', 'three', false)")
+        await wait_for_titles(client, ["three"])
