@@ -229,6 +229,10 @@ class MirrorsConfig(Section):
     """Between two resyncs of one topic."""
     resyncs_per_second: int = Field(default=500, ge=1)
     """Over all connections: no more of them load their lists at once."""
+    rows: int = Field(default=1000, ge=1, le=100_000)
+    """Of a list that is loaded for a client (the option ``load``); it loads a longer one itself."""
+    loads: int = Field(default=2, ge=1, le=1000)
+    """Lists that are read at once for clients; the others wait."""
 
 
 class ReadsConfig(Section):

@@ -91,6 +91,9 @@ class Dispatcher:
 
     async def _write_resyncs(self) -> None:
         """Tell mirrors to load anew, behind all that was delivered."""
+        for connection in self.resyncs.live_to_load():
+            with self.registry.closing_on_error(connection):
+                self._fall_behind(connection)
         written = await self.resyncs.write_to_live()
         self._write_cursor_events(written, self.progress.head)
 

@@ -23,6 +23,7 @@ from pgrealtime.hub.entry_checks import EntryChecks
 from pgrealtime.hub.events.event import GapNotice
 from pgrealtime.hub.state.gaps import GapNotifier
 from pgrealtime.hub.state.generation import Generation
+from pgrealtime.hub.state.loads import ListReader, MirrorLoads
 from pgrealtime.hub.state.progress import DispatchProgress, HubSettings, ResumableEpochs
 from pgrealtime.hub.state.read_positions import BegunRead, ReadPositions
 from pgrealtime.hub.state.registry import ConnectionRegistry, ConnectionTimeouts, HubCounters
@@ -40,7 +41,8 @@ class Hub:
     The feed and the reload, built after it, are reached by callbacks: ``on_schema_mismatch`` is
     called when a row doesn't have the shape that the catalogue says, ``wait_for_changelog`` waits
     until the changelog holds what was committed up to an LSN, and ``refresh_schema`` returns once
-    the current schema, or a later one, is in force; False if it wasn't read.
+    the current schema, or a later one, is in force; False if it wasn't read. ``list_reader`` reads
+    lists for the clients of mirrors.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Hub:
         on_schema_mismatch: Callable[[], None] = lambda: None,
         wait_for_changelog: WaitForLSN | None = None,
         refresh_schema: Callable[[], Awaitable[bool]] | None = None,
+        list_reader: ListReader | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters = HubCounters()
@@ -85,8 +88,16 @@ class Hub:
         )
         self._timeouts = ConnectionTimeouts(progress, registry, settings.limits, clock)
         self._gap_notifier = gap_notifier = GapNotifier(progress, registry, clock)
+        loads = MirrorLoads(
+            progress,
+            visibility,
+            list_reader,
+            settings.mirrors,
+            max_bytes=settings.limits.send_buffer,
+            clock=clock,
+        )
         self._resyncs = resyncs = MirrorResyncs(
-            progress, registry, visibility, settings.mirrors, clock
+            progress, registry, visibility, loads, settings.mirrors, clock
         )
         self._catch_up = CatchUpTasks(
             changelog,

@@ -71,7 +71,7 @@ class MetricValues(Struct, kw_only=True):
     login_results: Mapping[str, int]
     """Logins by password, by result."""
     read_outcomes: Mapping[tuple[str, str], int]
-    """Lists and single records, by kind and result."""
+    """Lists, single records and lists sent to mirrors, by kind and result."""
     forwarded_calls: Mapping[str, int]
     """Subscribe calls that were passed on to other processes, by result."""
     ignored_bus_messages: Mapping[str, int]
@@ -210,7 +210,8 @@ _HELP = {
     "rule_query_errors": "Rule statements that failed or were not sent.",
     "auth_checks": "Authentications of callers by token.",
     "logins": "Password logins: ok, or the error code.",
-    "reads": "Lists and single records on request: ok, or the error code.",
+    "reads": "Lists and single records on request, and lists sent to mirrors: ok, or the error"
+    " code.",
     "calls_forwarded": "Subscribe calls that were passed on to the process that has the connection:"
     " ok, or the error code.",
     "bus_messages_ignored": "Messages on the bus that were ignored, by the reason.",

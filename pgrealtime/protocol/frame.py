@@ -5,7 +5,7 @@ encoded once for all that receive it: the end of the id line, event line, data l
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pgrealtime.changes import Action
 
@@ -36,8 +36,20 @@ def mirror_resync_tail(
     topic: bytes, collection_id: str, collection_name: str, reason: str
 ) -> bytes:
     """Return the tail that tells a mirror's client to load its list anew."""
+    members = {"action": "resync", "reason": reason}
+    return _mirror_tail(topic, collection_id, collection_name, members)
+
+
+def mirror_ready_tail(topic: bytes, collection_id: str, collection_name: str) -> bytes:
+    """Return the tail that ends the list which follows a resync, if its client asked for that."""
+    return _mirror_tail(topic, collection_id, collection_name, {"action": "ready"})
+
+
+def _mirror_tail(
+    topic: bytes, collection_id: str, collection_name: str, more: Mapping[str, str]
+) -> bytes:
     record = {"collectionId": collection_id, "collectionName": collection_name, "id": ""}
-    members = {"record": record, "action": "resync", "reason": reason}
+    members = {"record": record, **more}
     data = json.dumps(members, separators=(",", ":"), ensure_ascii=False)
     return b"\nevent:%b\ndata:%b\n\n" % (topic, data.encode())
 

@@ -55,6 +55,11 @@ class Topic(Struct, frozen=True, kw_only=True, gc=False):
         """Whether its client keeps a list by it: is told of rows that enter and leave."""
         return self.query.get("mode") == "mirror"
 
+    @property
+    def asks_for_load(self) -> bool:
+        """Whether that list is to be loaded for it, instead of by it."""
+        return self.asks_for_mirror and self.query.get("load") == "true"
+
 
 def parse_topic(text: str) -> Topic:
     """Parse a topic; never raises: an invalid one matches nothing."""

@@ -77,6 +77,14 @@ class Answer:
     item_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class RecordSet:
+    """All records that a caller may see, and which commits their snapshot saw."""
+
+    records: list[bytes]
+    read_point: ReadPoint
+
+
 class RecordReader:
     """Reads records for callers, by the collections in force.
 
@@ -102,7 +110,7 @@ class RecordReader:
         self._hidden: HiddenFieldsMode = hidden
         self._limits = limits
         self.outcomes: Counter[tuple[str, str]] = Counter()
-        """Requests by kind, ``list`` or ``view``, and result: ok, or the error code."""
+        """Requests by kind, ``list``, ``view`` or ``load``, and result: ok, or the error code."""
         self.replace_collections(collections)
 
     def replace_collections(self, collections: Collections) -> None:
@@ -147,6 +155,56 @@ class RecordReader:
                     max_bytes=self._limits.max_answer_bytes,
                 )
             return Answer(_list_body(items, page, total), read_point, len(rows))
+
+    async def read_set(
+        self,
+        collection: Collection,
+        record_id: str | None,
+        caller: Caller,
+        request: RuleRequest,
+        *,
+        max_rows: int,
+        max_bytes: int,
+        network: str = "",
+    ) -> RecordSet:
+        """Return what a topic's caller may see: of the collection, or of one record of it.
+
+        By the filter of the request's query, without its page or sort.
+
+        Raises:
+            ReadError: It has more than ``max_rows`` or ``max_bytes``, or is refused.
+            DatabaseUnreachableError: PostgreSQL doesn't answer, or every connection is in use.
+        """
+        with self._outcome_counted("load", collection):
+            compiled = self._compiled
+            collection = compiled.current(collection)
+            bound = await compiled.bind_set(collection, record_id, request, network)
+            statement = bound.sql.page
+            more: dict[str, object] = {"limit": max_rows + 1, "offset": 0}
+            key = canonical_id(record_id or "", collection.key.type)
+            if record_id is not None:
+                # An id that the key can't have is compared with NULL.
+                statement, more = bound.sql.row, {"id": key if key == record_id else None}
+            async with self._session(ReadError("the list took too long")) as session:
+                rows = await _fetch_rows(
+                    session,
+                    bound,
+                    statement,
+                    more,
+                    is_last=not compiled.queries_more(collection, request),
+                    max_characters=(
+                        self._limits.max_answer_bytes if max_rows > _MAX_UNSTREAMED_ROWS else None
+                    ),
+                )
+                if rows is None:
+                    raise ReadError("the query failed")
+                if len(rows) > max_rows:
+                    raise ReadError("the list is too long")
+                read_point = await session.fetch_read_point()
+                records = await compiled.encode_records(
+                    session, collection, rows, caller, request, max_bytes=max_bytes
+                )
+            return RecordSet(records, read_point)
 
     async def view_record(
         self, collection: Collection, record_id: str, caller: Caller, request: RuleRequest
@@ -343,6 +401,28 @@ class _CompiledCollections:
             return await self._list_compiler.bind(collection, rule, request)
         except RuleError as error:
             raise _unknown_record() from error
+
+    async def bind_set(
+        self, collection: Collection, record_id: str | None, request: RuleRequest, network: str
+    ) -> BoundList:
+        """Return the statements of the rows under the rule and the filter of a topic.
+
+        Raises:
+            ReadError: One of them is refused.
+        """
+        rule = collection.list_rule if record_id is None else collection.view_rule
+        filter_text = request.query.get("filter", "")
+        _refuse_reserved_words(filter_text, "", request)
+        try:
+            return await self._list_compiler.bind(
+                collection,
+                _require_rule(rule, request),
+                request,
+                filter_text=filter_text,
+                network=network,
+            )
+        except RuleError as error:
+            raise ReadError(error.message, hint=error.hint) from error
 
     def queries_more(self, collection: Collection, request: RuleRequest) -> bool:
         """Whether ``encode_records`` queries the database: for related records, or managers."""

@@ -239,6 +239,11 @@ def _build_parts(
         # What catch-ups ask of PostgreSQL must leave connections to the dispatcher.
         max_concurrent_catch_ups=max(1, config.database.pool_size // 2),
     )
+    record_reader = (
+        None
+        if reads_pool is None
+        else _make_reader(config, applied, reads_pool, on_schema_mismatch)
+    )
     hub = Hub(
         changelog,
         executor,
@@ -247,6 +252,7 @@ def _build_parts(
         on_schema_mismatch=on_schema_mismatch,
         wait_for_changelog=lambda lsn: feed.wait_for_changelog(lsn),  # noqa: PLW0108 (made below)
         refresh_schema=refresh_schema,
+        list_reader=record_reader,
     )
     intake = Intake(changelog, hub, max_size=config.changelog.max_size)
     feed = (
@@ -285,9 +291,7 @@ def _build_parts(
             executor, collections, nulls=config.records.nulls, hidden=config.records.hidden
         ),
         reads_pool=reads_pool,
-        record_reader=None
-        if reads_pool is None
-        else _make_reader(config, applied, reads_pool, on_schema_mismatch),
+        record_reader=record_reader,
     )
 
 

@@ -124,7 +124,7 @@ async def test_the_sdk_with_the_lines_for_it_learns_what_it_missed(
 async def test_the_lines_for_a_mirror_keep_the_list_right(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Rows enter and leave, and after what events can't tell the list is loaded anew."""
+    """Rows enter and leave, and after what events can't tell the list is loaded anew, or sent."""
     rule = {"table": "tasks", "list_rule": "done = false", "view_rule": "done = false"}
     schema = """
         CREATE TABLE tasks (id text PRIMARY KEY, title text, done boolean);
@@ -133,18 +133,24 @@ async def test_the_lines_for_a_mirror_keep_the_list_right(
     """
     async with (
         service(database_url, tmp_path, collections={"tasks": rule}, schema=schema) as running,
-        readme_mirror(running.url) as client,
+        readme_mirror(running.url) as loading,
+        readme_mirror(running.url, beginning="// The list is sent") as sent,
     ):
-        await wait_for_titles(client, ["one"])
+
+        async def expect(*titles: str) -> None:
+            for client in (loading, sent):
+                await wait_for_titles(client, titles)
+
+        await expect("one")
         await running.write.execute("UPDATE tasks SET done = false WHERE id = '2'")
-        await wait_for_titles(client, ["one", "two"])
+        await expect("one", "two")
         await running.write.execute("UPDATE tasks SET title = 'TWO' WHERE id = '2'")
-        await wait_for_titles(client, ["one", "TWO"])
+        await expect("one", "TWO")
         await running.write.execute("UPDATE tasks SET done = true WHERE id = '1'")
-        await wait_for_titles(client, ["TWO"])
+        await expect("TWO")
         await running.write.execute("DELETE FROM tasks WHERE id = '2'")
-        await wait_for_titles(client, [])
+        await expect()
         async with running.write.transaction():
             await running.write.execute("TRUNCATE tasks")
             await running.write.execute("INSERT INTO tasks VALUES ('3', 'three', false)")
-        await wait_for_titles(client, ["three"])
+        await expect("three")

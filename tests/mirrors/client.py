@@ -32,6 +32,7 @@ class MirrorClient:
         rows: The list, by id.
         log: The actions that came for it, with the ids.
         resyncs: Those among them, by reason.
+        is_loaded: Whether it asks for its lists to be sent.
     """
 
     reader: Reader
@@ -40,6 +41,7 @@ class MirrorClient:
     filter: str = ""
     record_id: str = ""
     is_resumable: bool = False
+    is_loaded: bool = False
     rows: dict[str, Record] = field(default_factory=dict)
     log: list[tuple[str, str]] = field(default_factory=list)
     bodies: list[Record] = field(default_factory=list)
@@ -52,11 +54,15 @@ class MirrorClient:
     _reading: asyncio.Task[None] | None = None
     _loading: asyncio.Task[None] | None = None
     _held: list[tuple[str, Record]] | None = None
+    _filling: dict[str, Record] | None = None
+    """The list that is being sent."""
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def topic(self) -> str:
         query = {"mode": "mirror", **self.options}
+        if self.is_loaded:
+            query["load"] = "true"
         if self.filter:
             query["filter"] = self.filter
         return topic(f"{self.collection}/{self.record_id or '*'}", **query)
@@ -79,6 +85,8 @@ class MirrorClient:
         self._forget_load()
 
     def _forget_load(self) -> None:
+        # Of a list that was sent in part the position says so.
+        self._filling = None
         if self._held is not None:
             # Its load was under way: a client that goes on from there has to load all the same.
             self.position, self._held = "", None
@@ -137,7 +145,16 @@ class MirrorClient:
             self.bodies.append(data["record"])
             if data["action"] == "resync":
                 self.resyncs[data["reason"]] += 1
-                self._load()
+                if self.is_loaded and data["reason"] != "wide":
+                    self._filling = {}
+                else:
+                    self._load()
+            elif data["action"] == "ready":
+                assert self._filling is not None, self.log[-10:]
+                self.rows, self._filling = self._filling, None
+            elif self._filling is not None:
+                assert data["action"] == "create", self.log[-10:]
+                self._filling[data["record"]["id"]] = data["record"]
             elif self._held is not None:
                 self._held.append((data["action"], data["record"]))
             else:
@@ -196,7 +213,7 @@ class MirrorClient:
 
     async def wait_for_fence(self, fence: str) -> None:
         """Return once all before a row of the fence has come, and no load is under way."""
-        while fence not in self.fences or self._loading is not None:
+        while fence not in self.fences or self._loading is not None or self._filling is not None:
             self._news.clear()
             await self._news.wait()
 

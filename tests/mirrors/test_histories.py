@@ -1,5 +1,7 @@
 """Every mirror equals a new list, whatever was written and whatever broke.
 
+Half of the clients load their lists, to the others they are sent.
+
 Random rules, people, filters, transactions and faults over real SSE. ``PGREALTIME_TEST_MIRRORS``
 is the number of histories, ``PGREALTIME_TEST_MIRROR_SEED`` repeats one.
 """
@@ -23,7 +25,7 @@ from tests.mirrors.world import Condition
 HISTORIES = int(os.environ.get("PGREALTIME_TEST_MIRRORS", "10"))
 _OF_A_WORLD = 5
 _STEPS = 8
-_ACTIONS = {"create", "update", "delete", "resync", "histories"}
+_ACTIONS = {"create", "update", "delete", "resync", "ready", "histories"}
 _CLIENTS = 8
 _KILL = (
     "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
@@ -64,6 +66,7 @@ class History:
                 filter=filter_.text,
                 record_id=record_id,
                 is_resumable=chance.random() < 0.5,
+                is_loaded=chance.random() < 0.5,
             )
             self.filters[client] = filter_
             running.clients.append(client)

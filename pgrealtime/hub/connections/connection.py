@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
@@ -37,6 +37,8 @@ CURSOR_TOPIC = "PB_CURSOR"
 RESYNC_TOPIC = "PB_RESYNC"
 START_REASON = "start"
 """Of the resync that a mirror begins with."""
+WIDE_REASON = "wide"
+"""Of one whose list is not sent, although its client asked for that: it has to load it itself."""
 
 _CLOSE_DELAY_SECONDS = 1.0
 """Seconds that a connection stays open after its first call was answered. The PocketBase JS SDK
@@ -145,6 +147,11 @@ class Subscription:
     def set_group(self, group: Group | None) -> None:
         """Set the group that the matcher put it into, or None."""
         self.group = group
+
+    @property
+    def is_loaded_here(self) -> bool:
+        """Whether the list of its mirror is sent to its client, which asked for that."""
+        return self.mirror is not None and self.mirror.is_told and self.topic.asks_for_load
 
     def set_mirror(self, mirror: MirrorState | None) -> None:
         """Make it a mirror, or none; before it is put into a group."""
@@ -471,6 +478,24 @@ class Connection(ConnectionOutput):
         self.update_awaits_resync()
         self.write_message(tail, cursor)
         self.mark_event_sent(now)
+
+    def write_list(
+        self,
+        subscription: Subscription,
+        tails: Sequence[bytes],
+        cursor: Cursor,
+        now: float,
+    ) -> None:
+        """Write a mirror's resync and the list that follows it, to the last message."""
+        # Until the last of them positions say that a resync is to come: who resumes from one of
+        # these has a part of the list.
+        resync, *records, ready = tails
+        self.write_message(resync, cursor)
+        self.write(self._event_id().join((b"", *records)))
+        self.events_sent += len(records)
+        if self.mirror_frames is not None:
+            self.mirror_frames.update({"create": len(records), "ready": 1})
+        self.write_resync(subscription, ready, cursor, now)
 
     def count_mirror_frames(self) -> None:
         """Count what mirrors receive: it has one."""

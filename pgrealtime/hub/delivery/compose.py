@@ -257,17 +257,27 @@ def _batch_for_subscription(
 ) -> MessageBatch:
     """Return the shared batch, or a copy with the subscription's own record and read point."""
     if own := own_record_batches.get(subscription):
-        batch = MessageBatch((dict(batch.messages()) | dict(own.messages())).items())
+        messages = (dict(batch.messages()) | dict(own.messages())).items()
+        batch = _batch_like(batch, messages)
     read_point = subscription.read_point
-    if read_point is not None:
-        batch = MessageBatch(
+    if read_point is None:
+        return batch
+    return _batch_like(
+        batch,
+        (
             (index, tail)
             for index, tail in batch.messages()
             if read_point.predates(events[index].xid, events[index].cursor.lsn)
-        )
-    if subscription.mirror is not None:
-        batch.mirror_indexes = batch.event_indexes
-    return batch
+        ),
+    )
+
+
+def _batch_like(batch: MessageBatch, messages: Iterable[tuple[int, bytes]]) -> MessageBatch:
+    """Return other messages for the same render group."""
+    other = MessageBatch(messages)
+    if batch.mirror_indexes:
+        other.mirror_indexes = other.event_indexes
+    return other
 
 
 class ConnectionMessages(Struct):

@@ -4,7 +4,8 @@ Whoever finds that events can't keep a mirror right requests one (``registry``).
 writes what is due to LIVE connections, each catching-up connection's task to its own: at the end
 of a transaction, behind the events of all that was delivered, once all of that is visible to who
 loads. A topic is told at most once in a while, and of all connections a few at a time: the rest
-waits, and the last request is never lost.
+waits, and the last request is never lost. Where the client asked for it the list follows, read by
+``loads``: its connection catches up meanwhile, so that what is in the list isn't sent again.
 """
 
 import asyncio
@@ -14,18 +15,21 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from pgrealtime.config.model import MirrorsConfig
+from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.hub.connections.connection import (
     LIVE,
     START_REASON,
+    WIDE_REASON,
     Connection,
     ConnectionState,
     Subscription,
 )
+from pgrealtime.hub.state.loads import LoadedList, MirrorLoads
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.registry import ConnectionRegistry
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import END_ORDINAL, Cursor
-from pgrealtime.protocol.frame import mirror_resync_tail
+from pgrealtime.protocol.frame import mirror_ready_tail, mirror_resync_tail
 
 _WATCH_SECONDS = 0.05
 """How often it is looked whether resyncs that waited are due."""
@@ -38,6 +42,7 @@ class MirrorResyncs:
     progress: DispatchProgress
     registry: ConnectionRegistry
     visibility: VisibilityTracker
+    loads: MirrorLoads
     limits: MirrorsConfig
     clock: Callable[[], float]
     written: Counter[str] = field(default_factory=Counter)
@@ -60,17 +65,42 @@ class MirrorResyncs:
             return (
                 one
                 for one in self._due(self.registry.mirrors_to_resync)
-                if one.connection.state is LIVE and _may_follow(one, head)
+                if one.connection.state is LIVE
+                and not one.is_loaded_here
+                and _may_follow(one, head)
             )
 
         return await self._write_due(due, lambda _: self.progress.head)
 
+    def live_to_load(self) -> list[Connection]:
+        """Return LIVE connections with lists to be sent: each has to catch up for that.
+
+        Called by the dispatcher, as ``write_to_live``.
+        """
+        if not self.registry.mirrors_to_resync:
+            return []
+        head, count = self.progress.head, int(self._grown_allowance())
+        due = (
+            one.connection
+            for one in self._due(self.registry.mirrors_to_resync)
+            if one.is_loaded_here and one.connection.state is LIVE and _may_follow(one, head)
+        )
+        return list(dict.fromkeys(islice(due, count)))
+
     async def write_to(self, connection: Connection) -> None:
         """Write what is due to a connection that catches up. Its lock is held."""
+        if connection.awaits_resync:
+            for subscription in list(connection.subscriptions.values()):
+                if subscription.is_loaded_here:
+                    await self._load(subscription)
 
         def due() -> Iterator[Subscription]:
             own = connection.subscriptions.values() if connection.is_catching_up() else ()
-            return (one for one in self._due(own) if _may_follow(one, connection.cursor))
+            return (
+                one
+                for one in self._due(own)
+                if not one.is_loaded_here and _may_follow(one, connection.cursor)
+            )
 
         if connection.awaits_resync:
             await self._write_due(due, lambda one: one.cursor)
@@ -97,6 +127,37 @@ class MirrorResyncs:
             written[connection] = None
         return list(written)
 
+    async def _load(self, subscription: Subscription) -> None:
+        """Send a list that is due, or tell the client to load it itself."""
+        connection, mirror = subscription.connection, subscription.mirror
+        assert mirror is not None
+        # Its lock is held and it is behind the others: its cursor stays while the list is read.
+        is_due = connection.is_catching_up() and any(self._due([subscription]))
+        if not is_due or not _may_follow(subscription, connection.cursor):
+            return
+        if self._grown_allowance() < 1:
+            return
+        self._allowance -= 1
+        revision = self.progress.revision
+        try:
+            loaded = await self.loads.load(subscription)
+        except DatabaseUnreachableError:
+            mirror.resynced_at = self.clock()  # it is tried again, at the pace of resyncs
+            return
+        if self.progress.revision != revision or not connection.is_catching_up():
+            return
+        if loaded is None:
+            mirror.pending_reason = WIDE_REASON
+            self._write(subscription, connection.cursor)
+        elif self._has_room(connection, loaded.size_bytes):
+            self._write(subscription, connection.cursor, loaded)
+        else:
+            mirror.resynced_at = self.clock()  # as above: its client reads slowly
+
+    def _has_room(self, connection: Connection, size: int) -> bool:
+        budget, buffered = self.registry.send_budget, connection.writer.buffered_bytes()
+        return buffered + size <= budget.limit_bytes() or (not buffered and budget.admits(size))
+
     def _due(self, subscriptions: Iterable[Subscription]) -> Iterator[Subscription]:
         """Yield those of the subscriptions that may be told now, by their own pace."""
         now, pace = self.clock(), self.limits.pace
@@ -111,7 +172,9 @@ class MirrorResyncs:
         self._allowance, self._allowance_at = min(grown, per_second), now
         return self._allowance
 
-    def _write(self, subscription: Subscription, cursor: Cursor) -> None:
+    def _write(
+        self, subscription: Subscription, cursor: Cursor, loaded: LoadedList | None = None
+    ) -> None:
         topic, mirror = subscription.topic, subscription.mirror
         collection = self.progress.generation.collections.find(topic.collection_name_or_id)
         self.registry.mirrors_to_resync.pop(subscription, None)
@@ -120,7 +183,16 @@ class MirrorResyncs:
             tail = mirror_resync_tail(
                 subscription.topic_bytes, collection.id, collection.name, reason
             )
-            subscription.connection.write_resync(subscription, tail, cursor, self.clock())
+            connection, now = subscription.connection, self.clock()
+            if loaded is None:
+                connection.write_resync(subscription, tail, cursor, now)
+            else:
+                ready = mirror_ready_tail(subscription.topic_bytes, collection.id, collection.name)
+                connection.write_list(subscription, (tail, *loaded.tails, ready), cursor, now)
+                # What the list has is not sent again: a row would go back for a moment.
+                subscription.set_read_point(loaded.read_point)
+                self.registry.add_read_point(subscription)
+                self.registry.send_budget.update(connection)
             self.written[reason] += 1
 
     async def watch(self, wake: Callable[[Iterable[Connection]], None]) -> None:

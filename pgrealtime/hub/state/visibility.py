@@ -131,6 +131,10 @@ class VisibilityTracker:
                 return
             await asyncio.sleep(_SNAPSHOT_RETRY_SECONDS)
 
+    def unseen_upto(self, delivered: Cursor) -> list[Xid]:
+        """Return the transactions delivered up to a cursor that weren't seen to be visible yet."""
+        return [xid for end_lsn, xid in self._not_yet_visible if end_lsn <= delivered.lsn]
+
     async def wait_for_delivered(self) -> None:
         """Return once all that was delivered before this call is visible, or after a few seconds.
 

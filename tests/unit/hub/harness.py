@@ -30,6 +30,7 @@ from pgrealtime.errors import DatabaseUnreachableError
 from pgrealtime.expand.plan import ExpandPlan, ExpandViewer
 from pgrealtime.hub.connections.connection import Connection
 from pgrealtime.hub.hub import Hub
+from pgrealtime.hub.state.loads import ListReader
 from pgrealtime.hub.state.progress import HubSettings
 from pgrealtime.lsn import LSN, Xid
 from pgrealtime.rule_queries.executor import QueryExecutor
@@ -363,6 +364,7 @@ async def open_harness(
     tag: str = "",
     collections: Collections = COLLECTIONS,
     mirrors: MirrorsConfig | None = None,
+    list_reader: ListReader | None = None,
     **limits: object,
 ) -> AsyncIterator[HubHarness]:
     """Run a hub. ``limits`` are keys of ``RealtimeConfig``, in seconds and bytes."""
@@ -380,6 +382,7 @@ async def open_harness(
             can_resume=max_age > 0,
         ),
         refresh_schema=read_schema,
+        list_reader=list_reader,
         clock=clock,
     )
     if is_up:

@@ -1,0 +1,197 @@
+"""Loads lists for the clients of mirrors that asked for it, in the place of each client's request.
+
+Subscriptions that show the same rows in the same bytes share a query: those that come before it
+begins, and those whose connections were not delivered more than its snapshot sees.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from pgrealtime.auth.principal import Caller, account_of
+from pgrealtime.collections.model import Collection
+from pgrealtime.config.model import MirrorsConfig
+from pgrealtime.errors import DatabaseUnreachableError, ReadError
+from pgrealtime.hub.connections.connection import Subscription
+from pgrealtime.hub.state.progress import DispatchProgress
+from pgrealtime.hub.state.visibility import VisibilityTracker
+from pgrealtime.lsn import Cursor
+from pgrealtime.protocol.frame import event_tail
+from pgrealtime.rules.language.request import RuleRequest
+from pgrealtime.snapshot import ReadPoint
+
+_MAX_AGE_SECONDS = 1.0
+"""A list is shared for so long after it was read, by connections that it covers."""
+_MAX_BYTES = 16 * 1024 * 1024
+"""Of the lists that are kept for that."""
+_TAIL_BYTES = 128
+"""About what a message has beside its record and its topic."""
+
+
+class ReadRecords(Protocol):
+    """What ``ListReader`` returns."""
+
+    @property
+    def records(self) -> Sequence[bytes]:
+        """The JSON of each."""
+
+    @property
+    def read_point(self) -> ReadPoint:
+        """Which commits their snapshot saw."""
+
+
+class ListReader(Protocol):
+    """Reads lists: ``reads.reader.RecordReader``."""
+
+    async def read_set(
+        self,
+        collection: Collection,
+        record_id: str | None,
+        caller: Caller,
+        request: RuleRequest,
+        *,
+        max_rows: int,
+        max_bytes: int,
+        network: str = "",
+    ) -> ReadRecords:
+        """Return what a topic's caller may see; see there."""
+
+
+class LoadedList(NamedTuple):
+    """A list as messages for one topic, without their ids."""
+
+    tails: Sequence[bytes]
+    size_bytes: int
+    """Approximate, with the ids."""
+    read_point: ReadPoint | None
+    """Which commits it has; None if no row can ever be in it."""
+
+
+_NOTHING = LoadedList((), 0, None)
+
+
+@dataclass(eq=False, slots=True)
+class _Load:
+    """A list that is being read, or was."""
+
+    task: asyncio.Task[LoadedList | None]
+    covers: Cursor | None = None
+    """All that was delivered up to here is in it; None until it begins."""
+    size_bytes: int = 0
+    ended_at: float | None = None
+
+
+class MirrorLoads:
+    """Reads lists; the clock is monotonic. Without a reader every client loads its list itself."""
+
+    def __init__(
+        self,
+        progress: DispatchProgress,
+        visibility: VisibilityTracker,
+        reader: ListReader | None,
+        limits: MirrorsConfig,
+        *,
+        max_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._progress = progress
+        self._visibility = visibility
+        self._reader = reader
+        self._limits = limits
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._semaphore = asyncio.Semaphore(limits.loads)
+        self._loads: OrderedDict[Hashable, _Load] = OrderedDict()
+
+    async def load(self, subscription: Subscription) -> LoadedList | None:
+        """Return the list of a mirror whose connection catches up; None if its client has to load.
+
+        It has all that the connection was delivered. Raises ``DatabaseUnreachableError`` if
+        PostgreSQL doesn't answer, or a delivered commit stays invisible.
+        """
+        if subscription.group is None:
+            return _NOTHING
+        if self._reader is None:
+            return None
+        self._forget_old()
+        key = self._key(subscription)
+        load = self._loads.get(key)
+        cursor = subscription.connection.cursor
+        if load is None or (load.covers is not None and load.covers < cursor):
+            load = self._loads[key] = self._start(key, subscription, self._reader)
+        # Shielded: others may await the same.
+        return await asyncio.shield(load.task)
+
+    def _key(self, subscription: Subscription) -> Hashable:
+        """Return what decides rows and bytes; equal keys mean equal lists in one snapshot."""
+        group, caller = subscription.group, subscription.connection.caller
+        assert group is not None
+        # A list reads the caller's row as it is now, and not as it was at the connection's cursor.
+        is_callers_own = (
+            group.specialization.reads_caller
+            or subscription.own_record_id
+            or subscription.expand_viewer is not None
+            or subscription.bound_manage_rule is not None
+        )
+        account = account_of(caller) if is_callers_own else None
+        return self._progress.revision, group, subscription.render_key, account
+
+    def _start(self, key: Hashable, subscription: Subscription, reader: ListReader) -> _Load:
+        async def run() -> LoadedList | None:
+            try:
+                async with self._semaphore:
+                    load.covers = self._progress.evaluation_target
+                    loaded = await self._read(subscription, reader, load.covers)
+            except BaseException:
+                if self._loads.get(key) is load:
+                    del self._loads[key]
+                raise
+            load.ended_at, load.size_bytes = self._clock(), loaded.size_bytes if loaded else 0
+            return loaded
+
+        load = _Load(asyncio.create_task(run(), name="mirror load"))
+        # asyncio would log an error that nobody retrieves: all who wait may be cancelled.
+        load.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return load
+
+    async def _read(
+        self, subscription: Subscription, reader: ListReader, covers: Cursor
+    ) -> LoadedList | None:
+        topic, connection, group = subscription.topic, subscription.connection, subscription.group
+        if group is None:
+            return _NOTHING
+        await self._visibility.wait_for_delivered()
+        unseen = self._visibility.unseen_upto(covers)
+        request = RuleRequest(
+            principal=connection.caller.principal, query=topic.query, headers=topic.headers
+        )
+        try:
+            found = await reader.read_set(
+                group.specialization.collection,
+                topic.record_id,
+                connection.caller,
+                request,
+                max_rows=self._limits.rows,
+                max_bytes=self._max_bytes,
+                network=connection.network,
+            )
+        except ReadError:
+            return None  # the client learns why when it loads the list itself
+        if not all(map(found.read_point.snapshot.sees, unseen)):
+            raise DatabaseUnreachableError("a commit stays invisible")
+        topic_bytes = subscription.topic_bytes
+        tails = [event_tail(topic_bytes, record, "create") for record in found.records]
+        size = sum(map(len, tails)) + _TAIL_BYTES * len(tails)
+        return None if size > self._max_bytes else LoadedList(tails, size, found.read_point)
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        ended = [(key, load) for key, load in self._loads.items() if load.ended_at is not None]
+        total = sum(load.size_bytes for _, load in ended)
+        for key, load in ended:  # the oldest first
+            assert load.ended_at is not None
+            if now - load.ended_at > _MAX_AGE_SECONDS or total > _MAX_BYTES:
+                del self._loads[key]
+                total -= load.size_bytes
