@@ -33,7 +33,6 @@ from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import ReadsConfig, ServerConfig
 from pgrealtime.fairness import FairPermits, client_network
 from pgrealtime.reads.reader import Answer, RecordReader
-from pgrealtime.reads.throttle import GuessThrottle
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import ReadPoint
 
@@ -84,7 +83,6 @@ class RecordRoutes:
         self._limiter = (
             RateLimiter(reads.requests_per_minute) if reads.requests_per_minute else None
         )
-        self._throttle = GuessThrottle()
         self._large_responses = LargeResponses(_MAX_ANSWERS * reads.max_answer_size)
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
@@ -109,7 +107,7 @@ class RecordRoutes:
             )
         if self._is_guess(collection, rule_request, answer):
             await asyncio.sleep(
-                self._throttle.delay_seconds(network, collection.name, time.monotonic())
+                self._reader.guesses.delay_seconds(network, collection.name, time.monotonic())
             )
         return await self._respond(request, address, read, answer)
 

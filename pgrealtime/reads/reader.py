@@ -7,6 +7,7 @@ own, and its work on the event loop is done in short pieces.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -33,6 +34,7 @@ from pgrealtime.fairness import YieldTimer
 from pgrealtime.postgres.rows import RowsTooLargeError
 from pgrealtime.reads.compiler import BoundList, ListCompiler
 from pgrealtime.reads.list_parameters import ListParameters, parse_list_parameters
+from pgrealtime.reads.throttle import GuessThrottle
 from pgrealtime.records.encode import RecordEncoder, View, compile_encoder
 from pgrealtime.records.fields import parse_fields
 from pgrealtime.rule_queries.session import ReadSession, ReadSessionFactory
@@ -83,6 +85,8 @@ class RecordSet:
 
     records: list[bytes]
     read_point: ReadPoint
+    delay_seconds: float
+    """How long it is to be held back: without records it may answer a guess."""
 
 
 class RecordReader:
@@ -109,6 +113,8 @@ class RecordReader:
         self._nulls: Literal["null", "zero"] = nulls
         self._hidden: HiddenFieldsMode = hidden
         self._limits = limits
+        self.guesses = GuessThrottle()
+        """Lists without records, by network, sent ones too."""
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """Requests by kind, ``list``, ``view`` or ``load``, and result: ok, or the error code."""
         self.replace_collections(collections)
@@ -204,7 +210,13 @@ class RecordReader:
                 records = await compiled.encode_records(
                     session, collection, rows, caller, request, max_bytes=max_bytes
                 )
-            return RecordSet(records, read_point)
+        # As for a list on request.
+        rule = collection.list_rule if record_id is None else collection.view_rule
+        is_filtered = bool(rule and request.query.get("filter"))
+        delay = 0.0
+        if is_filtered and not records and not isinstance(request.principal, Superuser):
+            delay = self.guesses.delay_seconds(network, collection.name, time.monotonic())
+        return RecordSet(records, read_point, delay)
 
     async def view_record(
         self, collection: Collection, record_id: str, caller: Caller, request: RuleRequest

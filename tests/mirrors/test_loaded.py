@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import psycopg
+import pytest
 
 from tests.mirrors.client import MirrorClient
 from tests.mirrors.scene import scene
@@ -79,6 +80,29 @@ async def test_a_list_that_is_too_long_is_loaded_by_its_client(database_url: str
 
     assert (bob.resyncs, cid.resyncs) == ({"start": 1}, {"wide": 1})
     assert len(cid.rows) == 3
+
+
+async def test_who_guesses_by_filters_waits_as_for_lists(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth list without records is held back, whichever way it is asked for."""
+    delays: list[float] = []
+
+    def draw(_least: float, most: float) -> float:
+        delays.append(most)
+        return 0.0
+
+    monkeypatch.setattr("pgrealtime.reads.throttle.random.uniform", draw)
+    async with scene(database_url, SCHEMA, collections(), **SECTIONS) as world:
+        for number in range(3):
+            await world.client("people", "bob", is_loaded=True, filter=f"id = 'x{number}'")
+        assert not delays
+        await world.client("people", "bob", is_loaded=True, filter="id = 'cid'")
+        assert len(delays) == 1
+        assert (await world.reader.get("people/records", "bob", filter="id = 'y'"))[0] == 200
+        assert len(delays) == 2
+        await world.client("people", "bob", is_loaded=True, filter="id = 'bob'")
+        assert len(delays) == 2
 
 
 async def test_no_row_goes_back_while_lists_and_events_take_turns(database_url: str) -> None:

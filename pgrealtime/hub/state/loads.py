@@ -14,6 +14,7 @@ from pgrealtime.auth.principal import Caller, account_of
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import MirrorsConfig
 from pgrealtime.errors import DatabaseUnreachableError, ReadError
+from pgrealtime.fairness import FairPermits
 from pgrealtime.hub.connections.connection import Subscription
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.visibility import VisibilityTracker
@@ -40,6 +41,10 @@ class ReadRecords(Protocol):
     @property
     def read_point(self) -> ReadPoint:
         """Which commits their snapshot saw."""
+
+    @property
+    def delay_seconds(self) -> float:
+        """How long it is to be held back."""
 
 
 class ListReader(Protocol):
@@ -102,7 +107,7 @@ class MirrorLoads:
         self._limits = limits
         self._max_bytes = max_bytes
         self._clock = clock
-        self._semaphore = asyncio.Semaphore(limits.loads)
+        self._permits = FairPermits(limits.loads)
         self._loads: OrderedDict[Hashable, _Load] = OrderedDict()
 
     async def load(self, subscription: Subscription) -> LoadedList | None:
@@ -141,9 +146,10 @@ class MirrorLoads:
     def _start(self, key: Hashable, subscription: Subscription, reader: ListReader) -> _Load:
         async def run() -> LoadedList | None:
             try:
-                async with self._semaphore:
+                async with self._permits.acquire(subscription.connection.network):
                     load.covers = self._progress.evaluation_target
-                    loaded = await self._read(subscription, reader, load.covers)
+                    loaded, delay_seconds = await self._read(subscription, reader, load.covers)
+                await asyncio.sleep(delay_seconds)
             except BaseException:
                 if self._loads.get(key) is load:
                     del self._loads[key]
@@ -158,10 +164,11 @@ class MirrorLoads:
 
     async def _read(
         self, subscription: Subscription, reader: ListReader, covers: Cursor
-    ) -> LoadedList | None:
+    ) -> tuple[LoadedList | None, float]:
+        """Return the list, and how long it is to be held back."""
         topic, connection, group = subscription.topic, subscription.connection, subscription.group
         if group is None:
-            return _NOTHING
+            return _NOTHING, 0.0
         await self._visibility.wait_for_delivered()
         unseen = self._visibility.unseen_upto(covers)
         request = RuleRequest(
@@ -178,13 +185,15 @@ class MirrorLoads:
                 network=connection.network,
             )
         except ReadError:
-            return None  # the client learns why when it loads the list itself
+            return None, 0.0  # the client learns why when it loads the list itself
         if not all(map(found.read_point.snapshot.sees, unseen)):
             raise DatabaseUnreachableError("a commit stays invisible")
         topic_bytes = subscription.topic_bytes
         tails = [event_tail(topic_bytes, record, "create") for record in found.records]
         size = sum(map(len, tails)) + _TAIL_BYTES * len(tails)
-        return None if size > self._max_bytes else LoadedList(tails, size, found.read_point)
+        is_small = size <= self._max_bytes
+        loaded = LoadedList(tails, size, found.read_point) if is_small else None
+        return loaded, found.delay_seconds
 
     def _forget_old(self) -> None:
         now = self._clock()

@@ -36,6 +36,7 @@ BY_ID = "title = @request.auth.id"
 class Found(NamedTuple):
     records: Sequence[bytes]
     read_point: ReadPoint
+    delay_seconds: float
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Lists:
     asked: list[str] = field(default_factory=list)
     """The ids of the callers for whom it was asked."""
     gate: asyncio.Event | None = None
+    delays: list[float] = field(default_factory=list)
+    """Of the next lists."""
     faults: list[Exception] = field(default_factory=list)
 
     async def read_set(
@@ -69,7 +72,8 @@ class Lists:
         if self.faults:
             raise self.faults.pop(0)
         records = [json.dumps({"id": row}).encode() for row in self.rows]
-        return Found(records, parse_read_point(self.snapshot, self.insert_lsn))
+        delay = self.delays.pop(0) if self.delays else 0.0
+        return Found(records, parse_read_point(self.snapshot, self.insert_lsn), delay)
 
 
 @asynccontextmanager
@@ -280,6 +284,21 @@ async def test_a_list_without_what_was_delivered_is_read_again() -> None:
 
     assert before == LIST
     assert told(sink) == [*LIST, "resync truncate", *LIST[1:]]
+
+
+async def test_a_list_that_is_held_back_holds_no_other_back() -> None:
+    lists = Lists(delays=[60.0] * 3)
+    async with mirrors(lists, rule=BY_ID) as harness:
+        guesses = [
+            topic("posts/*", mode="mirror", load="true", filter=f"id = '{n}'") for n in "123"
+        ]
+        held = [await listen(harness, guess) for guess in guesses]
+        await until(lambda: len(lists.asked) == len(guesses))
+        other = await listen(harness, LOADED, caller="bob")
+        await until(lambda: told(other) == LIST)
+        before = [told(sink) for sink in held]
+
+    assert before == [[], [], []]
 
 
 async def test_a_client_that_goes_while_its_list_is_read_takes_nothing_from_others() -> None:
