@@ -90,6 +90,7 @@ missing_packages() {
         command -v "$program" >/dev/null || echo "$program"
     done
     command -v promtool >/dev/null || echo prometheus
+    ruby -rjwt -e '' 2>/dev/null || echo ruby ruby-jwt
     "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv
 }
 
