@@ -58,10 +58,11 @@ class Scheme(Enum):
         r"\$(?P<r>[1-9]\d{0,5})\$(?P<p>[1-9]\d{0,5})\$)(?P<digest>[+/A-Za-z0-9]{86}==)"
     )
     PHC_SCRYPT = re.compile(
-        r"(?P<head>\$scrypt\$ln=(?P<ln>[1-9]\d?),r=(?P<r>[1-9]\d{0,5}),p=(?P<p>[1-9]\d{0,5})"
+        r"(?P<head>\$scrypt\$(?:ln=(?P<ln>[1-9]\d?)|n=(?P<n>[1-9]\d{0,9}))"
+        r",r=(?P<r>[1-9]\d{0,5}),p=(?P<p>[1-9]\d{0,5})"
         r"\$(?P<salt>[+/A-Za-z0-9]*)\$)(?P<digest>[+/A-Za-z0-9]{22,86})"
     )
-    """Passlib's, and that of Node's crypto with a PHC formatter."""
+    """Passlib's, and that of Node's crypto with a PHC formatter; AdonisJS writes N itself."""
     PASSLIB_PBKDF2 = re.compile(
         r"(?P<head>\$pbkdf2(?P<algorithm>-sha256|-sha512|)\$(?P<rounds>[1-9]\d{0,8})"
         r"\$(?P<salt>[./A-Za-z0-9]*)\$)(?P<digest>[./A-Za-z0-9]{27,86})"
@@ -138,9 +139,9 @@ def _is_within_cost_limits(scheme: Scheme, match: re.Match[str]) -> bool:
 
 
 def _scrypt_costs(match: re.Match[str]) -> tuple[int, int, int]:
-    """Return N, r and p; the PHC format has the logarithm of N."""
+    """Return N, r and p; the PHC format may have the logarithm of N."""
     costs = match.groupdict()
-    n = 1 << int(costs["ln"]) if "ln" in costs else int(costs["n"])
+    n = 1 << int(costs["ln"]) if costs.get("ln") else int(costs["n"])
     return n, int(costs["r"]), int(costs["p"])
 
 

@@ -134,6 +134,15 @@ VECTORS = [
         ),
         Scheme.ARGON2,
     ),
+    # AdonisJS: @adonisjs/hash 10.1.1.
+    (
+        "lètmein",
+        (
+            "$scrypt$n=1024,r=8,p=1$QBWZHiAEP3Jnwz9S6c/d9g$zBSo3eEhOYIQjm+tvw6PbR3oPE+GC4nvCntMEiGv"
+            "2snkWiWvCBVrjzlZbo+vfsW1LhdHC4/YP6fCurYjv6oEBQ"
+        ),
+        PHC_SCRYPT,
+    ),
     # Node: crypto.scryptSync with @phc/format 1.0.0, argon2 0.45.1, @node-rs/argon2 2.2.1,
     # bcryptjs 3.0.3.
     (
@@ -309,6 +318,10 @@ def test_a_hash_that_looks_right_and_is_not_is_unusable(text: str) -> None:
             "$argon2id$v=19$m=1048576,p=4,t=5$c29tZXNhbHQ$AAAA",
         ),
         (f"$scrypt$ln=19,r=8,p=4$c2FsdA${'A' * 43}", f"$scrypt$ln=19,r=8,p=5$c2FsdA${'A' * 43}"),
+        (
+            f"$scrypt$n=524288,r=8,p=4$c2FsdA${'A' * 43}",
+            f"$scrypt$n=524288,r=8,p=5$c2FsdA${'A' * 43}",
+        ),
         (f"$scrypt$ln=1,r=8,p=1$c2FsdA${'A' * 43}", f"$scrypt$ln=99,r=8,p=1$c2FsdA${'A' * 43}"),
         (f"scrypt:524288:8:4$s${'0' * 128}", f"scrypt:524288:8:5$s${'0' * 128}"),
         (
