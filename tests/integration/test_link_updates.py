@@ -218,9 +218,9 @@ async def test_links_of_records_that_are_written_again_at_once(
 
 
 async def test_a_client_that_resumes_hears_of_links(database_url: str, tmp_path: Path) -> None:
-    """From the changelog, in order with the rest."""
+    """From the changelog, in order with the rest, at whichever process it comes to."""
     async with (
-        running_service(database_url, tmp_path) as running,
+        running_service(database_url, tmp_path, server={"workers": 2}) as running,
         listener(running.address, "ends/*", "PB_CURSOR") as first,
     ):
         (begin,) = await first.take(1)
