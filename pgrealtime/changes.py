@@ -9,6 +9,9 @@ No value can be part of a reference cycle. ``gc=False`` keeps them from the garb
 would otherwise traverse the whole changelog at each full collection.
 """
 
+import re
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from typing import Literal, NamedTuple, TypeAlias
 
 from msgspec import Struct
@@ -137,3 +140,59 @@ class OversizedTransaction(Struct, frozen=True, gc=False):
 
 
 Action: TypeAlias = Literal["create", "update", "delete"]
+
+
+# -- ids of records that no column holds
+
+RECORD_ID_COLUMN = "record id"
+"""The name under which rows have them. A table with a column of that name can't have any."""
+DIGEST = "*"
+"""The first of the columns by which a record is named, if its id is a digest of the others."""
+
+_ESCAPES = {"!": "!0", "~": "!1", "/": "!2", "?": "!3"}
+ID_ESCAPES = tuple(_ESCAPES.items())
+"""What is replaced in a value, in this order, before the values are joined with "~"."""
+_TO_BE_ESCAPED = re.compile(r"[!~/?]")
+_ESCAPED = re.compile(r"!(.?)", re.DOTALL)
+
+
+def join_id(values: Sequence[str]) -> str:
+    """Return the id of a record whose key has several values: ``7~a!1b`` of "7" and "a~b".
+
+    No two keys have the same id. "~" and "!" stand in URLs as they are, and "/" and "?", by which
+    topics and paths end, are in no id.
+    """
+    return "~".join([_TO_BE_ESCAPED.sub(lambda m: _ESCAPES[m[0]], value) for value in values])
+
+
+def split_id(text: str) -> list[str] | None:
+    """Return the values of which ``join_id`` made an id; None if it made none such."""
+    if "/" in text or "?" in text:
+        return None
+    values: list[str] = []
+    for part in text.split("~"):
+        if any(code not in _UNESCAPES for code in _ESCAPED.findall(part)):
+            return None
+        values.append(_ESCAPED.sub(lambda m: _UNESCAPES[m[1]], part))
+    return values
+
+
+_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
+
+
+def digest_id(row: Row, names: Iterable[str]) -> str | None:
+    """Return the id of a row without a key: 32 hexadecimal digits of its values' SHA-256.
+
+    NULLs are left out, so that a column added later changes no id. Rows that are equal in all
+    columns have the same. None if the row lacks a column.
+    """
+    digest = sha256()
+    for name in names:
+        if name not in row:
+            return None
+        if (value := row[name]) is not None:
+            digest.update(f"{name}={len(value)}:{value}".encode())
+    return digest.hexdigest()[:DIGEST_CHARACTERS]
+
+
+DIGEST_CHARACTERS = 32

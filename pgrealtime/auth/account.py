@@ -23,7 +23,13 @@ from pgrealtime.errors import DatabaseUnreachableError, SetupError
 from pgrealtime.fairness import wait_while_growing
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.pool import QueryPool
-from pgrealtime.postgres.rows import TextRow, identifier, rows_by_key_statement, texts_of
+from pgrealtime.postgres.rows import (
+    TextRow,
+    identifier,
+    row_source,
+    rows_by_key_statement,
+    texts_of,
+)
 from pgrealtime.snapshot import ReadPoint
 
 _BATCH_IDS = 500
@@ -151,7 +157,7 @@ class AccountLoader:
         name = users.login.password_hash
         statement = sql.SQL("SELECT {column} FROM {table} LIMIT {most}").format(
             column=identifier(name),
-            table=identifier(*users.collection.table.name),
+            table=row_source(users.collection.table),
             most=sql.Literal(_SAMPLED_HASHES),
         )
         try:
@@ -265,7 +271,7 @@ def statement_by_value(
         "SELECT {columns} FROM {table} WHERE {name} OPERATOR({schema}.=) {value} LIMIT 2"
     ).format(
         columns=sql.SQL(", ").join(map(identifier, columns)),
-        table=identifier(*users.collection.table.name),
+        table=row_source(users.collection.table),
         name=sql.SQL(shape).format(name),
         schema=identifier(schema),
         value=sql.SQL(shape).format(value),

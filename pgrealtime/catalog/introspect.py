@@ -32,7 +32,7 @@ _TABLES = """
 SELECT c.oid, n.nspname AS schema, c.relname AS name, c.relkind AS kind,
        c.relreplident AS replica_identity, c.relpersistence = 'u' AS is_unlogged,
        root.nspname AS root_schema, root.relname AS root_name,
-       leaves.oids AS leaves
+       leaves.oids AS leaves, coalesce(keys.columns, '{}') AS partition_columns
 FROM pg_class c
 JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN LATERAL (
@@ -45,6 +45,13 @@ LEFT JOIN LATERAL (
   FROM pg_partition_tree(c.oid) t
   WHERE c.relkind = 'p' AND t.isleaf
 ) leaves ON true
+LEFT JOIN LATERAL (
+  SELECT array_agg(DISTINCT a.attname::text) AS columns
+  FROM pg_partition_tree(c.oid) t
+  JOIN pg_partitioned_table p ON p.partrelid = t.relid
+  JOIN pg_attribute a ON a.attrelid = t.relid AND a.attnum = ANY (p.partattrs::int2[])
+  WHERE c.relkind = 'p'
+) keys ON true
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
   AND (n.nspname = ANY (%(schemas)s)
        OR (n.nspname, c.relname) IN
@@ -287,6 +294,7 @@ def _table(row: _CatalogRow, details: _TableDetails) -> Table:
         is_unlogged=any(part["is_unlogged"] for part in leaves or [row]),
         leaves=tuple(TableName(leaf["schema"], leaf["name"]) for leaf in leaves),
         partition_of=TableName(row["root_schema"], row["root_name"]) if row["root_name"] else None,
+        partition_columns=tuple(row["partition_columns"]),
     )
 
 

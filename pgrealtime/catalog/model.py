@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from pgrealtime.changes import TableName
+from pgrealtime.changes import TableName, join_id, split_id
 
 
 class ReplicaIdentity(Enum):
@@ -53,6 +53,8 @@ class Type:
     """``pg_type.typdelim``: what stands between the elements of an array of it."""
     extension: str = ""
     """The extension that the type came with, such as ``postgis``."""
+    id_parts: tuple[Type, ...] = ()
+    """Of a record id made of several columns (``catalog.record_ids``): their types, in order."""
 
     @property
     def base(self) -> Type:
@@ -76,6 +78,10 @@ class Column:
     unless the whole old row is logged."""
     is_deterministic: bool = True
     """False under a nondeterministic collation, where equal texts need not be the same bytes."""
+    id_sources: tuple[str, ...] = ()
+    """Of a record id that no column holds: the columns that it is computed of."""
+    is_digest: bool = False
+    """Whether that id is a digest of them, and not their values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +129,29 @@ class Table:
     """Of a partitioned table: the partitions that hold rows, under whose names they stream."""
     partition_of: TableName | None = None
     """Of a partition: the root of the tree it is in."""
+    partition_columns: tuple[str, ...] = ()
+    """Of a partitioned table: the columns of its partition key, and of those of its partitions."""
+
+    def is_unique_but_for_partitions(self, name: str) -> bool:
+        """Whether a column is unique together with the partition key alone.
+
+        Every unique constraint of a partitioned table has to include that (PostgreSQL docs, "Table
+        Partitioning"), so that none can say that the column is unique by itself.
+        """
+        return bool(self.partition_columns) and any(
+            name in key and {*key} - {name} <= {*self.partition_columns} for key in self.unique_keys
+        )
+
+    @property
+    def has_digest_id(self) -> bool:
+        """Whether its rows have no key, and the digest of a row is its id."""
+        return self.id_column is not None and self.id_column.is_digest
+
+    @property
+    def id_column(self) -> Column | None:
+        """The computed record id, if it has one; see ``catalog.record_ids``."""
+        last = self.columns[-1] if self.columns else None
+        return last if last is not None and last.id_sources else None
 
     def find_column(self, name: str) -> Column | None:
         """The column of that name, or None."""
@@ -152,6 +181,8 @@ def canonical_id(text: str, key: Type) -> str | None:
     To PostgreSQL "12" for a uuid column is an error; here it is an id that no row has. So is "007"
     for an integer, whose text is "7".
     """
+    if key.id_parts:
+        return _canonical_joined_id(text, key.id_parts)
     base = key.base
     if bits := _INTEGER_BITS.get(base.name):
         is_number = _INTEGER.fullmatch(text) is not None
@@ -160,6 +191,15 @@ def canonical_id(text: str, key: Type) -> str | None:
         return text.lower() if _UUID.fullmatch(text) else None
     # Postgres has no U+0000 in texts.
     return None if "\x00" in text else text
+
+
+def _canonical_joined_id(text: str, parts: tuple[Type, ...]) -> str | None:
+    values = split_id(text)
+    if values is None or len(values) != len(parts):
+        return None
+    canonical = [canonical_id(*pair) for pair in zip(values, parts, strict=True)]
+    known = [value for value in canonical if value is not None]
+    return join_id(known) if len(known) == len(parts) else None
 
 
 def native_key_type(type_: Type) -> str | None:

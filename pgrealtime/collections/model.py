@@ -129,6 +129,11 @@ class Collection:
         return (self.key.name,) in self.table.unique_keys
 
     @property
+    def sends_creates_only(self) -> bool:
+        """Whether its updates and deletes are not in the WAL: it has no key of any kind."""
+        return self.key.is_digest and self.key.name not in self.table.replica_identity_columns
+
+    @property
     def id_lookup_column(self) -> tuple[TableName, str]:
         """The table and its key column: how changes of a record are found in the changelog."""
         return self.table.name, self.key.name

@@ -23,7 +23,11 @@ def default_order(resolved: ResolvedTable, fields: Sequence[Field]) -> tuple[Ord
 
     A configured name that is no field of one column is left out; ``order_problems`` reports it.
     """
-    key = OrderColumn(resolved.key)
+    # By the columns of a computed id, which an index serves.
+    sources = map(resolved.table.find_column, resolved.key.id_sources)
+    is_joined = bool(resolved.key.type.id_parts)
+    known = [column for column in sources if column is not None] if is_joined else [resolved.key]
+    key = tuple(map(OrderColumn, known))
     if resolved.config.order:
         columns = {field.name: field.column for field in fields}
         order = [
@@ -31,11 +35,11 @@ def default_order(resolved: ResolvedTable, fields: Sequence[Field]) -> tuple[Ord
             for text in resolved.config.order
             if (column := columns.get(text.lstrip("-+"))) is not None
         ]
-        return (*order, key) if all(one.column != resolved.key for one in order) else tuple(order)
+        return tuple(order) if any(one.column == resolved.key for one in order) else (*order, *key)
     if resolved.key.type.base.name in _NUMBERED_TYPES:
-        return (key,)
+        return key
     created = _creation_time(fields)
-    return (key,) if created is None else (OrderColumn(created), key)
+    return key if created is None else (OrderColumn(created), *key)
 
 
 def order_problems(resolved: ResolvedTable, fields: Sequence[Field]) -> Iterator[ConfigProblem]:

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pgrealtime.catalog.model import Catalog, Column, ReplicaIdentity, Table, TableKind
-from pgrealtime.changes import TableName, quote_identifier, quote_table_name
+from pgrealtime.catalog.record_ids import with_digest_id, with_joined_id
+from pgrealtime.changes import (
+    DIGEST,
+    RECORD_ID_COLUMN,
+    TableName,
+    quote_identifier,
+    quote_table_name,
+)
 from pgrealtime.collections.names import candidate_tables, is_table_name
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.errors import ConfigProblem
@@ -77,8 +84,8 @@ def _resolve_table(
         if is_table_name(config.table):  # otherwise check_names reports it
             problems.append(replace(table, path=f"{path}.table"))
         return None
-    table_problems = list(_table_problems(table, f"{path}.table")) if config.stream else []
-    key = _find_key(table, config, path)
+    table_problems = list(_table_problems(table, config, path)) if config.stream else []
+    table, key = _find_key(table, config, path)
     if isinstance(key, Column):
         find_key_problems = _key_problems if config.stream else _read_key_problems
         problems += table_problems or find_key_problems(table, key, path)
@@ -107,9 +114,9 @@ def unknown_column_problem(path: str, table: Table, name: str) -> ConfigProblem:
     return ConfigProblem(path, f'there is no column "{name}" in "{table.name}"', hint)
 
 
-def _table_problems(table: Table, path: str) -> Iterator[ConfigProblem]:
+def _table_problems(table: Table, config: CollectionConfig, path: str) -> Iterator[ConfigProblem]:
     """Yield why the stream would lack changes of the table, with the SQL that fixes it."""
-    name = table.name
+    name, path = table.name, f"{path}.table"
     if table.kind in _UNSTREAMED_TABLE_KINDS:
         kind = _UNSTREAMED_TABLE_KINDS[table.kind]
         hint = "set stream: false to read it only"
@@ -122,7 +129,7 @@ def _table_problems(table: Table, path: str) -> Iterator[ConfigProblem]:
     if table.is_unlogged:
         hint = alter_leaf_tables(table, "SET LOGGED")
         yield ConfigProblem(path, f'"{name}" is unlogged: it sends no changes', hint)
-    if table.replica_identity is ReplicaIdentity.NOTHING:
+    if table.replica_identity is ReplicaIdentity.NOTHING and config.id != DIGEST:
         message = f'"{name}" has REPLICA IDENTITY NOTHING: its updates and deletes name no row'
         yield ConfigProblem(path, message, alter_leaf_tables(table, "REPLICA IDENTITY DEFAULT"))
 
@@ -133,32 +140,42 @@ def alter_leaf_tables(table: Table, action: str) -> str:
     return " ".join(f"ALTER TABLE {quote_table_name(name)} {action};" for name in names)
 
 
-def _find_key(table: Table, config: CollectionConfig, path: str) -> Column | ConfigProblem:
+def _find_key(
+    table: Table, config: CollectionConfig, path: str
+) -> tuple[Table, Column | ConfigProblem]:
     """Return the column shown as ``id``: the configured one, or the primary key.
 
-    A primary key of several columns has no text that every client would write alike. Such a table
-    needs another unique column.
+    Of a primary key of several columns the id is computed, as one more column of the table.
     """
+    if config.id == DIGEST:
+        if table.primary_key:
+            message = f'"{table.name}" has a primary key'
+            return table, ConfigProblem(f"{path}.id", message, "leave id empty")
+        table = with_digest_id(table)
+        assert table.id_column is not None
+        return table, table.id_column
     if config.id:
         column = table.find_column(config.id)
-        return unknown_column_problem(f"{path}.id", table, config.id) if column is None else column
+        return table, column or unknown_column_problem(f"{path}.id", table, config.id)
     names = table.primary_key
     if len(names) == 1 and (column := table.find_column(names[0])) is not None:
-        return column
-    # Unique constraints of a partitioned table must include its partition key (PostgreSQL docs,
-    # "Table Partitioning"), so that no other column can be made unique.
-    by_id = "a partitioned table can be served if it is partitioned by its id alone"
-    is_partitioned = table.kind is TableKind.PARTITIONED
+        return table, column
     if table.kind in _UNSTREAMED_TABLE_KINDS:
         message = f'"{table.name}" is {_UNSTREAMED_TABLE_KINDS[table.kind]}, which has no key'
-        return ConfigProblem(f"{path}.id", message, "set id to a column that is unique")
+        return table, ConfigProblem(f"{path}.id", message, "set id to a column that is unique")
+    if names and table.find_column(RECORD_ID_COLUMN) is None:
+        table = with_joined_id(table, names)
+        assert table.id_column is not None
+        return table, table.id_column
     if names:
-        message = f'the primary key of "{table.name}" has {len(names)} columns: {", ".join(names)}'
-        hint = by_id if is_partitioned else "set id to one column that is unique and NOT NULL"
-        return ConfigProblem(f"{path}.id", message, hint)
-    message = f'"{table.name}" has no primary key: its updates and deletes name no row'
+        message = f'its column "{RECORD_ID_COLUMN}" has the name of the id of several columns'
+        return table, ConfigProblem(f"{path}.id", message, "set id to a column, or rename that one")
+    message = (
+        f'"{table.name}" has no primary key: its updates and deletes name no row'
+        ' (id: "*" sends its creates alone)'
+    )
     alter = f"ALTER TABLE {quote_table_name(table.name)} {_key_to_add(table)};"
-    return ConfigProblem(f"{path}.table", message, by_id if is_partitioned else alter)
+    return table, ConfigProblem(f"{path}.table", message, alter)
 
 
 def _key_to_add(table: Table) -> str:
@@ -171,8 +188,15 @@ def _key_to_add(table: Table) -> str:
 def _key_problems(table: Table, key: Column, path: str) -> list[ConfigProblem]:
     """Return why the key doesn't identify one row, or isn't logged of a deleted one."""
     path = f"{path}.id"
+    if key.id_sources:
+        if key.is_digest or key.name in table.replica_identity_columns:
+            return []
+        names = ", ".join(key.id_sources)
+        message = f'the replica identity of "{table.name}" lacks a part of its key: {names}'
+        hint = alter_leaf_tables(table, "REPLICA IDENTITY FULL")
+        return [ConfigProblem(path, f"{message}: deletes would not identify the record", hint)]
     alter, column = f"ALTER TABLE {quote_table_name(table.name)}", quote_identifier(key.name)
-    if (key.name,) not in table.unique_keys:
+    if (key.name,) not in table.unique_keys and not table.is_unique_but_for_partitions(key.name):
         message = f'column "{key.name}" is not unique by itself'
         return [ConfigProblem(path, message, f"{alter} ADD UNIQUE ({column});")]
     if not key.not_null:
@@ -190,7 +214,7 @@ def _read_key_problems(table: Table, key: Column, path: str) -> list[ConfigProbl
 
     A view has no constraints, so its key is taken on trust.
     """
-    if table.kind in _UNSTREAMED_TABLE_KINDS or (key.name,) in table.unique_keys:
+    if table.kind in _UNSTREAMED_TABLE_KINDS or key.id_sources or (key.name,) in table.unique_keys:
         return []
     is_partitioned = table.kind is TableKind.PARTITIONED
     if is_partitioned and any(key.name in names for names in table.unique_keys):

@@ -101,7 +101,13 @@ def claim_problems(
 def field_problems(resolved: ResolvedTable, fields: Sequence[Field]) -> Iterator[ConfigProblem]:
     """Yield fields of the same name, of a name that can't be used, or of the wrong kind."""
     for name, count in Counter(field.name for field in fields).items():
-        if count > 1:
+        if count > 1 and name == "id" and resolved.key.id_sources:
+            message = (
+                "two fields are named \"id\": the record's, of the key's columns, and a column's"
+            )
+            hint = "rename the column, as fields.rename: {id: number}"
+            yield resolved.problem("fields", message, hint)
+        elif count > 1:
             message = f'two fields are named "{name}"'
             yield resolved.problem("fields", message, "rename one of them")
     for field in fields:

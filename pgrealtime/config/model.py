@@ -413,7 +413,7 @@ class CollectionConfig(Section):
     table: str
     type: Literal["base", "auth"] = "base"
     id: str = ""
-    """The column shown as id; empty takes the primary key."""
+    """The column shown as id; empty takes the primary key, "*" a digest of a row without a key."""
     mirrors: Literal["on_request", "always", "off"] = "on_request"
     """Which topics are mirrors, told of rows that enter and leave what their callers may see:
     those with the option ``mode`` of "mirror", all, or none."""

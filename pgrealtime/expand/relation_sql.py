@@ -14,7 +14,7 @@ from pgrealtime.changes import Row
 from pgrealtime.collections.model import Collection, unpadded_id
 from pgrealtime.expand.node import ids_in_array
 from pgrealtime.expand.plan import RelationHop
-from pgrealtime.postgres.rows import identifier
+from pgrealtime.postgres.rows import identifier, row_source
 from pgrealtime.rules.sql.row_images import find_columns
 
 _BACK_LIMIT = 1000
@@ -73,7 +73,7 @@ class RelationQuery:
             " (SELECT {result} AS id FROM {table} t WHERE {condition} LIMIT {limit}) l"
         ).format(
             result=identifier("t", self.result_column.name),
-            table=identifier(*self.table.name),
+            table=row_source(self.table),
             condition=sql.SQL(shape).format(match=match, source_id=source_id),
             limit=sql.Literal(self.limit),
         )

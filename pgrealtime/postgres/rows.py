@@ -16,8 +16,9 @@ from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.pq.abc import PGresult
 from psycopg.types.string import TextLoader
 
-from pgrealtime.catalog.model import Column, native_key_type
-from pgrealtime.changes import TableName
+from pgrealtime.catalog.model import Column, Table, native_key_type
+from pgrealtime.catalog.record_ids import id_expression, part_conditions, table_with_id
+from pgrealtime.changes import RECORD_ID_COLUMN, TableName
 from pgrealtime.fairness import YieldTimer
 from pgrealtime.postgres.pool import DatabaseConnection
 
@@ -46,8 +47,10 @@ def rows_by_key_statement(
     but without the index. ``compares_own_type`` compares by the operator of its own type, so that
     an enum's index is used (citext is compared as text all the same): only for ids read from
     the table, since an enum refuses what is no value of it. The table is ``t`` in the extra
-    expressions.
+    expressions. Ids that are computed must be canonical; see ``catalog.record_ids``.
     """
+    if key.id_sources:
+        return _rows_by_computed_id_statement(table, key, columns, extra)
     native, base = native_key_type(key.type), key.type.base
     type_ = identifier(base.schema, base.name)
     name: sql.Composable = identifier("t", key.name)
@@ -66,6 +69,39 @@ def rows_by_key_statement(
         type=type_,
     )
     return statement.as_string()
+
+
+def _rows_by_computed_id_statement(
+    table: TableName, key: Column, columns: tuple[str, ...], extra: tuple[LiteralString, ...]
+) -> str:
+    computed = sql.SQL(id_expression(key, "t"))
+    wanted = sql.SQL("k.id OPERATOR(pg_catalog.=) {}").format(computed)
+    parts = map(sql.SQL, part_conditions(key, "t", "k.id"))
+    statement = sql.SQL(
+        "SELECT {selected} FROM"
+        " (SELECT DISTINCT u.id FROM pg_catalog.unnest(%(ids)s::pg_catalog.text[]) u(id)) k"
+        " JOIN {table} t ON {condition}"
+    ).format(
+        selected=sql.SQL(", ").join(
+            [
+                *(
+                    computed if column == RECORD_ID_COLUMN else identifier("t", column)
+                    for column in columns
+                ),
+                *map(sql.SQL, extra),
+            ]
+        ),
+        table=identifier(*table),
+        condition=sql.SQL(" AND ").join([*parts, wanted]),
+    )
+    return statement.as_string()
+
+
+def row_source(table: Table) -> sql.Composable:
+    """Return the table for a statement's FROM, with the computed id if it has one."""
+    if table.id_column is None:
+        return identifier(*table.name)
+    return sql.SQL(table_with_id(table))
 
 
 async def texts_of(result: PGresult) -> list[TextRow]:

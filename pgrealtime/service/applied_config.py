@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pgrealtime.catalog.model import Catalog, Table
+from pgrealtime.catalog.record_ids import record_key
 from pgrealtime.changes import TableName
 from pgrealtime.collections.build import build_with_problems
 from pgrealtime.collections.model import Collections
@@ -47,7 +48,7 @@ class AppliedConfig:
     @property
     def wanted_tables(self) -> WantedTables:
         """What the stream is to carry."""
-        keys = {c.table.name: (c.key.name,) for c in self.streamed_collections.values()}
+        keys = {c.table.name: record_key(c.key) for c in self.streamed_collections.values()}
         return WantedTables(tables=self.streamed_tables, record_keys=keys)
 
     @property

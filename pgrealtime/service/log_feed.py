@@ -14,6 +14,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from pgrealtime import __version__
+from pgrealtime.catalog.record_ids import with_record_key
 from pgrealtime.changes import TableName
 from pgrealtime.config.model import Config
 from pgrealtime.errors import (
@@ -279,10 +280,12 @@ class LogFeed:
         own = self._wanted
         others = self._union.tables(time.monotonic()) - own.tables.keys()
         found = await self._database.read_tables(frozenset(others))
+        keys = self._union.record_keys(found)
+        named = {n: with_record_key(table, keys.get(n, ())) for n, table in found.items()}
         usable = {
             name: table
-            for name, table in found.items()
-            if table.replica_identity_columns and not table.is_unlogged
+            for name, table in named.items()
+            if (table.replica_identity_columns or table.has_digest_id) and not table.is_unlogged
         }
         return WantedTables(
             tables={**own.tables, **usable},

@@ -300,8 +300,11 @@ _TableIdentities: TypeAlias = Mapping[TableName, tuple[object, ...]]
 
 
 def _table_identities(tables: Mapping[TableName, Table]) -> _TableIdentities:
-    """Return what makes a table the one that the stream reads, whatever its columns."""
-    return {name: (table.oid, table.leaves) for name, table in tables.items()}
+    """Return what makes a table the one that the stream reads, whatever its columns.
+
+    Of what its ids are computed, the stream must know before they are looked for.
+    """
+    return {name: (table.oid, table.leaves, table.id_column) for name, table in tables.items()}
 
 
 def _tables_with_gap(

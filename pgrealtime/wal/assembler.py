@@ -1,26 +1,34 @@
 """Assembles a decoder's messages to whole transactions, for ``wal.stream``. Pure."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 from pgrealtime.catalog.model import Table
 from pgrealtime.changes import (
+    DIGEST,
+    RECORD_ID_COLUMN,
     Change,
     Delete,
     Insert,
     OversizedTransaction,
+    Row,
     RowShape,
     TableName,
     Transaction,
     Truncate,
     Update,
+    digest_id,
+    join_id,
 )
 from pgrealtime.errors import UnexpectedMessageError
 from pgrealtime.lsn import Xid
 from pgrealtime.wal.message import Begin, Commit, Message, RowChange, TruncateMessage
 
 RecordKeys = Mapping[TableName, tuple[str, ...]]
-"""By table the columns that identify a record; a move between partitions leaves them unchanged."""
+"""By table the columns that identify a record; a move between partitions leaves them unchanged.
+Several make an id that rows get (``_RecordIds``), of their values or, after ``DIGEST``, a digest.
+"""
 
 _RecordKey = tuple[TableName, tuple[str | None, ...]]
 
@@ -33,9 +41,14 @@ class TransactionAssembler:
     and become an ``Update``.
     """
 
-    def __init__(self, *, max_bytes: int, record_keys: RecordKeys) -> None:
+    def __init__(
+        self, *, max_bytes: int, record_keys: RecordKeys, default_keys: RecordKeys | None = None
+    ) -> None:
         self._max_bytes = max_bytes
-        self._record_keys = record_keys
+        self._record_keys = {**(default_keys or {}), **record_keys}
+        self._record_ids = {
+            name: _RecordIds(columns) for name, columns in record_keys.items() if len(columns) > 1
+        }
         self._xid: Xid | None = None
         self._changes: list[Change] = []
         self._size_bytes = 0
@@ -66,6 +79,9 @@ class TransactionAssembler:
             ):
                 self._size_bytes += overhead
                 shape = message.shape
+                if self._record_ids and (ids := self._record_ids.get(change.table)) is not None:
+                    self._size_bytes += ids.add_to(change, shape)
+                    shape = None if shape is None else ids.extend_shape(shape)
                 if shape is not self._last_shape and shape is not None:
                     self._last_shape = shape
                     self._shapes[shape] = None
@@ -143,10 +159,64 @@ class TransactionAssembler:
         return Transaction(xid, commit.end_lsn, commit.commit_time_us, tuple(changes), size, shapes)
 
 
+_BPCHAR_OID = 1042
+_ID_BYTES = 100
+"""Memory of an id, beyond its characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordIds:
+    """Adds the id that no column holds to the rows of a table."""
+
+    columns: tuple[str, ...]
+    _shapes: dict[int, tuple[RowShape, RowShape]] = field(default_factory=dict)
+    """By its identity a shape, which is kept alive for it, and the same with the id."""
+
+    def add_to(self, change: Change, shape: RowShape | None) -> int:
+        """Add the id to the change's rows; return how many bytes it takes."""
+        size = 0
+        padded = () if shape is None else {n for n, oid in shape.columns if oid == _BPCHAR_OID}
+        rows = (
+            *((change.new,) if isinstance(change, (Insert, Update)) else ()),
+            *((change.old.row,) if isinstance(change, (Update, Delete)) else ()),
+        )
+        for row in rows:
+            if (record_id := self._id_of(row, padded)) is not None:
+                row[RECORD_ID_COLUMN] = record_id
+                size += _ID_BYTES + len(record_id)
+        return size
+
+    def _id_of(self, row: Row, padded: Collection[str]) -> str | None:
+        if self.columns[0] == DIGEST:
+            return digest_id(row, self.columns[1:])
+        values: list[str] = []
+        for name in self.columns:
+            value = row.get(name)
+            if value is None:
+                return None
+            values.append(value.rstrip(" ") if name in padded else value)
+        return join_id(values)
+
+    def extend_shape(self, shape: RowShape) -> RowShape:
+        """Return the shape with the id, the same object for the same shape."""
+        known = self._shapes.get(id(shape))
+        if known is None:
+            if len(self._shapes) >= _MAX_SHAPES:
+                self._shapes.clear()
+            columns = (*shape.columns, (RECORD_ID_COLUMN, _TEXT_OID))
+            extended = RowShape(shape.table, shape.leaf, columns, shape.description_count)
+            known = self._shapes[id(shape)] = shape, extended
+        return known[1]
+
+
+_TEXT_OID = 25
+_MAX_SHAPES = 1000
+
+
 def default_record_keys(tables: Collection[Table]) -> RecordKeys:
     """Return the primary key of each table that has one.
 
-    A partitioned table's primary key contains its partition key, so few moves leave it unchanged:
-    the caller should override it with a narrower key where it knows one.
+    They make no id. A partitioned table's primary key contains its partition key, so few moves
+    leave it unchanged: the caller should override it with a narrower key where it knows one.
     """
     return {table.name: table.primary_key for table in tables if table.primary_key}

@@ -6,7 +6,7 @@ from typing import Protocol, TypeAlias
 from msgspec import Struct
 
 from pgrealtime.catalog.model import ReplicaIdentity, Table
-from pgrealtime.changes import Delete, Insert, Row, RowShape, TableName, Update
+from pgrealtime.changes import RECORD_ID_COLUMN, Delete, Insert, Row, RowShape, TableName, Update
 from pgrealtime.lsn import LSN, Xid
 
 
@@ -92,9 +92,11 @@ def streamed_tables_by_name(tables: Collection[Table]) -> Mapping[TableName, Str
         name: StreamedTable(
             root=table.name,
             leaf=None if name == table.name else name,
-            column_names=tuple(column.name for column in table.columns),
+            column_names=tuple(c.name for c in table.columns if not c.id_sources),
             has_full_identity=table.replica_identity is ReplicaIdentity.FULL,
-            identity_column_count=len(table.replica_identity_columns),
+            identity_column_count=len(
+                [name for name in table.replica_identity_columns if name != RECORD_ID_COLUMN]
+            ),
         )
         for table in tables
         for name in (table.name, *table.leaves)

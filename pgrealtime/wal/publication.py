@@ -86,7 +86,10 @@ def _streaming_problem(
             "is unlogged: its rows are not in the WAL.",
             tuple(f"ALTER TABLE {quote_table_name(part)} SET LOGGED;" for part in parts),
         )
-    if table.replica_identity is ReplicaIdentity.NOTHING or not table.replica_identity_columns:
+    is_unidentified = (
+        table.replica_identity is ReplicaIdentity.NOTHING or not table.replica_identity_columns
+    )
+    if is_unidentified and not table.has_digest_id:
         return (
             "has no replica identity: updates and deletes of it would be lost.",
             tuple(f"ALTER TABLE {quote_table_name(part)} REPLICA IDENTITY FULL;" for part in parts),
@@ -103,6 +106,15 @@ def check_publication(
         SetupError: With the SQL that creates it anew.
     """
     create = publication_sql(name, tables, server_version)
+    if keyless := {table.name: table for table in tables if not table.replica_identity_columns}:
+        leaves = [leaf for table in keyless.values() for leaf in table.leaves or (table.name,)]
+        alter = (f"ALTER TABLE {quote_table_name(leaf)} REPLICA IDENTITY FULL;" for leaf in leaves)
+        raise SetupError(
+            f"pgoutput can't send the creates alone of {_quoted_list(keyless)}",
+            detail="The server refuses updates and deletes of a published table without a key.",
+            hint=" ".join(alter),
+            code="table_not_streamable",
+        )
     if publication is None:
         raise SetupError(
             f'publication "{name}" does not exist',

@@ -117,7 +117,8 @@ class WalStream:
         self._decoder = decoder
         self._assembler = TransactionAssembler(
             max_bytes=max_transaction_bytes,
-            record_keys={**default_record_keys(tables), **(record_keys or {})},
+            record_keys=record_keys or {},
+            default_keys=default_record_keys(tables),
         )
         self._max_pause_seconds = max_pause_seconds
         self._tick_seconds = min(status_interval, CONFIRM_SECONDS)

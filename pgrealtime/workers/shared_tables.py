@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection
 
 from pgrealtime.catalog.model import Catalog
+from pgrealtime.catalog.record_ids import with_record_key
 from pgrealtime.changes import TableName
 from pgrealtime.errors import SetupError
 from pgrealtime.feed.base import Feed, WantedTables
@@ -44,7 +45,11 @@ class SharedTables:
                 raise SetupError(f'table "{missing[0]}" doesn\'t exist any more', code="catalog")
             keys = {**self._streamed.record_keys, **record_keys}
             # A table that another worker wants may be gone: it will find out, too.
-            found = {name: table for name, table in catalog.tables.items() if name in union}
+            found = {
+                name: with_record_key(table, keys.get(name, ()))
+                for name, table in catalog.tables.items()
+                if name in union
+            }
             wanted = WantedTables(
                 tables=found,
                 record_keys={name: columns for name, columns in keys.items() if name in found},

@@ -92,7 +92,6 @@ ANALYZE tags;
 
 _UNSERVED = {
     *("keyless", "keyless_unique", "no_columns", "nameless", "fast"),
-    *("composite", "composite_id", "composite_unique"),
 }
 
 
@@ -166,6 +165,7 @@ def test_each_table_is_a_collection_or_is_said_to_be_none(operator: Operator) ->
     assert set(collections_of(text)) == {
         *("users", "posts", "tags", "Order_Items", "on", "null", "2024", "0x10", "table"),
         *("public_Users", "we_ird_name", "line_break", "composite_full", "parts", "days"),
+        *("composite", "composite_id", "composite_unique", "follows"),
         *("per_day", "two_ways", "My_CRM_users", "customers", "keyless_logged"),
         *("seen", "stored", "remote"),
     }
@@ -173,7 +173,6 @@ def test_each_table_is_a_collection_or_is_said_to_be_none(operator: Operator) ->
     assert re.findall(r"#   (\S+): (.*)", left_out) == [
         ("public.idless", "a view without a column id"),
         ("public.of_extension", "belongs to the extension plpgsql"),
-        ("public.follows", "its pairs are shown as users.follows"),
         ("public.post_tags", "its pairs are shown as posts.tags"),
     ]
 
@@ -194,6 +193,8 @@ def test_what_names_and_keys_need_is_written(operator: Operator) -> None:
     }
     assert made["composite_full"]["id"] == "u"
     assert made["keyless_logged"]["id"] == "b"
+    assert made["composite_id"]["fields"] == {"rename": {"id": "id_2"}}
+    assert made["users"]["relations"]["follows"]["through"] == "public.follows"
     assert made["per_day"]["fields"] == {"include": ["id"]}
     assert made["two_ways"]["relations"] == {"x": {"collection": "on"}}
     assert made["posts"]["relations"]["tags"] == {
@@ -270,7 +271,7 @@ def test_mended_and_unlocked_it_is_accepted_too(operator: Operator) -> None:
     outcome = operator.check(unlocked(text), **SECRETS)
 
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith(f"ok\n{23 + len(_UNSERVED)} collections, ")
+    assert outcome.out.startswith(f"ok\n{27 + len(_UNSERVED)} collections, ")
     assert "\nread only: remote, seen, stored\n" in outcome.out
     # Which indexes are lacking depends on the tables; nothing else is left to say.
     assert [
@@ -577,18 +578,16 @@ def test_the_login_that_rules_are_asked_with_is_the_one_that_has_to_read(
     assert own.run("check", PGREALTIME_DATABASE__QUERY_URL=operator.url).code == 0
 
 
-def test_a_partitioned_table_without_an_id_can_t_be_mended(
+def test_a_partitioned_table_is_known_by_what_is_its_key_apart_from_partitions(
     database_url: str, tmp_path: Path
 ) -> None:
-    """PostgreSQL permits no other unique column on it."""
+    """PostgreSQL permits no unique constraint on it without the partition key."""
     schema = "CREATE TABLE events (id int, at date, PRIMARY KEY (id, at)) PARTITION BY RANGE (at)"
     operator = operator_of(database_url, tmp_path, schema)
     text = initiated(operator)
 
     assert operator.run("check").code == 0
-    assert "a partitioned table can be served if it is partitioned by its id alone." in text
-    assert mending(text) == []
-    assert collections_of(unlocked(text)) == {"events": {"table": "public.events"}}
+    assert collections_of(text) == {"events": {"table": "public.events", "id": "id"}}
 
 
 @pytest.mark.parametrize("schema", ["", "CREATE TABLE keyless (a int)"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pgrealtime.changes import (
     Change,
@@ -15,6 +17,9 @@ from pgrealtime.changes import (
     Truncate,
     Update,
     WholeRow,
+    digest_id,
+    join_id,
+    split_id,
 )
 from pgrealtime.lsn import LSN, Xid
 
@@ -66,3 +71,23 @@ def test_a_change_stays_what_it_is(value: Change | Key, name: str) -> None:
     """The changelog hands the same object to every connection."""
     with pytest.raises(AttributeError, match="immutable"):
         setattr(value, name, None)
+
+
+@given(st.lists(st.text("ab!~/?01%é "), min_size=1, max_size=3), st.text("ab!~/?0123"))
+def test_an_id_of_several_values_is_that_of_no_others(values: list[str], text: str) -> None:
+    """Nor does it hold what ends a topic or a path."""
+    joined = join_id(values)
+
+    assert split_id(joined) == values
+    assert not {"/", "?"} & {*joined}
+    assert (found := split_id(text)) is None or join_id(found) == text
+
+
+def test_a_digest_tells_rows_apart_and_knows_no_nulls() -> None:
+    """Columns added later, NULL in all rows so far, change no id."""
+    row: Row = {"a": "1", "b": "2=1:3", "c": None}
+    others: list[Row] = [{"a": "1"}, {"a": None, "b": "1"}, {"a": "12", "b": "=1:3"}]
+
+    assert digest_id(row, ["a", "b"]) == digest_id(row, ["a", "b", "c"])
+    assert len({digest_id(one, sorted(one)) for one in (row, *others)}) == 4
+    assert digest_id(row, ["a", "d"]) is None

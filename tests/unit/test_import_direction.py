@@ -65,7 +65,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "records": (*_FLOOR, "catalog.model", "collections"),
     "rules.language": ("errors", "spelling", "collections.model", "auth.principal"),
     "rules.sql": (
-        *("errors", "changes", "catalog.model", "collections.model"),
+        *("errors", "changes", "catalog.model", "catalog.record_ids", "collections.model"),
         *("auth.principal", "rules.language"),
     ),
     "rules.memory": (

@@ -61,6 +61,7 @@ def collection_warnings(collections: Collections) -> Iterator[ConfigProblem]:
             yield from _precision_warnings(path, rule, expression, collections, collection)
         yield from _auth_rule_warnings(collection)
         if collection.is_streamed:
+            yield from _id_warnings(collection)
             yield from _delete_warnings(collections, collection)
             yield from _link_warnings(collection)
 
@@ -222,12 +223,35 @@ def _may_exceed_double(term: predicate.Term) -> bool:
 _WIDE_TYPES = {"int8", "numeric"}
 
 
+# -- ids
+
+
+def _id_warnings(collection: Collection) -> Iterator[ConfigProblem]:
+    """Yield ids that nothing but the application keeps unique, and tables that have none."""
+    table, key = collection.table, collection.key
+    path, name = f"collections.{collection.name}.id", quote_table_name(collection.table.name)
+    if collection.sends_creates_only:
+        message = f'"{table.name}" has no key: only creates are sent, no updates and deletes'
+        yield ConfigProblem(path, message, alter_leaf_tables(table, "REPLICA IDENTITY FULL"))
+    elif not key.id_sources and not collection.has_unique_key:
+        column = quote_identifier(key.name)
+        others = ", ".join(f'"{c}"' for c in table.partition_columns)
+        yield ConfigProblem(
+            path,
+            f'"{key.name}" is unique only together with {others}, as PostgreSQL demands of a'
+            " partitioned table: rows with the same id would be one record",
+            f"to find such: SELECT {column} FROM {name} GROUP BY {column} HAVING count(*) > 1;",  # noqa: S608
+        )
+
+
 # -- deletes
 
 
 def _delete_warnings(collections: Collections, collection: Collection) -> Iterator[ConfigProblem]:
     """Yield rules that read columns which the WAL of a DELETE lacks under the replica identity."""
     table = collection.table
+    if collection.sends_creates_only:
+        return
     for key, _, _ in parsed_rules(collection):
         read = columns_read(collections, collection, key)
         unlogged = read - {*table.replica_identity_columns}

@@ -9,7 +9,12 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from pgrealtime.catalog.model import Catalog, Column, Table, TableKind
-from pgrealtime.changes import TableName, quote_identifier, quote_table_name
+from pgrealtime.changes import (
+    RECORD_ID_COLUMN,
+    TableName,
+    quote_identifier,
+    quote_table_name,
+)
 from pgrealtime.cli.init import accounts
 from pgrealtime.cli.init.model import CollectionDraft, ConfigDraft, SchemaSurvey, TableFault
 from pgrealtime.cli.init.names import (
@@ -17,7 +22,6 @@ from pgrealtime.cli.init.names import (
     field_name,
     field_renames,
     name_collections,
-    unused_name,
 )
 from pgrealtime.cli.init.relations import junction_table_of, with_junctions
 from pgrealtime.cli.init.rule_suggestions import SIGNED_IN_RULE, RuleSuggestions
@@ -55,11 +59,13 @@ def draft_config(
     pairs = {
         draft.table.name: pair
         for draft in drafts
-        if draft.faults
+        if (draft.faults or draft.key_name == RECORD_ID_COLUMN)
         and draft.table.name not in unreadable
         and (pair := junction_table_of(draft.table, served)) is not None
     }
-    drafts = [draft for draft in drafts if draft.table.name not in pairs]
+    only_pairs = {name for name, pair in pairs.items() if name not in served or pair.is_bare}
+    drafts = [draft for draft in drafts if draft.table.name not in only_pairs]
+    served = {name: draft for name, draft in served.items() if name not in only_pairs}
     related = with_junctions(served, pairs, left_out)
     settled, unfit = _drop_inconsistent(related, catalog)
     finished = {**_with_suggested_rules(settled, catalog), **unfit}
@@ -184,15 +190,13 @@ def _choose_key(table: Table) -> tuple[str, str]:
     logged = [name for name in unique if name in table.replica_identity_columns]
     if logged:
         return logged[0], logged[0]
+    in_fact = [c.name for c in table.columns if table.is_unique_but_for_partitions(c.name)]
+    ids = [name for name in in_fact if name not in table.partition_columns]
+    if len(ids) == 1 and ids[0] in table.replica_identity_columns:
+        return ids[0], ids[0]
     if not table.primary_key:
         return next((names[0] for names in table.unique_keys if len(names) == 1), "id"), ""
-    if table.kind is TableKind.PARTITIONED:
-        return "id" if "id" in table.primary_key else table.primary_key[0], ""
-    if unique:
-        return unique[0], unique[0]
-    names = {c.name for c in table.columns}
-    new = unused_name("record_id" if "id" in names else "id", names)
-    return new, new
+    return RECORD_ID_COLUMN, ""
 
 
 # -- faults of tables

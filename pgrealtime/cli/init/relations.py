@@ -23,6 +23,13 @@ class _JunctionTable:
     target: ForeignKey
     target_collection: str
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it has no other columns than those of the pair."""
+        return len(self.table.columns) == len(
+            {*self.source.column_names, *self.target.column_names}
+        )
+
 
 def junction_table_of(
     table: Table, served: Mapping[TableName, CollectionDraft]
@@ -98,7 +105,8 @@ def with_junctions(
         relations = {**draft.config.relations, junction_field: relation}
         config = draft.config.model_copy(update={"relations": relations})
         drafts[draft.name] = replace(draft, config=config)
-        omitted[name] = f"its pairs are shown as {draft.name}.{junction_field}"
+        if name not in served:
+            omitted[name] = f"its pairs are shown as {draft.name}.{junction_field}"
     return drafts
 
 

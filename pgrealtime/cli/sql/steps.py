@@ -198,12 +198,12 @@ _IDENTITIES = {"d": "DEFAULT", "n": "NOTHING"}
 def tables_to_log_whole(catalog: Catalog, collections: Collections) -> Iterator[tuple[Table, str]]:
     """Yield each table whose deletes don't log what is needed of the old row, and why."""
     for name in streamed_tables(collections):
-        table = catalog.tables[name]
+        owner = next((one for one in collections.values() if one.table.name == name), None)
+        table = catalog.tables[name] if owner is None else owner.table
         logged = {*table.replica_identity_columns}
         if not logged:
             yield table, f'deletes of "{name}" don\'t say which row they concern'
             continue
-        owner = next((one for one in collections.values() if one.table.name == name), None)
         needed = {*link_columns(collections, name)}
         if owner is not None:
             needed.add(owner.key.name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from sqlglot import exp
 
 from pgrealtime.changes import TableName
-from pgrealtime.collections.model import Collection, Collections, FieldKind
+from pgrealtime.collections.model import Collection, Collections, Field, FieldKind
 from pgrealtime.errors import RuleUnsupportedError
 from pgrealtime.rules.language.comparison import (
     ComparisonKind,
@@ -34,6 +34,7 @@ from pgrealtime.rules.language.predicate import (
     NestedRule,
     ParameterTerm,
     Predicate,
+    RowPath,
     Term,
     row_path_of,
 )
@@ -342,9 +343,23 @@ def _native_equality(left: _Side, right: _Side) -> Sql | None:
                     assert field.column is not None
                     column = side.scope.column_at(path, field.column.name)
                     return nodes.binary(exp.EQ, column, translation.bind(parameter, form))
+                if field.type.id_parts and not class_.is_number:
+                    return _computed_id_equality(path, field, parameter, side.scope)
             case _:
                 pass
     return None
+
+
+def _computed_id_equality(
+    path: RowPath, field: Field, parameter: Parameter, scope: Scope
+) -> Sql | None:
+    """Return equality of a computed id with a value; None if the row is no table's."""
+    if path.is_scope_row and scope.is_row_image:
+        return None
+    assert field.column is not None
+    value = scope.translation.bind(parameter, SqlForm.TEXT)
+    own = nodes.typed_column(scope.join_row(path), field.column)
+    return nodes.equal_keys(own, nodes.TypedSql(value, field.type))
 
 
 def _integer_bound(op: Op, left: _Side, right: _Side) -> Sql | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from sqlglot import exp
 
-from pgrealtime.catalog.model import Column, Type
+from pgrealtime.catalog.model import Column, Table, Type
 from pgrealtime.changes import TableName
 from pgrealtime.collections.model import Collection, Collections, Field
 from pgrealtime.errors import RuleUnsupportedError
@@ -159,10 +159,10 @@ class Scope:
         The id was read from that table, so it can be cast to the key's type, and an index is used.
         """
         alias, key = self.translation.new_alias(), collection.key
-        row = self._table(collection.table.name, alias)
+        row = self._table(collection.table, alias)
         own, caller_id = typed_column(alias, key), CALLER_ID_PARAMETER
         known = nodes.cast_to_type(self.translation.bind(caller_id, SqlForm.TEXT), key.type)
-        return nodes.exists(row, nodes.equal_keys(own, replace(own, node=known)))
+        return nodes.exists(row, nodes.equal_keys(own, replace(own, node=known, id_parts=())))
 
     def row_id_at(self, path: RowPath) -> TypedSql:
         """Return the id of the row at the path, NULL where there is no row."""
@@ -235,6 +235,8 @@ class Scope:
         form = native_id_form(key.type)
         own = nodes.bytewise_text(key) if form is None else key.node
         caller_id = self.translation.bind(CALLER_ID_PARAMETER, form or SqlForm.TEXT)
+        if key.id_parts:
+            return nodes.equal_keys(key, replace(key, node=caller_id, id_parts=()))
         return nodes.binary(exp.EQ, own, caller_id)
 
     def _join_step(self, path: RowPath, parent: RowPath, step: predicate.PathStep) -> str:
@@ -310,12 +312,12 @@ class Scope:
     def _left_join(self, collection: Collection, on: _JoinCondition) -> str:
         alias = self.translation.new_alias()
         condition = on(alias)
-        self._add_join(self._table(collection.table.name, alias), condition)
+        self._add_join(self._table(collection.table, alias), condition)
         return alias
 
-    def _table(self, table_name: TableName, alias: str) -> exp.Table:
-        self.translation.tables.setdefault(table_name)
-        return nodes.table(table_name, alias)
+    def _table(self, table: Table, alias: str) -> exp.Table:
+        self.translation.tables.setdefault(table.name)
+        return nodes.table(table, alias)
 
     def _add_join(self, row: Sql, on: Sql) -> None:
         self.translation.join_count += 1
@@ -329,7 +331,7 @@ class Scope:
 class JunctionColumns(NamedTuple):
     """A junction table with the columns of its pairs."""
 
-    table: TableName
+    table: Table
     source: Column
     """Names the row of the field's collection."""
     target: Column
@@ -345,7 +347,7 @@ def junction_columns(field: Field) -> JunctionColumns | None:
     target = junction.table.find_column(junction.target_column)
     assert source is not None
     assert target is not None
-    return JunctionColumns(junction.table.name, source, target)
+    return JunctionColumns(junction.table, source, target)
 
 
 def native_id_form(type_: Type) -> SqlForm | None:

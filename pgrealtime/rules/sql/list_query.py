@@ -216,9 +216,7 @@ class _Selected:
         page = nodes.select(
             self._columns(_PAGE_ALIAS),
             exp.Subquery(this=first, alias=nodes.row_alias(_FOUND_ALIAS)),
-            joins=[
-                exp.Join(this=nodes.table(self._collection.table.name, _PAGE_ALIAS), on=is_found)
-            ],
+            joins=[exp.Join(this=nodes.table(self._collection.table, _PAGE_ALIAS), on=is_found)],
         )
         order = [
             nodes.ordered(nodes.column(_FOUND_ALIAS, name), is_descending=sort_key.is_descending)
@@ -237,7 +235,7 @@ class _Selected:
     def _select(self, expressions: Sequence[Sql], scope: Scope, where: Sequence[Sql]) -> exp.Select:
         return nodes.select(
             expressions,
-            nodes.table(self._collection.table.name, ROW_ALIAS),
+            nodes.table(self._collection.table, ROW_ALIAS),
             joins=scope.joins,
             where=all_of(*where) if where else None,
         )
@@ -378,6 +376,9 @@ def _in_milliseconds(date: TypedSql, column: Column) -> Sql:
 
 def _has_id(key: TypedSql) -> Sql:
     """Return whether a row's key is the parameter ``id``, which its type accepts."""
+    if key.id_parts:
+        wanted = nodes.cast(nodes.placeholder("id"), nodes.TEXT)
+        return nodes.equal_keys(key, TypedSql(wanted, key.type))
     native = native_key_type(key.type)
     if native is None or not key.is_deterministic:
         wanted = nodes.cast(nodes.placeholder("id"), nodes.TEXT)

@@ -11,13 +11,14 @@ compared by bytes: a nondeterministic collation alone never decides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from sqlglot import exp
 
-from pgrealtime.catalog.model import Column, Type, TypeKind
-from pgrealtime.changes import TableName
+from pgrealtime.catalog.model import Column, Table, Type, TypeKind
+from pgrealtime.catalog.record_ids import table_with_id
+from pgrealtime.changes import ID_ESCAPES, TableName
 
 Sql: TypeAlias = exp.Expr
 Operand: TypeAlias = Sql | str | float
@@ -56,13 +57,19 @@ class TypedSql:
     type: Type
     is_deterministic: bool = True
     """Whether its collation is, as ``catalog.model.Column`` has it."""
+    id_parts: tuple[TypedSql, ...] = ()
+    """Of the computed id of a table's row: the columns of which it is made."""
 
 
 def typed_column(alias: str, table_column: Column) -> TypedSql:
-    """Return ``"alias"."column"`` with its type."""
-    return TypedSql(
+    """Return ``"alias"."column"`` with its type; the column is one of a table, or of a view."""
+    typed = TypedSql(
         column(alias, table_column.name), table_column.type, table_column.is_deterministic
     )
+    if not table_column.type.id_parts:
+        return typed
+    pairs = zip(table_column.id_sources, table_column.type.id_parts, strict=True)
+    return replace(typed, id_parts=tuple(TypedSql(column(alias, n), type_) for n, type_ in pairs))
 
 
 def copy_if_attached(node: Sql) -> Sql:
@@ -92,11 +99,24 @@ def column(alias: str, column_name: str) -> Sql:
     return exp.Column(this=quoted_name(column_name), table=quoted_name(alias))
 
 
-def table(table_name: TableName, alias: str) -> exp.Table:
-    """Return ``"schema"."table" AS "alias"``."""
-    return exp.Table(
-        this=quoted_name(table_name.name), db=quoted_name(table_name.schema), alias=row_alias(alias)
-    )
+def table(read: Table, alias: str) -> exp.Table:
+    """Return ``"schema"."table" AS "alias"``; in place of a table with a computed id a SELECT."""
+    schema, name = map(quoted_name, read.name)
+    if read.id_column is None:
+        return exp.Table(this=name, db=schema, alias=row_alias(alias))
+    computed = exp.Table(this=exp.Var(this=table_with_id(read)), alias=row_alias(alias))
+    computed.meta[_TABLE_NAME] = schema.name, name.name
+    return computed
+
+
+_TABLE_NAME = "pgrealtime_table"
+
+
+def names_table(node: exp.Table, table_name: TableName) -> bool:
+    """Return whether a node made by ``table`` reads the table."""
+    schema, name = map(quoted_name, table_name)
+    named: object = node.meta.get(_TABLE_NAME, (node.db, node.name))
+    return named == (schema.name, name.name)
 
 
 def row_alias(name: str, *column_names: str) -> exp.TableAlias:
@@ -245,8 +265,12 @@ def equal_keys(left: TypedSql, right: TypedSql) -> Sql:
 
     Under a nondeterministic collation the operator finds candidates and the bytes decide. Operators
     of types outside pg_catalog aren't on the search path and are named with the schema; to citext a
-    row is found as its foreign keys find it.
+    row is found as its foreign keys find it. A computed id is found by the columns it is made of.
     """
+    if left.id_parts or right.id_parts:
+        computed, other = (left, right) if left.id_parts else (right, left)
+        is_equal = binary(exp.EQ, computed.node, cast(other.node, TEXT))
+        return all_of(*id_part_conditions(computed, other.node), is_equal)
     native = _native_equality(left, right)
     if native is not None and left.is_deterministic and right.is_deterministic:
         return native
@@ -266,6 +290,42 @@ def _native_equality(left: TypedSql, right: TypedSql) -> Sql | None:
     if is_same or any({left_type.name, right_type.name} <= family for family in _OPERATOR_FAMILIES):
         return binary(exp.EQ, left.node, right.node)
     return None
+
+
+def id_part_conditions(computed: TypedSql, record_id: Sql) -> list[Sql]:
+    """Return conditions on the columns of a computed id, which an index of these serves.
+
+    All are true where it equals ``record_id``, any text.
+    """
+    conditions = []
+    for number_, part in enumerate(computed.id_parts, 1):
+        text = call("split_part", cast(record_id, TEXT), string("~"), number(number_))
+        value = _id_part_value(text, part.type.base)
+        if value is not None:
+            conditions.append(binary(exp.EQ, part.node, value))
+    return conditions
+
+
+def _id_part_value(text: Sql, type_: Type) -> Sql | None:
+    """Return a text as a value of its type, NULL if it is none; None for types without."""
+    if type_.schema != "pg_catalog":
+        return None
+    match type_.name:
+        case "int2" | "int4" | "int8":
+            wide = cast(text, NUMERIC)
+            bounds = (binary(exp.GTE, wide, -(1 << 63)), binary(exp.LTE, wide, (1 << 63) - 1))
+            # Of nested CASEs the inner one is evaluated only where the outer one allows.
+            in_range = case((all_of(*bounds), cast(text, BIGINT)))
+            return case((matches_regex(text, "^(0|-?[1-9][0-9]{0,18})$"), in_range))
+        case "uuid":
+            is_uuid = matches_regex(text, "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+            return case((is_uuid, cast(text, "uuid")))
+        case "text" | "varchar":
+            for character, escape in reversed(ID_ESCAPES):
+                text = call("replace", text, string(escape), string(character))
+            return text
+        case _:
+            return None
 
 
 _OPERATOR_FAMILIES = ({"int2", "int4", "int8"}, {"text", "varchar"})

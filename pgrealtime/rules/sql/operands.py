@@ -217,7 +217,7 @@ def _list_text(path: RowPath, field: Field, scope: Scope) -> Sql:
 def _junction_ids(junction: JunctionColumns, path: RowPath, scope: Scope) -> Sql:
     """Return the related ids of a row as an array, in the order of the ids."""
     alias = scope.translation.new_alias()
-    scope.translation.tables.setdefault(junction.table)
+    scope.translation.tables.setdefault(junction.table.name)
     ids = nodes.bytewise_text(typed_column(alias, junction.target))
     own = nodes.equal_keys(typed_column(alias, junction.source), scope.row_id_at(path))
     select = nodes.select([ids], nodes.table(junction.table, alias), where=own)

@@ -194,7 +194,7 @@ def _table_aliases(conditions: Sequence[Sql], table: TableName) -> set[str]:
         node.alias
         for condition in conditions
         for node in condition.find_all(exp.Table)
-        if (node.name, node.db) == (_name(table.name), _name(table.schema))
+        if nodes.names_table(node, table)
     }
 
 
@@ -340,9 +340,9 @@ def _is_equal_by_text(left: Column, right: Column) -> bool:
 
 def _redirect_tables(condition: Sql, names: Mapping[TableName, str]) -> Sql:
     copied = condition.copy()
-    wanted = {(_name(table.name), _name(table.schema)): name for table, name in names.items()}
     for node in list(copied.find_all(exp.Table)):
-        if name := wanted.get((node.name, node.db)):
+        named = (name for table, name in names.items() if nodes.names_table(node, table))
+        if (name := next(named, None)) is not None:
             alias = nodes.row_alias(node.alias)
             node.replace(exp.Table(this=nodes.quoted_name(name), alias=alias))
     return copied
@@ -361,7 +361,7 @@ def _overlay_cte(
     )
     unchanged = nodes.select(
         [nodes.column("t", column.name) for column in columns],
-        nodes.table(overlay.table.name, "t"),
+        nodes.table(overlay.table, "t"),
         where=negation(_is_changed_row(name, overlay, params)),
     )
     union = exp.Union(this=old, expression=unchanged, distinct=False)

@@ -300,6 +300,21 @@ def test_a_unique_column_can_be_the_id() -> None:
     assert [one.name for one in collection.fields] == ["at", "no", "id"]
 
 
+def test_the_id_of_several_key_columns_is_one_more_column_and_they_are_fields() -> None:
+    """What reads the table, junctions included, goes on as if it had the column."""
+    likes = built({"likes": {"table": "likes"}, "users": {"table": "users"}}, LIKES, USERS)["likes"]
+
+    assert [(one.name, one.kind.value) for one in likes.fields] == [
+        ("post_id", "number"),
+        ("user_id", "relation"),
+        ("id", "text"),
+    ]
+    assert likes.key.id_sources == ("post_id", "user_id")
+    assert likes.key == likes.table.id_column
+    assert likes.has_unique_key
+    assert [one.column.name for one in likes.order] == ["post_id", "user_id"]
+
+
 def test_auth_collections_keep_secrets_and_know_pocketbases_fields() -> None:
     people = table(
         "people",
@@ -475,7 +490,8 @@ def test_a_junction_from_a_table_to_itself_needs_its_columns() -> None:
             {},
             ConfigProblem(
                 "table",
-                '"public.posts" has no primary key: its updates and deletes name no row',
+                '"public.posts" has no primary key: its updates and deletes name no row'
+                ' (id: "*" sends its creates alone)',
                 'ALTER TABLE "public"."posts" ADD PRIMARY KEY ("id");',
             ),
         ),
@@ -484,7 +500,8 @@ def test_a_junction_from_a_table_to_itself_needs_its_columns() -> None:
             {},
             ConfigProblem(
                 "table",
-                '"public.posts" has no primary key: its updates and deletes name no row',
+                '"public.posts" has no primary key: its updates and deletes name no row'
+                ' (id: "*" sends its creates alone)',
                 'ALTER TABLE "public"."posts" ADD PRIMARY KEY ("a b");',
             ),
         ),
@@ -493,30 +510,42 @@ def test_a_junction_from_a_table_to_itself_needs_its_columns() -> None:
             {},
             ConfigProblem(
                 "table",
-                '"public.posts" has no primary key: its updates and deletes name no row',
+                '"public.posts" has no primary key: its updates and deletes name no row'
+                ' (id: "*" sends its creates alone)',
                 'ALTER TABLE "public"."posts" ADD COLUMN "id" bigint'
                 " GENERATED ALWAYS AS IDENTITY PRIMARY KEY;",
             ),
         ),
         (
-            table("posts", {"a": "int8", "b": "int8"}, key=("a", "b")),
+            table("posts", {"a": "int8", "record id": "int8"}, key=("a", "record id")),
             {},
             ConfigProblem(
                 "id",
-                'the primary key of "public.posts" has 2 columns: a, b',
-                "set id to one column that is unique and NOT NULL",
+                'its column "record id" has the name of the id of several columns',
+                "set id to a column, or rename that one",
             ),
         ),
         (
             replace(
-                table("posts", {"id": "int8", "at": "date"}, key=("id", "at")),
-                kind=TableKind.PARTITIONED,
+                table("posts", {"a": "int8", "b": "int8"}, key=("a", "b")),
+                replica_identity=ReplicaIdentity.INDEX,
+                replica_identity_columns=("a",),
             ),
             {},
             ConfigProblem(
                 "id",
-                'the primary key of "public.posts" has 2 columns: id, at',
-                "a partitioned table can be served if it is partitioned by its id alone",
+                'the replica identity of "public.posts" lacks a part of its key: a, b:'
+                " deletes would not identify the record",
+                'ALTER TABLE "public"."posts" REPLICA IDENTITY FULL;',
+            ),
+        ),
+        (
+            table("posts", {"id": "int8", "tenant": "int8"}, key=("tenant", "id")),
+            {},
+            ConfigProblem(
+                "fields",
+                "two fields are named \"id\": the record's, of the key's columns, and a column's",
+                "rename the column, as fields.rename: {id: number}",
             ),
         ),
         (
@@ -524,8 +553,9 @@ def test_a_junction_from_a_table_to_itself_needs_its_columns() -> None:
             {},
             ConfigProblem(
                 "table",
-                '"public.posts" has no primary key: its updates and deletes name no row',
-                "a partitioned table can be served if it is partitioned by its id alone",
+                '"public.posts" has no primary key: its updates and deletes name no row'
+                ' (id: "*" sends its creates alone)',
+                'ALTER TABLE "public"."posts" ADD PRIMARY KEY ("id");',
             ),
         ),
         (

@@ -131,7 +131,7 @@ def test_every_column_is_one_of_the_row_it_is_asked_of(rule: str) -> None:
     translated = translate_predicate(
         resolve_rule(rule, COLLECTIONS, POSTS, USERS), COLLECTIONS, classes
     )
-    row = nodes.table(POSTS.table.name, ROW_ALIAS)
+    row = nodes.table(POSTS.table, ROW_ALIAS)
     select = exp.Select(
         expressions=[exp.Literal.number(1)],
         from_=exp.From(this=row),
