@@ -89,7 +89,7 @@ class _CollectionBuilder:
     def build(self) -> Collection:
         resolved, config = self.resolved, self.resolved.config
         columns = [c for c in resolved.table.columns if resolved.is_included(c)]
-        fields = [self._column_field(column) for column in columns]
+        fields = [field for column in columns for field in self._fields_of(column)]
         column_fields = {field.name for field in fields}
         self.problems.extend(validate.configured_name_problems(resolved, column_fields))
         fields += self._junction_fields(column_fields)
@@ -116,6 +116,23 @@ class _CollectionBuilder:
         self.problems.append(self.resolved.problem(key, message, hint))
 
     # -- fields of columns
+
+    def _fields_of(self, column: Column) -> Iterator[Field]:
+        field = self._column_field(column)
+        yield field
+        if column == self.resolved.key and (relation := self._key_relation(field)) is not None:
+            yield relation
+
+    def _key_relation(self, id_field: Field) -> Field | None:
+        """Return the key as a relation, if it is one: to the other half of a one-to-one pair."""
+        resolved, name = self.resolved, self.resolved.key_relation_name
+        kind, _ = field_kind_of(resolved.key.type)
+        if name is None or kind not in (FieldKind.TEXT, FieldKind.NUMBER):
+            return None
+        is_hidden = name in resolved.config.fields.hide
+        field = replace(id_field, name=name, kind=kind, is_hidden=is_hidden)
+        field = self._with_relation(field, resolved.key)
+        return None if field.relation is None else field
 
     def _column_field(self, column: Column) -> Field:
         config = self.resolved.config
@@ -178,7 +195,9 @@ class _CollectionBuilder:
             and foreign_key.target_column_names == (other.key.name,)
         )
         if len(set(targets)) > 1:
-            path = f"relations.{self.resolved.field_name(column)}"
+            is_key = column == self.resolved.key
+            name = self.resolved.key_relation_name if is_key else self.resolved.field_name(column)
+            path = f"relations.{name}"
             message = f"foreign keys point to {' and '.join(targets)}"
             self._report(path, message, "say which is meant")
         return targets[0] if targets else None

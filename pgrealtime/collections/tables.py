@@ -51,6 +51,17 @@ class ResolvedTable:
         include = self.config.fields.include
         return "*" in include or column.name in include or column == self.key
 
+    @property
+    def key_relation_name(self) -> str | None:
+        """The name under which the key is a relation, if it is one; None if it has none.
+
+        That of its column, which may be renamed: the field ``id`` is a text.
+        """
+        column, fields = self.key, self.config.fields
+        name = fields.rename.get(column.name, column.name)
+        is_shown = "*" in fields.include or column.name in fields.include
+        return name if is_shown and name != "id" and not column.id_sources else None
+
     def field_name(self, column: Column) -> str:
         """Return the name of the column's field."""
         if column == self.key:

@@ -29,7 +29,8 @@ def configured_name_problems(
     for name, field_name in fields.rename.items():
         if table.find_column(name) is None:
             yield unknown_column_problem(f"{path}.rename.{name}", table, name)
-        elif name == resolved.key.name and field_name != "id":
+        elif name == resolved.key.name and field_name not in {"id", *field_names}:
+            # A key that is a relation has a name as such.
             yield resolved.problem(f"fields.rename.{name}", 'the key is always shown as "id"')
     for name in set(fields.types) - field_names:
         yield unknown_field_problem(resolved, f"fields.types.{name}", name, field_names)

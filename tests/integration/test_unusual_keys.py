@@ -142,3 +142,55 @@ def test_check_says_what_such_ids_rest_on(database_url: str, tmp_path: Path) -> 
 
     assert refused.code == 2, refused
     assert 'pgoutput can\'t send the creates alone of "public.audit"' in refused.err
+
+
+@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
+async def test_partitions_come_and_go_while_it_runs(
+    database_url: str, tmp_path: Path, plugin: str
+) -> None:
+    """Each time a gap of the table is told: its rows may have come or gone without an event."""
+    sections = {"replication": {"plugin": plugin}}
+    collections = {"events": COLLECTIONS["events"]}
+    schema = SCHEMA + "CREATE PUBLICATION pgrealtime FOR TABLE events;"
+    async with (
+        service(
+            database_url, tmp_path, collections=collections, sections=sections, schema=schema
+        ) as running,
+        listener(running.address, "events/*", "PB_RESYNC") as guest,
+    ):
+
+        async def received_after(*statements: str) -> list[tuple[str, str]]:
+            """Return what is told of statements, and of a row that follows them."""
+            for statement in statements:
+                await running.write.execute(statement.encode())
+            assert await running.process.reload()
+            await running.write.execute("INSERT INTO events (at) VALUES ('1999-01-01')")
+            told: list[tuple[str, str]] = []
+            while not told or told[-1] != ("create", "1999-01-01"):
+                (message,) = await guest.take(1)
+                if message.event == "PB_RESYNC":
+                    told.append((message.data["reason"], ",".join(message.data["collections"])))
+                else:
+                    told.append((message.data["action"], message.data["record"]["at"][:10]))
+            return told
+
+        last = ("create", "1999-01-01")
+        gap = ("schema", "events")
+        assert await received_after() == [last]
+        year = "FROM ('2025-01-01') TO ('2026-01-01')"
+        new = (
+            "CREATE TABLE events_2025 (LIKE events INCLUDING ALL EXCLUDING IDENTITY)",
+            "INSERT INTO events_2025 (id, at) VALUES (1000, '2025-01-01')",
+            f"ALTER TABLE events ATTACH PARTITION events_2025 FOR VALUES {year}",
+        )
+        assert await received_after(*new) == [gap, last]
+        assert await received_after("UPDATE events SET at = '2025-02-01' WHERE id = 1000") == [
+            ("update", "2025-02-01"),
+            last,
+        ]
+        assert await received_after("ALTER TABLE events DETACH PARTITION events_2025") == [
+            gap,
+            last,
+        ]
+        assert await received_after("UPDATE events_2025 SET what = 'x'") == [last]
+        assert await received_after("DROP TABLE events_2024_a") == [gap, last]

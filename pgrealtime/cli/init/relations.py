@@ -3,11 +3,11 @@
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
-from pgrealtime.catalog.model import ForeignKey, Table
+from pgrealtime.catalog.model import Column, ForeignKey, Table
 from pgrealtime.changes import TableName
 from pgrealtime.cli.init.model import CollectionDraft
 from pgrealtime.cli.init.names import config_table_name, field_name, unused_name, valid_name
-from pgrealtime.collections.field_kinds import RESERVED_MEMBERS, field_kind_of
+from pgrealtime.collections.field_kinds import AUTH_FIELD_KINDS, RESERVED_MEMBERS, field_kind_of
 from pgrealtime.collections.model import FieldKind
 from pgrealtime.config.model import FieldsConfig, RelationConfig
 
@@ -119,16 +119,37 @@ def _with_chosen_foreign_keys(
     for column in draft.table.columns:
         referenced = _referenced_drafts(draft.table, column.name, served)
         targets = sorted({other.name for _, other in referenced})
-        if column.name == draft.key_name or not targets:
+        is_key = column.name == draft.key_name
+        if not targets:
             continue
         if field_kind_of(column.type)[0] not in (FieldKind.TEXT, FieldKind.NUMBER):
-            unfit.add(column.name)
-        elif len(targets) > 1:
-            relations[field_name(draft, column)] = RelationConfig(collection=targets[0])
+            unfit |= set() if is_key else {column.name}
+            continue
+        if is_key and column.name == "id":
+            draft = _with_named_key(draft, targets[0])
+        if len(targets) > 1:
+            relations[_relation_name(draft, column)] = RelationConfig(collection=targets[0])
     config = draft.config.model_copy(update={"relations": relations})
     if unfit:
         config = config.model_copy(update={"fields": _fields_without(draft, unfit)})
     return replace(draft, config=config)
+
+
+def _relation_name(draft: CollectionDraft, column: Column) -> str:
+    """Return the name of a column's field that is a relation, as which a key isn't called id."""
+    if column.name == draft.key_name:
+        return draft.config.fields.rename.get(column.name, column.name)
+    return field_name(draft, column)
+
+
+def _with_named_key(draft: CollectionDraft, target: str) -> CollectionDraft:
+    """Name a key called id as the relation that it is: ``employee`` to a row of employees."""
+    taken = {field_name(draft, column) for column in draft.table.columns}
+    taken |= {*RESERVED_MEMBERS, *AUTH_FIELD_KINDS}
+    name = unused_name(target.removesuffix("s") or target, taken)
+    fields = draft.config.fields
+    renamed = fields.model_copy(update={"rename": {**fields.rename, draft.key_name: name}})
+    return replace(draft, config=draft.config.model_copy(update={"fields": renamed}))
 
 
 def _fields_without(draft: CollectionDraft, unfit: Container[str]) -> FieldsConfig:

@@ -212,7 +212,14 @@ class RuleSuggestions:
 def _single_relations(collection: Collection) -> Iterator[tuple[Field, str]]:
     """Yield the relations to one record, under names that rules can use, with their targets."""
     for field_ in collection.fields:
-        if field_.relation and field_.column and _RULE_FIELD_PATTERN.fullmatch(field_.name):
+        # A key that is a relation is suggested as the id.
+        is_key = field_.column == collection.key
+        if (
+            field_.relation
+            and field_.column
+            and not is_key
+            and _RULE_FIELD_PATTERN.fullmatch(field_.name)
+        ):
             yield field_, field_.relation.collection_name
 
 
