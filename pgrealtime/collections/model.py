@@ -144,6 +144,10 @@ class Collection:
         object.__setattr__(self, "fields_by_name", {f.name: f for f in self.fields})
         object.__setattr__(self, "column_names", frozenset(c.name for c in self.table.columns))
 
+    def is_mirrored(self, *, asks: bool) -> bool:
+        """Whether a topic is a mirror, which asks to be one or doesn't."""
+        return self.mirrors == "always" or (asks and self.mirrors == "on_request")
+
     def column_of(self, field_name: str) -> Column | None:
         """Return the column of the field; None if there is no such field or it has none."""
         field = self.fields_by_name.get(field_name)

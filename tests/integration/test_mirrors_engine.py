@@ -10,7 +10,7 @@ import asyncio
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 
-from pgrealtime.auth.principal import AuthRecord
+from pgrealtime.auth.principal import AuthRecord, Superuser
 from pgrealtime.changelog.memory import Changelog
 from pgrealtime.changelog.row_history import RowHistory
 from pgrealtime.changes import (
@@ -188,7 +188,19 @@ def _members(groups: Iterable[Group]) -> Iterator[Subscription]:
 def _reference(
     world: World, rule: str, request: RuleRequest, rows: list[Row], now: datetime
 ) -> set[str | None]:
-    return {rows[index]["id"] for index in asked(world, rule, request, rows, now)}
+    return {rows[index]["id"] for index in _listed(world, rule, request, rows, now)}
+
+
+def _listed(
+    world: World, rule: str, request: RuleRequest, rows: Sequence[Row], now: datetime
+) -> set[int]:
+    """Return the rows that a list shows: rule and filter are about the same related rows."""
+    if isinstance(request.principal, Superuser):  # for whom no rule is asked
+        return asked(world, rule, request, rows, now)
+    query = dict(request.query)
+    texts = [text for text in (rule, query.pop("filter", "")) if text]
+    whole = " && ".join(f"({text})" for text in texts)
+    return asked(world, whole, replace(request, query=query), rows, now)
 
 
 def _changes(world: World, rows: dict[str | None, Row]) -> Iterator[Change]:
@@ -253,8 +265,8 @@ def _unconcerned(world: World, rule: str, counts: Counter[str]) -> str:
         request = request_of(world, chance.choice(["", "", world.filter()]))
         own = world.own_row(request.principal) if chance.random() < 0.7 else None
         try:
-            before = asked(world, rule, request, rows, now)
-            bound = compiler.bind_caller(posts, rule, request, own)
+            before = _listed(world, rule, request, rows, now)
+            bound = compiler.bind_caller(posts, rule, request, own, is_listed=True)
         except RuleError:
             return ""
         if not isinstance(bound, DenyAll):
@@ -271,7 +283,7 @@ def _unconcerned(world: World, rule: str, counts: Counter[str]) -> str:
         transaction = Transaction(Xid(3), LSN(8), 0, changes, 100)
         found: set[object] = {*concerns.find([transaction], _START, Cursor(LSN(8), END_ORDINAL))}
         for member, (before, own) in list(members.items()):
-            after = asked(world, rule, member.request, rows, now)
+            after = _listed(world, rule, member.request, rows, now)
             principal = member.request.principal
             is_other = own is not None and world.own_row(principal) != own
             if isinstance(principal, AuthRecord) and is_other:

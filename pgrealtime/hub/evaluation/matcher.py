@@ -172,13 +172,19 @@ class Matcher:
     def bind_topic(
         self, collection: Collection, topic: Topic, principal: Principal, caller_row: Row | None
     ) -> BoundPredicate | DenyAll:
-        """Return a topic's predicate for a caller; raises ``RuleError`` for an invalid rule."""
+        """Return a topic's predicate for a caller; raises ``RuleError`` for an invalid rule.
+
+        A mirror's is what a list shows.
+        """
         # The last result is kept: the topics of one call mostly differ in the record alone.
         rule = collection.list_rule if topic.record_id is None else collection.view_rule
         key = (collection.name, rule, principal, topic.query, topic.headers, caller_row)
         if self._last_bound is None or self._last_bound[0] != key:
             request = RuleRequest(principal=principal, query=topic.query, headers=topic.headers)
-            bound = self.compiler.bind_caller(collection, rule, request, caller_row)
+            is_listed = collection.is_mirrored(asks=topic.asks_for_mirror)
+            bound = self.compiler.bind_caller(
+                collection, rule, request, caller_row, is_listed=is_listed
+            )
             self._last_bound = key, bound
         return self._last_bound[1]
 

@@ -240,14 +240,10 @@ def _is_compiled_soon(topic: Topic) -> bool:
 
 def _mirror_state(subscription: Subscription, collection: Collection | None) -> MirrorState | None:
     """Return what a topic has as a mirror, known or new; None if it is none."""
-    is_told = subscription.topic.asks_for_mirror
-    match collection.mirrors if collection is not None else "off":
-        case "on_request" if is_told:
-            return subscription.mirror or MirrorState(is_told=True)
-        case "always":
-            return subscription.mirror or MirrorState(is_told=is_told)
-        case _:
-            return None
+    asks = subscription.topic.asks_for_mirror
+    if collection is None or not collection.is_mirrored(asks=asks):
+        return None
+    return subscription.mirror or MirrorState(is_told=asks)
 
 
 def _rule_request(topic: Topic, caller: Caller) -> RuleRequest:

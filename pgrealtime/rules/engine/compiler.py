@@ -35,7 +35,13 @@ from pgrealtime.rules.language.parameters import (
     parameter_class,
     parameter_value,
 )
-from pgrealtime.rules.language.predicate import Condition, Conjunction, DenyAll, Predicate
+from pgrealtime.rules.language.predicate import (
+    Condition,
+    Conjunction,
+    DenyAll,
+    Predicate,
+    RowPath,
+)
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.rules.language.resolve import filter_text, resolve_filter, resolve_rule
 from pgrealtime.rules.language.sqlite_values import Scalar
@@ -60,6 +66,14 @@ class _SharedPredicate:
     """With its literals, if it is a rule; a filter's are lifted out of it."""
     parameters: tuple[Parameter, ...]
     """Without literals."""
+    many_joins: frozenset[RowPath] = frozenset()
+    """Its joins that may lead to several rows or values."""
+
+    @classmethod
+    def of_condition(cls, where: Condition) -> _SharedPredicate:
+        """Return a condition with what is derived of it."""
+        many_joins = frozenset(filter(lambda join: join.is_multiple, predicate.joins(where)))
+        return cls(where, _parameters_of(where), many_joins)
 
     @property
     def reads_caller(self) -> bool:
@@ -86,6 +100,8 @@ class _PlanKey(NamedTuple):
     """Of the parameters of rule and filter, in this order."""
     is_caller_row_bound: bool
     """Whether columns of the caller's row are parameters; else PostgreSQL reads them."""
+    is_joined: bool
+    """Whether rule and filter are about the same related rows."""
 
 
 class RuleCompiler:
@@ -117,13 +133,15 @@ class RuleCompiler:
         caller_row: Row | None = None,
         *,
         is_filtered: bool = True,
+        is_listed: bool = False,
     ) -> BoundPredicate | DenyAll:
         """Return what a row of the collection must satisfy for the caller to see it.
 
         The rule is the collection's for the topic; None is for superusers only. ``caller_row`` has
         columns of the caller's own row, if there is one and it is known; PostgreSQL reads the row
         if a column is missing that the rule reads. With ``is_filtered`` the request's filter must
-        be true too.
+        be true too: by itself, as PocketBase's realtime has it, or ``is_listed``, by the same
+        related rows as the rule, as its lists have it.
 
         Raises:
             RuleError: The rule can't be used for any caller. Where it can't be used for this one
@@ -148,7 +166,11 @@ class RuleCompiler:
                 collection.name, text, auth_name, is_superuser=is_superuser
             )
             names = (collection.name, auth_name)
-            return self._bind(names, (shared_rule, shared_filter), request, literals, caller_row)
+            is_joined = is_listed and not shared_rule.many_joins.isdisjoint(
+                shared_filter.many_joins
+            )
+            predicates = shared_rule, shared_filter
+            return self._bind(names, predicates, request, literals, caller_row, is_joined=is_joined)
         except RuleError as error:
             return DenyAll(f"the filter is refused: {error}" if text else str(error))
 
@@ -159,6 +181,8 @@ class RuleCompiler:
         request: RuleRequest,
         literals: Sequence[str | float],
         caller_row: Row | None,
+        *,
+        is_joined: bool,
     ) -> BoundPredicate | DenyAll:
         def value_of(parameter: Parameter | CallerColumn) -> Scalar:
             if isinstance(parameter, CallerColumn):
@@ -169,7 +193,7 @@ class RuleCompiler:
 
         own = [parameter for one in predicates for parameter in one.parameters]
         classes = tuple([fixed_parameter_class(p) or parameter_class(value_of(p)) for p in own])
-        key = _PlanKey(*names, *predicates, classes, caller_row is not None)
+        key = _PlanKey(*names, *predicates, classes, caller_row is not None, is_joined)
         plan = self._find_plan(key)
         if caller_row is not None and not all(_is_in(caller_row, p) for p in plan.parameters):
             plan = self._find_plan(key._replace(is_caller_row_bound=False))
@@ -185,7 +209,7 @@ class RuleCompiler:
             return _ALWAYS_TRUE
         collection, auth = self._collection_and_auth(collection_name, auth_name)
         where = resolve_rule(text, self._collections, collection, auth).where
-        return _SharedPredicate(where, _parameters_of(where))
+        return _SharedPredicate.of_condition(where)
 
     def _find_filter(
         self, collection_name: str, text: str, auth_name: str | None, *, is_superuser: bool
@@ -201,7 +225,7 @@ class RuleCompiler:
             )
             shared = self._shared_filters.get(resolved)
             if shared is None:
-                shared = _SharedPredicate(resolved.where, _parameters_of(resolved.where))
+                shared = _SharedPredicate.of_condition(resolved.where)
                 self._shared_filters[resolved] = shared
             return (shared, literals), len(text)
 
@@ -246,7 +270,11 @@ class RuleCompiler:
             ]
             return TestCall(test, tuple(argument_positions))
 
-        rule, filter_ = (_split(one.where, compile_part) for one in (key.rule, key.filter))
+        filter_where = key.filter.where
+        if key.is_joined:
+            # It implies the rule, which is kept: rules are evaluated first, and without a budget.
+            filter_where = Conjunction((key.rule.where, filter_where))
+        rule, filter_ = (_split(one, compile_part) for one in (key.rule.where, filter_where))
         return Plan(
             collection,
             rule,

@@ -494,18 +494,23 @@ def independent_parts(conjunction: Conjunction) -> list[Condition]:
     """
     groups: list[tuple[set[RowPath], list[Condition]]] = []
     for condition in _flattened(conjunction):
-        paths = paths_read(condition, is_nested_included=False)
-        joins = {join for path in paths for join in _joins_of_path(path)}
+        shared = joins(condition)
         members = [condition]
         separate = []
         for group in groups:
-            if joins.isdisjoint(group[0]):
+            if shared.isdisjoint(group[0]):
                 separate.append(group)
             else:
-                joins |= group[0]
+                shared |= group[0]
                 members = group[1] + members
-        groups = [*separate, (joins, members)]
+        groups = [*separate, (shared, members)]
     return [one[0] if len(one) == 1 else Conjunction(tuple(one)) for _, one in groups]
+
+
+def joins(condition: Condition) -> set[RowPath]:
+    """Return the joins that other conditions in its scope share with it."""
+    paths = paths_read(condition, is_nested_included=False)
+    return {join for path in paths for join in _joins_of_path(path)}
 
 
 def _flattened(conjunction: Conjunction) -> Iterator[Condition]:
