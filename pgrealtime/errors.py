@@ -224,6 +224,12 @@ class SubscriptionError(PgRealtimeError):
     code = "subscription_refused"
 
 
+class LookError(PgRealtimeError):
+    """What an operator asks to look at isn't there."""
+
+    code = "look_refused"
+
+
 class SubscriptionLimitError(SubscriptionError):
     """A topic of a subscribe call is valid by itself but exceeds a limit.
 

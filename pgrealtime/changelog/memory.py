@@ -1,6 +1,6 @@
 """The changelog, bounded by bytes and by age: ``feed`` appends transactions, the hub reads them."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -153,6 +153,14 @@ class Changelog:
             entries.append(stored.entry)
             count += _change_count(stored.entry)
         return entries
+
+    def read_back(self, before: LSN | None, limit: int) -> Sequence[Entry]:
+        """Return the newest entries that end before an LSN, newest first; None is the end."""
+        entries, first = self._entries, self._first_index
+        stop = len(entries)
+        if before is not None:
+            stop = bisect_left(entries, before, lo=first, key=lambda stored: stored.end_lsn)
+        return [stored.entry for stored in reversed(entries[max(first, stop - limit) : stop])]
 
     def bytes_after(self, cursor: Cursor) -> int:
         """Return the bytes of the entries that end after the cursor."""

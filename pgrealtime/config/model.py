@@ -495,13 +495,13 @@ class RuleTestConfig(Section):
 
 
 class AdminConfig(Section):
-    """The operator's port: probes and metrics. Off unless it has a port."""
+    """The operator's port: probes, metrics and a page. Off unless it has a port."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)
     """0 is off."""
     token: Secret = ""
-    """Metrics require ``Authorization: Bearer`` with it; probes never do."""
+    """Metrics and the page's data require ``Authorization: Bearer`` with it; probes never do."""
 
     @model_validator(mode="after")
     def _require_token_if_reachable(self) -> Self:

@@ -1,6 +1,5 @@
 """The demo page's routes: the page, the state of the application, and its buttons."""
 
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
@@ -11,6 +10,7 @@ import jwt
 import psycopg
 from aiohttp import web
 
+from pgrealtime.api.admin import LOCAL_HOST
 from pgrealtime.config.model import CollectionConfig
 from pgrealtime.demo.application import Application
 from pgrealtime.demo.writer import Writer, new_task_title
@@ -22,9 +22,6 @@ _CONTENT_SECURITY_POLICY = (
     " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 """Allows one file with inline style and script, and no other origin."""
-
-_LOCAL_HOST = re.compile(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
-"""Host names that only this machine can have; the port differs behind a tunnel."""
 
 
 def sign_token(secret: str, claims: Mapping[str, object]) -> str:
@@ -45,7 +42,7 @@ async def reject_other_origins(
     """
     own = f"http://{request.host}"
     is_own = request.headers.get("Origin", own).lower() == own.lower()
-    if not (is_own and _LOCAL_HOST.fullmatch(request.host)):
+    if not (is_own and LOCAL_HOST.fullmatch(request.host)):
         raise web.HTTPForbidden(text="open the demo by its address, on the machine where it runs\n")
     return await handler(request)
 

@@ -65,7 +65,7 @@ class RecordExplainer(ABC):
         self._parts.add_lines(self.label, *text.topic_lines(topic, collection))
         if refusal := self._collection_refusal(collection):
             return refusal
-        row = await self._session.fetch_row_by_id(collection, record_id)
+        row = await self._find_row(collection, record_id)
         if row is None:
             return await self._explain_no_row(collection, record_id)
         found_id = unpadded_id(collection, row[collection.key.name] or "")
@@ -87,6 +87,10 @@ class RecordExplainer(ABC):
         missing = f'there is no row whose {collection.key.name} is "{record_id}" now'
         self._parts.add_lines("record", missing)
         return f'"{collection.name}" has no record "{record_id}"'
+
+    async def _find_row(self, collection: Collection, record_id: str) -> Row | None:
+        """Return the row that is explained about."""
+        return await self._session.fetch_row_by_id(collection, record_id)
 
     @abstractmethod
     def _find_collection(self, name_or_id: str) -> Collection | None:

@@ -25,6 +25,10 @@ MIRROR_CAVEAT = (
     "related rows are as they are now; a change of one of these is told by a resync of its own;"
     " @request.query and @request.headers are as in the topic's options"
 )
+IMAGE_CAVEAT = (
+    "evaluated with the row as the change wrote it (of a delete: as it was) and with related rows"
+    " as they are now; @request.query and @request.headers are as in the topic's options"
+)
 READ_CAVEAT = (
     "evaluated with the present content of the tables; @request.query and @request.headers are as"
     " in the topic's options, those of a browser are others"

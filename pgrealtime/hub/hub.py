@@ -239,6 +239,11 @@ class Hub:
         return self._registry.connections
 
     @property
+    def progress(self) -> DispatchProgress:
+        """How far the dispatcher is, and the generation in force; to be read only."""
+        return self._progress
+
+    @property
     def gaps_notified(self) -> Mapping[str, int]:
         """Gaps of which connections were notified, by reason."""
         return self._gap_notifier.notified

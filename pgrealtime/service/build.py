@@ -34,6 +34,7 @@ from pgrealtime.feed.base import Feed
 from pgrealtime.feed.intake import Intake
 from pgrealtime.hub.hub import Hub
 from pgrealtime.hub.state.progress import HubSettings
+from pgrealtime.inspector.inspector import Inspector
 from pgrealtime.log.installed import require_client
 from pgrealtime.lsn import LSN
 from pgrealtime.observe.metrics import Metrics
@@ -47,6 +48,7 @@ from pgrealtime.rules.rule_set import caller_columns_read_by_rules, rule_problem
 from pgrealtime.service.applied_config import AppliedConfig, fit_to_schema
 from pgrealtime.service.feeds import make_feed
 from pgrealtime.service.listen import serve_admin, serve_public
+from pgrealtime.service.looking import look_here
 from pgrealtime.service.parts import ServiceParts
 from pgrealtime.service.reload import Reloader, report_unreadable_tables
 from pgrealtime.service.status import StatusReader
@@ -65,6 +67,7 @@ class RunningService:
     metrics: Metrics
     schema_mismatch: asyncio.Event
     """To be set where the schema may have changed."""
+    inspector: Inspector
 
     @property
     def connection_count(self) -> int:
@@ -148,6 +151,14 @@ async def run_service(
             parts,
             warm_up=config.cluster.warm_up if config.cluster.bus == "postgres" else 0.0,
         )
+        inspector = Inspector(
+            parts.hub,
+            parts.changelog,
+            parts.executor,
+            parts.pool,
+            config=lambda: reloader.applied.config,
+            problems=lambda: reloader.applied.problems,
+        )
         coroutines = (
             parts.feed.run(),
             parts.hub.run(),
@@ -159,7 +170,10 @@ async def run_service(
         await stack.enter_async_context(background_tasks(coroutines))
         await stack.enter_async_context(
             serve_admin(
-                config.admin, status.not_ready_reasons, partial(_fetch_metrics, status, metrics)
+                config.admin,
+                status.not_ready_reasons,
+                partial(_fetch_metrics, status, metrics),
+                partial(look_here, inspector, status),
             )
         )
         if neighbours is not None:
@@ -182,7 +196,7 @@ async def run_service(
         port = await stack.enter_async_context(
             serve_public(app, parts.hub, config.server, is_shared=neighbours is not None)
         )
-        yield RunningService(port, parts.hub, reloader, status, metrics, schema_mismatch)
+        yield RunningService(port, parts.hub, reloader, status, metrics, schema_mismatch, inspector)
 
 
 async def _fetch_metrics(status: StatusReader, metrics: Metrics) -> bytes:

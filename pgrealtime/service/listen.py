@@ -6,11 +6,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from aiohttp import web
 
-from pgrealtime.api.admin import build_admin_app
+from pgrealtime.api.admin import Look, build_admin_app
 from pgrealtime.api.app import build_runner
 from pgrealtime.config.model import AdminConfig, ServerConfig
 from pgrealtime.errors import PgRealtimeError
 from pgrealtime.hub.hub import Hub
+from pgrealtime.service.looking import page_text
 
 _BACKLOG = 4096
 """Connections that the kernel may hold for us: all clients reconnect at once after a restart."""
@@ -45,8 +46,9 @@ async def serve_admin(
     config: AdminConfig,
     not_ready_reasons: Callable[[], Awaitable[list[str]]],
     fetch_metrics: Callable[[], Awaitable[bytes]],
+    look: Look,
 ) -> AsyncIterator[None]:
-    """Serve probes and metrics, if a port is configured for them.
+    """Serve probes, metrics and the page, if a port is configured for them.
 
     Raises:
         PgRealtimeError: Code ``port_unavailable``.
@@ -54,7 +56,13 @@ async def serve_admin(
     if not config.port:
         yield
         return
-    app = build_admin_app(config, not_ready_reasons=not_ready_reasons, fetch_metrics=fetch_metrics)
+    app = build_admin_app(
+        config,
+        not_ready_reasons=not_ready_reasons,
+        fetch_metrics=fetch_metrics,
+        look=look,
+        page=page_text(),
+    )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:

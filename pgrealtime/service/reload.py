@@ -117,6 +117,11 @@ class Reloader:
         self._current_read, self._next_read = _SchemaRead(), _SchemaRead()
         self._refresh_requested = asyncio.Event()
 
+    @property
+    def applied(self) -> AppliedConfig:
+        """The configuration in force, with its collections and what is wrong with them."""
+        return self._applied
+
     # -- the configuration
 
     async def reload(self) -> bool:

@@ -25,7 +25,7 @@ _WARNED_SHARE = 0.5
 _CALM_SHARE = 0.25
 """Below this share of the limit, the next warning may come."""
 
-_SERVER_LIMIT_QUERY = (
+SERVER_LIMIT_QUERY = (
     "SELECT setting::int8 * 1048576 FROM pg_settings WHERE name = 'max_slot_wal_keep_size'"
 )
 
@@ -62,7 +62,7 @@ class SlotWatch:
         """Return the slot, and the server's own limit in bytes (negative: none)."""
         name = self._stream.slot.name
         async with self._pool.connection(_QUERY_TIMEOUT_SECONDS) as connection:
-            row = await (await connection.execute(_SERVER_LIMIT_QUERY)).fetchone()
+            row = await (await connection.execute(SERVER_LIMIT_QUERY)).fetchone()
             assert row is not None
             for status in await list_own_slots(connection, name):
                 if status.name == name:

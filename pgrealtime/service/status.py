@@ -7,9 +7,13 @@ from typing import Any
 import psycopg
 from psycopg_pool import PoolTimeout
 
+from pgrealtime.config.model import Config
+from pgrealtime.inspector.answers import Slot
 from pgrealtime.observe.metrics import MetricValues
 from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.service.parts import ServiceParts
+from pgrealtime.service.slot_watch import SERVER_LIMIT_QUERY
+from pgrealtime.wal.slot_status import list_own_slots
 
 _QUERY_TIMEOUT_SECONDS = 1.0
 """For PostgreSQL's answer. A scraper's own timeout is often 10 s or less."""
@@ -31,6 +35,18 @@ class StatusReader:
     def __init__(self, parts: ServiceParts, *, warm_up: float) -> None:
         self._parts = parts
         self._warm_up_seconds = warm_up
+        self.started_at = time.time()
+        """Unix seconds."""
+
+    @property
+    def pool(self) -> QueryPool:
+        """What PostgreSQL is asked by."""
+        return self._parts.pool
+
+    @property
+    def slot_name(self) -> str | None:
+        """The slot that this process reads, if it reads one."""
+        return self._parts.feed.status.slot_name
 
     async def read_metrics(self) -> MetricValues:
         """Return the counters and gauges of this moment."""
@@ -89,6 +105,33 @@ async def read_slot_lag(pool: QueryPool, slot_name: str | None) -> tuple[int | N
     """Return the WAL that a slot hasn't confirmed, and that it retains; None if that is unknown."""
     row = None if slot_name is None else await fetch_row(pool, _SLOT_LAG_QUERY, slot_name)
     return (None, None) if row is None else (int(row[0]), int(row[1]))
+
+
+async def read_slot(pool: QueryPool, slot_name: str | None, config: Config) -> Slot | None:
+    """Return a slot as the server has it; None if there is none, or PostgreSQL doesn't answer."""
+    if slot_name is None:
+        return None
+    try:
+        async with (
+            asyncio.timeout(_QUERY_TIMEOUT_SECONDS),
+            pool.connection(_QUERY_TIMEOUT_SECONDS) as connection,
+        ):
+            slots = await list_own_slots(connection, slot_name)
+            limit = await (await connection.execute(SERVER_LIMIT_QUERY)).fetchone()
+    except (psycopg.Error, PoolTimeout, TimeoutError):
+        return None
+    for one in slots:
+        if one.name == slot_name:
+            return Slot(
+                name=one.name,
+                wal_status=one.wal_status,
+                is_temporary=one.is_temporary,
+                retained_bytes=one.retained_bytes,
+                unconfirmed_bytes=one.unconfirmed_bytes,
+                max_retained_bytes=config.replication.slot.max_retained_wal,
+                server_limit_bytes=limit[0] if limit else -1,
+            )
+    return None
 
 
 async def fetch_row(pool: QueryPool, query: str, *params: str) -> tuple[Any, ...] | None:

@@ -8,7 +8,15 @@ import asyncio
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -28,8 +36,19 @@ from pgrealtime.errors import HolderGoneError, PgRealtimeError, WorkerGoneError
 from pgrealtime.feed.broadcast import Broadcaster
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.window import EncodedWindow
+from pgrealtime.inspector.answers import (
+    ALIKE_VIEWS,
+    Overview,
+    States,
+    View,
+    Worker,
+    make_overview,
+    merge,
+    of_worker_number,
+)
+from pgrealtime.inspector.inspector import row_limit
 from pgrealtime.lsn import LSN
-from pgrealtime.observe.metrics import Metrics, sum_values
+from pgrealtime.observe.metrics import Metrics, MetricValues, sum_values
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.connect import open_query_pool
 from pgrealtime.postgres.pool import QueryPool
@@ -43,17 +62,20 @@ from pgrealtime.service.reload import (
     log_reloaded,
     report_unreadable_tables,
 )
-from pgrealtime.service.status import fetch_row, read_slot_lag
+from pgrealtime.service.status import fetch_row, read_slot, read_slot_lag
 from pgrealtime.workers.count import warn_of_few_cores, worker_config
 from pgrealtime.workers.link import Answering
 from pgrealtime.workers.messages import (
     Answer,
     Apply,
     AskForGap,
+    Bytes,
     Call,
+    Counts,
     Done,
     Failed,
     Hello,
+    Look,
     MayListen,
     Message,
     Prepare,
@@ -69,6 +91,8 @@ from pgrealtime.workers.shared_tables import GapRequests, SharedTables
 
 log = structlog.get_logger(__name__)
 
+_decode_view: Callable[[bytes], View] = msgspec.json.Decoder(View).decode
+
 _POOL_SIZE = 2
 """Of the main process: the catalogue, the slot's lag, probes."""
 _FIRST_PAUSE_SECONDS = 0.2
@@ -79,6 +103,7 @@ _STOP_MARGIN_SECONDS = 10.0
 """For what a worker does after the grace of its connections."""
 _PREPARE_SECONDS = 30.0
 _PUBLICATION_SECONDS = 30.0
+_LOOK_SECONDS = 10.0
 _MIN_PATIENCE_SECONDS = 0.1
 _POLL_SECONDS = 0.01
 """Interval at which the start of the workers is polled."""
@@ -124,7 +149,7 @@ async def run_workers(
         team = Team(applied, pool, read_config, count=count, port=port)
         await stack.enter_async_context(background_tasks(team.coroutines()))
         await stack.enter_async_context(
-            serve_admin(config.admin, team.not_ready_reasons, team.fetch_metrics)
+            serve_admin(config.admin, team.not_ready_reasons, team.fetch_metrics, team.look)
         )
         await stack.enter_async_context(team.running())
         yield RunningWorkers(team, port)
@@ -177,6 +202,7 @@ class Team:
         count: int,
         port: int,
     ) -> None:
+        self._started_at = time.time()
         self._config = config = applied.config
         self._count = count
         self._port = port
@@ -434,6 +460,14 @@ class Team:
     async def fetch_metrics(self) -> bytes:
         """Return the metrics of all processes together, in Prometheus' text format."""
         serving = self._serving()
+        values, counts = await self._read_values(serving)
+        samples = [self._past.samples, *(one.samples for one in counts)]
+        return self._metrics.exposition(values, samples, workers=len(serving))
+
+    async def _read_values(
+        self, serving: Sequence[WorkerProcess]
+    ) -> tuple[MetricValues, Sequence[Counts]]:
+        """Return the metrics of all processes together, and those of each worker."""
         counts = [one for one in await asyncio.gather(*(w.read_counts() for w in serving)) if one]
         status = self._feed.status
         lag_bytes, retained_bytes = await read_slot_lag(self._pool, status.slot_name)
@@ -448,8 +482,63 @@ class Team:
             lag_bytes=lag_bytes,
             retained_bytes=retained_bytes,
         )
-        samples = [self._past.samples, *(one.samples for one in counts)]
-        return self._metrics.exposition(values, samples, workers=len(serving))
+        return values, counts
+
+    async def look(self, view: str, query: Mapping[str, str]) -> bytes:
+        """Return a view of all workers together as JSON.
+
+        Raises:
+            PgRealtimeError: No worker has what is asked for.
+        """
+        if view == "overview":
+            return msgspec.json.encode(await self._overview())
+        serving = [worker for worker in self._serving() if not worker.is_silent]
+        is_alike = view in ALIKE_VIEWS or "caller" in query
+        asked = serving[:1] if is_alike else serving
+        answers = await self._ask_all(asked, Look(view, dict(query)))
+        return msgspec.json.encode(merge(answers, row_limit(query)))
+
+    async def _ask_all(self, asked: Sequence[WorkerProcess], look: Look) -> Sequence[View]:
+        """Return the answers of the workers that have one.
+
+        Raises:
+            PgRealtimeError: None has.
+        """
+
+        async def ask(worker: WorkerProcess) -> View:
+            async with asyncio.timeout(_LOOK_SECONDS):
+                answer = await worker.link.ask(look, Bytes)
+            return of_worker_number(_decode_view(answer.data), worker.number)
+
+        outcomes = await asyncio.gather(*map(ask, asked), return_exceptions=True)
+        answers = [one for one in outcomes if not isinstance(one, BaseException)]
+        if answers:
+            return answers
+        refused = [one for one in outcomes if isinstance(one, PgRealtimeError)]
+        raise refused[0] if refused else WorkerGoneError("no worker answers")
+
+    async def _overview(self) -> Overview:
+        serving = self._serving()
+        values, _ = await self._read_values(serving)
+        answering = [worker for worker in serving if not worker.is_silent]
+        answers = await self._ask_all(answering, Look("states", {})) if answering else ()
+        config, slot_name = self._config, self._feed.status.slot_name
+        return make_overview(
+            values,
+            merge(answers, 1) if answers else States(by_state={}, last_change_at=None),
+            config,
+            not_ready=await self.not_ready_reasons(),
+            slot=await read_slot(self._pool, slot_name, config),
+            started_at=self._started_at,
+            workers=[
+                Worker(
+                    number=one.number,
+                    connections=one.connection_count,
+                    is_answering=one.is_serving and not one.is_silent,
+                )
+                for one in sorted(self.workers, key=lambda one: one.number)
+            ],
+        )
 
 
 async def _ask_in_time(worker: WorkerProcess, message: Message) -> None:

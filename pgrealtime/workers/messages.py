@@ -3,7 +3,7 @@
 Every message is one of these; ``link`` numbers those that are answered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -51,6 +51,13 @@ class Apply(Struct, frozen=True, tag=True):
 
 class ReadCounts(Struct, frozen=True, tag=True):
     """Answered by ``Counts``."""
+
+
+class Look(Struct, frozen=True, tag=True):
+    """An operator looks: answered by ``Bytes``, a ``View`` as JSON, or ``Failed``."""
+
+    view: str
+    query: Mapping[str, str]
 
 
 class RefreshSchema(Struct, frozen=True, tag=True):
@@ -152,7 +159,7 @@ class Waited(Struct, frozen=True, tag=True):
 
 
 class Bytes(Struct, frozen=True, tag=True):
-    """The answer to a subscribe call."""
+    """The answer to a subscribe call, or to a look."""
 
     data: bytes
 
@@ -171,6 +178,7 @@ Message: TypeAlias = (
     | Prepare
     | Apply
     | ReadCounts
+    | Look
     | RefreshSchema
     | Stop
     | MayListen

@@ -7,8 +7,10 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
+import msgspec
 import structlog
 
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
@@ -29,6 +31,7 @@ from pgrealtime.workers.messages import (
     Counts,
     Failed,
     Hello,
+    Look,
     Message,
     Prepare,
     ReadCounts,
@@ -144,6 +147,8 @@ class _Worker:
                 return self._answer_call(request)
             case ReadCounts():
                 return self._read_counts()
+            case Look(view=view, query=query):
+                return self._look(view, query)
             case RefreshSchema():
                 return self._refresh_schema()
             case Prepare(config=config):
@@ -166,6 +171,10 @@ class _Worker:
             samples=service.metrics.samples(),
             not_ready_reasons=await service.status.not_ready_reasons(),
         )
+
+    async def _look(self, view: str, query: Mapping[str, str]) -> Bytes:
+        service = await asyncio.shield(self.service)
+        return Bytes(msgspec.json.encode(await service.inspector.look(view, query)))
 
     async def _prepare(self, config: str) -> None:
         """Check a configuration, and hold it until the main process has decided."""

@@ -118,6 +118,10 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
         *(*_FLOOR, "catalog", "collections", "postgres", "protocol", "auth", "rules"),
         *("rule_queries", "records", "reads", "hub.evaluation", "observe.redact"),
     ),
+    "inspector": (
+        *(*_FLOOR, "catalog", "collections", "protocol", "auth.principal", "bus.base", "changelog"),
+        *("hub", "rules", "rule_queries", "observe", "postgres", "explain"),
+    ),
     "service": ("",),
     "workers": ("",),
     "cli": ("",),
@@ -128,7 +132,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 ``""`` on the right is everything."""
 
 _IMPORTERS: dict[str, tuple[str, ...]] = {
-    "explain": ("cli",),
+    "explain": ("inspector", "cli"),
+    "inspector": ("service", "workers"),
     "service": ("workers", "cli", "demo"),
     "workers": ("cli",),
     "demo": ("cli",),

@@ -1,0 +1,1 @@
+"""What an operator may look at on the admin port: answers are made when they are asked for."""
