@@ -14,7 +14,7 @@ PATH=$PATH:/usr/sbin:/sbin
 # suites that count a server's slots or end its sessions don't meet. On a server that is given they
 # run one after the other.
 LANE_1="unit conformance integration"
-LANE_2="attacks chaos histories e2e mirrors"
+LANE_2="attacks chaos histories e2e mirrors apps"
 REPORTS=tests/.run
 work=$(mktemp -d "${TMPDIR:-/tmp}/pgrealtime-tests.XXXXXX")
 servers=
@@ -148,14 +148,14 @@ install_node() {
     npm install --prefix tests --no-progress --loglevel=error
 }
 
-# Each apart, since their packages have the same name.
-install_python_clients() {
-    say "installing the clients of PyPI in tests/.python"
-    while read -r client needs; do
+# Each apart: packages of two have the same name, and others need other versions.
+install_python_programs() {
+    say "installing programs of PyPI in tests/.python"
+    while read -r program needs; do
         # shellcheck disable=SC2086 # one word per package
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-            --target "tests/.python/${client%%==*}" "$client" $needs
-    done <tests/python-clients.txt
+            --target "tests/.python/${program%%==*}" "$program" $needs
+    done <tests/python-programs.txt
 }
 
 # --- the server ----------------------------------------------------------------------------
@@ -250,7 +250,7 @@ lane_2() {
 install_packages
 unless_fresh .venv/installed.cksum "pyproject.toml .ci/constraints.txt" install_python
 unless_fresh tests/node_modules/installed.cksum "tests/package.json tests/.npmrc" install_node
-unless_fresh tests/.python/installed.cksum tests/python-clients.txt install_python_clients
+unless_fresh tests/.python/installed.cksum tests/python-programs.txt install_python_programs
 pg_bin=$(find_postgres)
 export PGREALTIME_TEST_PG_BIN="$pg_bin" PGREALTIME_REQUIRE_SERVER=1
 chmod 711 "$work"

@@ -72,8 +72,8 @@ _FOR_USE = _names(_PROJECT["dependencies"]) | {
 }
 _OPTIONAL = _names(text for extra, texts in _EXTRAS.items() if extra != "test" for text in texts)
 _FOR_TESTS = _names(_EXTRAS["test"])
-_OTHER_CLIENTS = _names((_ROOT / "tests" / "python-clients.txt").read_text().split())
-"""Each line an installation of its own: the two clients share a package name."""
+_OTHER_PROGRAMS = _names((_ROOT / "tests" / "python-programs.txt").read_text().split())
+"""Each line an installation of its own, of a program and what it is used with."""
 
 
 def test_what_the_package_imports_is_declared() -> None:
@@ -83,7 +83,7 @@ def test_what_the_package_imports_is_declared() -> None:
 
 
 def test_what_the_tests_import_is_declared() -> None:
-    known = _FOR_USE | _OPTIONAL | _FOR_TESTS | _OTHER_CLIENTS
+    known = _FOR_USE | _OPTIONAL | _FOR_TESTS | _OTHER_PROGRAMS
     assert [f"{at}: {name}" for name, at in _imported("tests").items() if name not in known] == []
 
 
