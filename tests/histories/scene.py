@@ -280,6 +280,8 @@ def configuration(scene: Scene, url: str, slot: str) -> Config:
                     "through": LIKES[docs],
                     "source": "doc",
                     "target": "usr",
+                    # The ledger knows the events by the versions of rows that were written.
+                    "updates": False,
                 },
             },
             "list_rule": scene.rule(docs, is_list=True).text,
