@@ -210,8 +210,12 @@ async def test_a_forgotten_transaction_costs_events_and_not_the_disk(server: Own
         await room.until_said("slot.retained_wal_high")
         await write_wal(connection, 3)
         await room.until_said("slot.given_up")
-        waiting = await room.until_said("slot.waiting")
-        assert waiting["pids"] == (forgotten.info.backend_pid,)
+        await room.until_said("slot.waiting")
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            # The first reports may come before the server has begun to wait.
+            while not (pids := room.said("slot.waiting")[-1]["pids"]):
+                await asyncio.sleep(0.01)
+        assert pids == (forgotten.info.backend_pid,)
         await write_wal(connection, 1)
         assert all(size < 40 for _, size in await retained(connection))
         await forgotten.rollback()
