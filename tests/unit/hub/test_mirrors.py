@@ -14,6 +14,7 @@ from pgrealtime.auth.principal import AuthRecord, Caller
 from pgrealtime.changes import Delete, Key, OversizedTransaction, Truncate, Update
 from pgrealtime.collections.model import Collections
 from pgrealtime.config.model import MirrorsConfig
+from pgrealtime.hub import dispatcher
 from pgrealtime.lsn import LSN, Xid
 from tests.topics import topic
 from tests.unit.hub.harness import (
@@ -202,12 +203,15 @@ async def test_a_rule_without_columns_needs_no_old_row() -> None:
     assert told(sink) == ["resync start", "update a", "delete a"]
 
 
-async def test_a_resync_comes_behind_the_last_event_of_its_transaction() -> None:
+async def test_a_resync_comes_behind_the_last_event_of_its_transaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A list that is loaded before would be followed by events that are older than it."""
-    async with mirrors() as harness:
+    monkeypatch.setattr(dispatcher, "LIVE_SLICE_CHANGES", 100)
+    async with mirrors(pace=0.001) as harness:
         sink = await listen(harness, MIRROR)
         # Several slices, the first of which has what isn't known.
-        rest = [insert(f"r{number}", "ann") for number in range(9_000)]
+        rest = [insert(f"r{number}", "ann") for number in range(225)]
         harness.commit(unlogged("a", "bob"), *rest)
         await settle(harness)
 
