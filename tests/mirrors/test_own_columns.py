@@ -64,10 +64,13 @@ async def test_a_row_enters_and_leaves_by_its_links(database_url: str) -> None:
         ann = await world.client("tasks", "ann")
         assert not ann.rows
         await world.write("INSERT INTO watchers VALUES ('a', 'ann'), ('b', 'bob')")
+        await world.settle()
         await world.write("INSERT INTO watchers VALUES ('a', 'bob')")
         await world.check()
         await world.write("DELETE FROM watchers WHERE person = 'ann'")
+        await world.settle()
         await world.write("INSERT INTO watchers VALUES ('a', 'ann')")
+        await world.settle()
         await world.write("UPDATE watchers SET task = 'o' WHERE task = 'a' AND person = 'ann'")
         await world.check()
 
