@@ -197,8 +197,8 @@ def _relations_lines(draft: CollectionDraft) -> Iterator[str]:
 
 
 def _relation_mapping(relation: RelationConfig) -> str:
-    settings = relation.model_dump().items()
-    return f"{{{', '.join(f'{key}: {_yaml_value(text)}' for key, text in settings if text)}}}"
+    settings = relation.model_dump(exclude_defaults=True).items()
+    return f"{{{', '.join(f'{key}: {_yaml_value(text)}' for key, text in settings)}}}"
 
 
 def _login_lines(draft: CollectionDraft) -> Iterator[str]:
