@@ -15,8 +15,15 @@ from pgrealtime.catalog.introspect import read_catalog
 from pgrealtime.catalog.model import canonical_id
 from pgrealtime.catalog.record_ids import id_expression, with_joined_id
 from pgrealtime.changes import TableName, join_id
-from tests.e2e.listener import listener
+from pgrealtime.collections.build import build_collections
+from pgrealtime.config.model import CollectionConfig
+from pgrealtime.postgres.rows import rows_by_key_statement
+from pgrealtime.reads.compiler import ListCompiler
+from pgrealtime.rules.language.request import RuleRequest
+from tests.e2e.listener import Caller, listener
 from tests.e2e.service import Service, service
+from tests.program import run_program
+from tests.topics import topic
 
 SCHEMA = """
 CREATE TABLE orders (id int PRIMARY KEY, owner text NOT NULL);
@@ -186,3 +193,69 @@ async def test_the_stream_and_postgresql_write_the_same_id_of_any_types(database
                 streamed = streamed.rstrip()
             assert by_sql == join_id([str(a), streamed]), type_
             assert canonical_id(by_sql, key.type) == by_sql, type_
+
+
+async def test_mirrors_resume_and_explain_know_the_record(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The id is all that a mirror is told of a row that leaves."""
+    own = {"items": {"table": "items", "list_rule": "n > 1", "view_rule": "n > 1"}}
+    async with service(database_url, tmp_path, collections=own, schema=SCHEMA) as running:
+        mirrored = topic("items/*", mode="mirror")
+        async with listener(running.address, mirrored, "PB_CURSOR") as first:
+            await running.write.execute("UPDATE items SET n = 7 WHERE sku = 'old1'")
+            await running.write.execute("UPDATE items SET n = 0 WHERE sku = 'old2'")
+            told: list[Any] = []
+            while len(told) < 3:
+                told += [m for m in await first.take(1) if m.event == mirrored]
+            assert [(m.data["action"], m.data["record"].get("id")) for m in told] == [
+                ("resync", ""),
+                ("create", "1~old1"),
+                ("delete", "1~old2"),
+            ]
+        await running.write.execute("DELETE FROM items WHERE sku = 'old3'")
+        back = Caller(headers={"Last-Event-ID": told[-1].id})
+        async with listener(running.address, "items/1~old3", "items/*", caller=back) as again:
+            missed = [(m.event, m.data["record"]["id"]) for m in await again.take(2)]
+            assert missed == [("items/1~old3", "1~old3"), ("items/*", "1~old3")]
+
+        config = str(tmp_path / "pgrealtime.yaml")
+        for options in (["items/*", "--record", "1~old1"], ["items/1~old1", "--list"]):
+            explained = run_program("explain", "-c", config, *options, "--guest")
+            assert explained.code == 0, explained
+        unknown = run_program("explain", "-c", config, "items/*", "--record", "1~x", "--guest")
+        assert 'no row whose record id is "1~x" now' in unknown.out + unknown.err
+
+
+async def test_the_key_s_index_finds_a_record_by_its_id(database_url: str) -> None:
+    """Whether a view, a filter, or the rows of related records ask for it."""
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        await connection.execute(
+            "CREATE TABLE cells (x int, tag text, y uuid DEFAULT gen_random_uuid(), note text,"
+            " PRIMARY KEY (x, tag, y))"
+        )
+        await connection.execute(
+            "INSERT INTO cells SELECT n / 100, n % 100 FROM generate_series(1, 9999) n"
+        )
+        await connection.execute("ANALYZE cells")
+        configured = {"cells": CollectionConfig.model_validate({"table": "cells"})}
+        collections = build_collections(
+            configured, await read_catalog(connection, schemas=["public"])
+        )
+        cells = collections["cells"]
+        record_id = "7~7~00000000-0000-0000-0000-000000000000"
+        bound = await ListCompiler(collections).bind(
+            cells, "", RuleRequest(), filter_text=f'id = "{record_id}"', sort_text=""
+        )
+        paged = {"limit": 30, "offset": 0, "max_joined_rows": 1000}
+        related = rows_by_key_statement(cells.table.name, cells.key, ("x", cells.key.name))
+        for statement, params in (
+            (bound.sql.page, {**bound.params, **paged}),
+            (bound.sql.count, bound.params),
+            (bound.sql.row, {**bound.params, "id": record_id}),
+            (related, {"ids": [record_id, "8~8~00000000-0000-0000-0000-000000000000"]}),
+        ):
+            explained = await connection.execute(f"EXPLAIN {statement}".encode(), params)
+            plan = "\n".join([line for (line,) in await explained.fetchall()])
+            assert "cells_pkey" in plan, plan
+            assert plan.count("(x = ") == plan.count("(y = ") == 1, plan
