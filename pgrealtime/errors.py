@@ -32,7 +32,7 @@ class PgRealtimeError(Exception):
 
     @property
     def error_code(self) -> str:
-        """The stable code that the README lists."""
+        """The stable code, which ``error_codes`` explains."""
         return self._code or type(self).code
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ _COMMANDS = {
     "check": "pgrealtime.cli.check.check",
     "demo": "pgrealtime.cli.demo",
     "explain": "pgrealtime.cli.explain",
+    "explain-error": "pgrealtime.cli.explain_error",
     "files": "pgrealtime.cli.files",
     "init": "pgrealtime.cli.init.init",
     "listen": "pgrealtime.cli.listen",
@@ -34,7 +35,9 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 (click's)
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
+        command: click.Command = getattr(
+            import_module(_COMMANDS[cmd_name]), cmd_name.replace("-", "_")
+        )
         return command
 
 

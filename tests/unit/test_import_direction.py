@@ -38,6 +38,7 @@ catchup, and the modules at its root."""
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "": (),  # pgrealtime/__init__.py
     "errors": (),
+    "error_codes": (),
     "lsn": (),
     "text_forms": (),
     "spelling": (),
@@ -143,7 +144,7 @@ _IMPORTERS: dict[str, tuple[str, ...]] = {
 """The top rooms -> the only other rooms that may import them."""
 
 _PURE = (
-    *("errors", "lsn", "changes", "snapshot", "text_forms", "spelling"),
+    *("errors", "error_codes", "lsn", "changes", "snapshot", "text_forms", "spelling"),
     *(
         "config.units",
         "config.model",
