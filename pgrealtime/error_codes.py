@@ -432,7 +432,7 @@ _ERROR_CODES: Final = {
             "http://127.0.0.1:PORT/, or admin.token.",
         ),
         "look_refused": ErrorCode(
-            "The admin port's page was asked for something that it doesn't show.", "The message."
+            "What the admin port's page was to show isn't there any more.", "Load the page anew."
         ),
         "read_collection_unknown": ErrorCode("A list names no collection.", "The configuration."),
         "read_locked": ErrorCode(

@@ -26,6 +26,7 @@ from pgrealtime.history import SystemIdentity
 from pgrealtime.lsn import LSN, parse_lsn
 from pgrealtime.observe.redact import message_without_values
 from pgrealtime.postgres.url import DEAD_NETWORK_SETTINGS, parse_database_url
+from pgrealtime.wal.provider import MAY_REPLICATE, Provider, read_provider
 
 _PINNED_SETTINGS = SQL(
     "SET search_path = pg_catalog; SET DateStyle = ISO; SET TimeZone = UTC;"
@@ -110,6 +111,15 @@ def _conninfo(url: str, **more: str) -> str:
     return make_conninfo("", **{**defaults, **parse_database_url(url), **more})
 
 
+_REFUSAL_QUERY: LiteralString = f"""
+SELECT current_user,
+  (SELECT {MAY_REPLICATE} FROM pg_catalog.pg_roles r WHERE r.rolname = current_user),
+  current_setting('wal_level'),
+  (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders()),
+  current_setting('max_wal_senders')::int
+"""  # noqa: S608 (constant text)
+
+
 async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealtimeError:
     """Return why a replication connection was refused, from queries on an ordinary one."""
     # The refusal itself has no SQLSTATE, and its text is in the server's language.
@@ -118,22 +128,22 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
         async with await open_ordinary_connection(url) as connection:
             role, may_replicate, wal_level, senders, max_senders = await fetch_row(
                 connection,
-                "SELECT current_user, (SELECT rolreplication OR rolsuper FROM pg_catalog.pg_roles"
-                " WHERE rolname = current_user), current_setting('wal_level'),"
-                " (SELECT count(*) FROM pg_catalog.pg_stat_get_wal_senders()),"
-                " current_setting('max_wal_senders')::int",
+                _REFUSAL_QUERY,
             )
+            provider = await read_provider(connection)
     except psycopg.Error:
         return DatabaseUnreachableError("the database can't be reached", detail=detail)
     if not may_replicate:
         return SetupError(
             f'role "{role}" may not read the replication stream',
             detail="It lacks the REPLICATION attribute.",
-            hint=f"Run as a superuser: ALTER ROLE {quote_identifier(role)} REPLICATION;",
+            hint=provider.replication_hint(role)
+            if provider
+            else f"Run as a superuser: ALTER ROLE {quote_identifier(role)} REPLICATION;",
             code="replication_attribute_missing",
         )
     if wal_level != "logical":
-        return _wal_level_error(wal_level)
+        return _wal_level_error(wal_level, provider)
     if senders >= max_senders:
         return SlotBusyError(
             "all walsenders of the server are in use",
@@ -150,10 +160,13 @@ async def _explain_refusal(url: str, error: psycopg.OperationalError) -> PgRealt
     )
 
 
-def _wal_level_error(wal_level: str) -> SetupError:
+def _wal_level_error(wal_level: str, provider: Provider | None) -> SetupError:
     return SetupError(
         f'wal_level is "{wal_level}" and has to be "logical"',
-        hint="Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.",
+        detail=f"The server is hosted by {provider.name}." if provider else "",
+        hint=provider.wal_level
+        if provider
+        else "Run as a superuser: ALTER SYSTEM SET wal_level = logical; and restart the server.",
         code="wal_level",
     )
 
@@ -190,5 +203,5 @@ async def read_server_facts(connection: AsyncConnection[Any]) -> ServerFacts:
             code="standby",
         )
     if wal_level != "logical":
-        raise _wal_level_error(wal_level)
+        raise _wal_level_error(wal_level, await read_provider(connection))
     return ServerFacts(*settings)

@@ -15,6 +15,7 @@ from pgrealtime.config.model import ReplicationConfig
 from pgrealtime.config.units import format_size
 from pgrealtime.errors import SetupError, SlotBusyError
 from pgrealtime.lsn import LSN, parse_lsn
+from pgrealtime.wal.provider import read_provider
 from pgrealtime.wal.server import ServerFacts
 
 _FAILOVER_VERSION = 170000
@@ -89,12 +90,18 @@ async def find_durable_slot(
         SetupError: A durable slot may not be created, or the existing one can't be read.
     """
     if facts.max_slot_wal_keep_mb < 0 and not config.slot.allow_unlimited_wal:
+        provider = await read_provider(connection)
+        limit = (
+            provider.setting_hint("max_slot_wal_keep_size", "10GB")
+            if provider
+            else "Run as a superuser: ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; SELECT"
+            " pg_reload_conf();"
+        )
         raise SetupError(
             "a durable slot could fill the server's disk",
             detail="The server retains the WAL that the slot has not sent yet, also while no"
             " process reads it, and max_slot_wal_keep_size sets no limit.",
-            hint="Run as a superuser: ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; SELECT"
-            " pg_reload_conf(); or set replication.slot.allow_unlimited_wal: true.",
+            hint=f"{limit} Or set replication.slot.allow_unlimited_wal: true.",
             code="wal_unlimited",
         )
     if config.slot.failover and facts.version < _FAILOVER_VERSION:

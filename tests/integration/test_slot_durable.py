@@ -436,7 +436,7 @@ async def test_unlimited_wal_is_refused_with_what_bounds_it(plain: OwnServer) ->
     error = await refusal(plain.url, config)
     assert isinstance(error, SetupError)
     assert error.error_code == "wal_unlimited"
-    statements = error.hint.removeprefix("Run as a superuser: ").partition(" or set")[0]
+    statements = error.hint.removeprefix("Run as a superuser: ").partition(" Or set")[0]
     async with writer(plain.url) as connection:
         for statement in statements.split(";"):
             if statement.strip():

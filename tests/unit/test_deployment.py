@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from configparser import ConfigParser
 from pathlib import Path
 
 import msgspec
 import pytest
 import yaml
 
+from pgrealtime.cli.report import EXIT_CONFIGURATION, EXIT_NOT_PERMITTED, EXIT_SETUP
+from tests.config_values import parse_config
 from tests.deployment import DEPLOY, ConfigMap, KubernetesObject, read_compose, read_kubernetes
 
 _NAMES = (
@@ -15,7 +20,7 @@ _NAMES = (
     *("NATS_URL", "NATS_PASSWORD"),
 )
 SECRETS = dict.fromkeys(_NAMES, "x" * 32)
-FORMS = sorted(path.name for path in DEPLOY.iterdir())
+FORMS = sorted(path.parent.name for path in DEPLOY.glob("*/compose.yaml"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -69,3 +74,30 @@ def test_a_fault_in_a_manifest_is_found(text: str, changed: str, tmp_path: Path)
     (tmp_path / "kubernetes.yaml").write_text(manifest.replace(text, changed, 1))
     with pytest.raises((msgspec.ValidationError, ValueError, KeyError)):
         read_kubernetes(tmp_path / "kubernetes.yaml", SECRETS, tmp_path)
+
+
+def test_the_systemd_unit_is_valid(tmp_path: Path) -> None:
+    """It is parsed here, and where systemd is installed it is verified by that."""
+    text = (DEPLOY / "systemd" / "pgrealtime.service").read_text(encoding="utf-8")
+    unit = ConfigParser(interpolation=None, strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(text)
+    service = unit["Service"]
+    grace = parse_config({}).server.shutdown_grace
+
+    assert set(unit.sections()) == {"Unit", "Service", "Install"}
+    assert service["ExecStart"].split()[1:] == ["run", "-c", "/etc/pgrealtime/pgrealtime.yaml"]
+    assert service["ExecReload"] == "kill -HUP $MAINPID"
+    assert int(service["TimeoutStopSec"]) > grace
+    assert int(service["LimitNOFILE"]) > parse_config({}).realtime.max_connections
+    unmended = {EXIT_SETUP, EXIT_NOT_PERMITTED, EXIT_CONFIGURATION}
+    assert set(map(int, service["RestartPreventExitStatus"].split())) == unmended
+    if (verifier := shutil.which("systemd-analyze")) is None:
+        return
+    program = service["ExecStart"].split()[0]
+    (tmp_path / "pgrealtime.service").write_text(text.replace(program, "/usr/bin/true"))
+    command = [verifier, "verify", "--man=no", str(tmp_path / "pgrealtime.service")]
+    verified = subprocess.run(command, capture_output=True, text=True, check=False)
+    # It names unknown keys, and exits with 0.
+    complaints = verified.stdout + verified.stderr
+    assert (verified.returncode, "pgrealtime.service" in complaints) == (0, False), complaints

@@ -29,6 +29,7 @@ from pgrealtime.explain.rule_tests import run_rule_tests
 from pgrealtime.log.installed import require_client
 from pgrealtime.postgres.connect import URL_SETTING, connect_once
 from pgrealtime.rules.rule_set import rule_problems, rule_texts, syntax_problems
+from pgrealtime.wal.provider import Provider, read_provider
 from pgrealtime.wal.slot import SlotWait
 from pgrealtime.wal.slot_status import list_own_slots
 from pgrealtime.wal.stream import dry_run_stream
@@ -151,6 +152,7 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
         warnings += await _timeout_warnings(connection, database)
         warnings += await _slot_warnings(connection, config.replication.slot)
         errors = await read_privilege_errors(connection, reachable_tables(collections).values())
+        provider = await read_provider(connection)
         major, minor = divmod(connection.info.server_version, 10_000)
         return _SchemaCheck(
             collections=collections,
@@ -160,7 +162,8 @@ async def _check_schema(config: Config, parsed: ParsedConfig) -> _SchemaCheck:
                 errors=tuple(errors.values()),
                 warnings=tuple(warnings),
             ),
-            server_description=f'PostgreSQL {major}.{minor}, database "{connection.info.dbname}"',
+            server_description=f"PostgreSQL {major}.{minor}{_describe_provider(provider)},"
+            f' database "{connection.info.dbname}"',
             system_id=row[0],
             is_standby=row[1],
         )
@@ -232,6 +235,12 @@ async def _slot_warnings(
         if status.name == config.name
         and (reason := status.reason_to_replace(config.max_retained_wal))
     ]
+
+
+def _describe_provider(provider: Provider | None) -> str:
+    if provider is None:
+        return ""
+    return f" of {provider.name}{f' ({provider.note})' if provider.note else ''}"
 
 
 def _describe_wait(wait: SlotWait) -> str:

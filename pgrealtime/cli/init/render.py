@@ -47,7 +47,7 @@ _HEADER = (
     "# All rules are locked: only superusers see records. Lines that begin with # and no space",
     "# are suggestions: read each, change it, and remove the # to enable it.",
     "# list_rule is for lists and subscriptions to all records, view_rule for a single record.",
-    "# config/pgrealtime.yaml of pgrealtime lists all keys.",
+    "# All keys: config/pgrealtime.yaml in the folder that pgrealtime files prints.",
 )
 
 

@@ -19,6 +19,7 @@ from pgrealtime.cli.check.rules import columns_read, parsed_rules
 from pgrealtime.collections.model import Collections
 from pgrealtime.collections.streamed_tables import link_columns, streamed_tables
 from pgrealtime.errors import ConfigProblem, SetupError
+from pgrealtime.wal.provider import MAY_REPLICATE, read_provider
 from pgrealtime.wal.publication import check_publication, publication_sql
 from pgrealtime.wal.slot import read_publication
 
@@ -55,17 +56,18 @@ def _literal(text: str) -> str:
 
 # -- roles
 
-_ROLE_QUERY = """
-SELECT rolcanlogin, rolreplication OR rolsuper,
-       pg_catalog.has_database_privilege(oid, pg_catalog.current_database(), 'CONNECT')
-FROM pg_catalog.pg_roles WHERE rolname = %s
-"""
+_ROLE_QUERY = f"""
+SELECT r.rolcanlogin, {MAY_REPLICATE},
+       pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')
+FROM pg_catalog.pg_roles r WHERE r.rolname = %s
+"""  # noqa: S608 (constant text)
 
 
 async def role_steps(
     connection: AsyncConnection[Any], stream_role: str, query_role: str
 ) -> AsyncIterator[Step]:
     """Yield what the logins lack; the roles may be one."""
+    provider = await read_provider(connection)
     for role in dict.fromkeys((stream_role, query_role)):
         row = await (await connection.execute(_ROLE_QUERY, (role,))).fetchone()
         can_login, can_replicate, can_connect = row or (False, False, False)
@@ -91,8 +93,12 @@ async def role_steps(
             yield Step(
                 reason=f'role "{role}" may not read the replication stream, which has every change'
                 " of every table: protect its login like a superuser's",
-                apply=f"ALTER ROLE {name} REPLICATION;",
-                undo=f"ALTER ROLE {name} NOREPLICATION;",
+                apply=provider.replication.format(role=name)
+                if provider
+                else f"ALTER ROLE {name} REPLICATION;",
+                undo=provider.undo_replication.format(role=name)
+                if provider
+                else f"ALTER ROLE {name} NOREPLICATION;",
                 undo_role=role,
             )
         if not can_connect:
