@@ -408,6 +408,7 @@ def test_each_table_gets_a_rule_that_fits_what_it_has(database_url: str, tmp_pat
     with psycopg.connect(operator.url, autocommit=True) as connection:
         for statement in mending(text):
             connection.execute(statement.encode())
+        connection.execute(LOG_WHOLE_ROWS.encode())
     outcome = operator.check(unlocked(text), **SECRETS)
 
     assert {name: one["list_rule"] for name, one in made.items()} == SUGGESTED
@@ -625,6 +626,7 @@ def test_it_says_what_to_do_next(operator: Operator) -> None:
     assert operator.run("init", "-c", "my file.yaml").out.splitlines() == [
         "1. Unlock rules in my file.yaml: read a suggestion, change it, remove its #.",
         "2. pgrealtime check -c 'my file.yaml'",
+        "   pgrealtime sql prints what the database lacks.",
         "3. pgrealtime run -c 'my file.yaml'",
     ]
 

@@ -101,7 +101,8 @@ def _next_steps_text(path: str, *, lacks_url: bool) -> str:
     lines = [f"1. Unlock rules in {file}: read a suggestion, change it, remove its #."]
     if lacks_url:
         lines.append("   Set DATABASE_URL to the URL; the file only refers to it.")
-    return "\n".join([*lines, f"2. pgrealtime check{option}", f"3. pgrealtime run{option}"])
+    lines += [f"2. pgrealtime check{option}", "   pgrealtime sql prints what the database lacks."]
+    return "\n".join([*lines, f"3. pgrealtime run{option}"])
 
 
 def _added_lines(path: str, addition: Addition) -> Iterator[str]:
