@@ -71,3 +71,25 @@ async def test_a_row_that_no_list_shows_is_not_told(
             client.filter: " ".join(action for action, _ in client.log[1:])
             for client in world.clients
         } == told
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ("UPDATE tasks SET project = 'q'", "UPDATE tasks SET project = NULL"),
+        ("UPDATE tasks SET project = 'q'", "DELETE FROM projects WHERE id = 'q'"),
+        ("UPDATE tasks SET project = 'q'", "UPDATE tasks SET note = 'z'"),
+    ],
+)
+async def test_a_row_that_points_to_a_new_row_and_away_again_is_not_kept(
+    database_url: str, statements: tuple[str, ...]
+) -> None:
+    """By related rows after the transaction it enters; by those before it, it never leaves."""
+    schema = f"{SCHEMA} ALTER TABLE projects ADD public boolean; ALTER TABLE tasks DROP CONSTRAINT"
+    schema += (
+        " tasks_project_fkey, ADD FOREIGN KEY (project) REFERENCES projects ON DELETE SET NULL;"
+    )
+    async with scene(database_url, schema, collections("project.public = true")) as world:
+        await world.client("tasks", "ann")
+        await world.write("INSERT INTO projects VALUES ('q', true)", *statements)
+        await world.check()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from pgrealtime.changes import Change, TableName, Transaction, Truncate
-from pgrealtime.collections.model import Collections
+from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.hub.connections.connection import Group
 from pgrealtime.hub.events.event import Event
 from pgrealtime.hub.events.links import LinkUpdates, row_images_of
@@ -42,6 +42,8 @@ class Concerns:
         self._links = links
         self._ways: WeakKeyDictionary[Specialization, tuple[Way, ...]] = WeakKeyDictionary()
         self._groups: dict[TableName, dict[tuple[Specialization, Way], _WayGroups]] = {}
+        self._written_twice: tuple[tuple[Change, ...], dict[TableName, bool]] = ((), {})
+        """Of the transaction that was looked at last: it may have many slices."""
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -99,8 +101,32 @@ class Concerns:
                             self._is_link_update(way, change, specialization)
                             or _is_of_event(way, change, specialization, transaction, written)
                         ):
-                            found.update(_concerned(way, change, groups))
+                            is_event = way.is_referenced and not self._is_written_twice(
+                                specialization.collection, transaction
+                            )
+                            found.update(_concerned(way, change, groups, is_event=is_event))
         return found
+
+    def _is_written_twice(self, collection: Collection, transaction: Transaction) -> bool:
+        """Whether a transaction wrote any row of a collection more than once.
+
+        The first of its events may show it to somebody by related rows as they are after the
+        transaction, and the next, which hides it, be evaluated by those before: nothing is told.
+        """
+        changes, known = self._written_twice
+        if changes is not transaction.changes:
+            known = {}
+            self._written_twice = transaction.changes, known
+        table = collection.table.name
+        if table not in known:
+            name = collection.key.name
+            ids = [
+                {row.get(name) for row in row_images_of(change)}
+                for change in transaction.changes
+                if change.table == table
+            ]
+            known[table] = len(set().union(*ids)) < sum(map(len, ids))
+        return known[table]
 
     def _is_link_update(self, way: Way, change: Change, specialization: Specialization) -> bool:
         """Whether a junction's change makes updates of the rows that it links: these are events."""
@@ -121,9 +147,11 @@ class Concerns:
         return found
 
 
-def _concerned(way: Way, change: Change, groups: _WayGroups) -> dict[Group, None]:
+def _concerned(
+    way: Way, change: Change, groups: _WayGroups, *, is_event: bool = False
+) -> dict[Group, None]:
     try:
-        keys = way.keys_concerned(change)
+        keys = way.keys_concerned(change, is_event=is_event)
     except Exception:  # noqa: BLE001 (a value that makes no key may concern everybody)
         keys = None
     if keys is None:

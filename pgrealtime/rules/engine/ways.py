@@ -58,20 +58,26 @@ class Way:
     """Those of them that are generated: a decoder may leave them out although they changed."""
     is_referenced: bool = False
     """Whether it is reached by a foreign key alone: whoever points to a row that is inserted or
-    deleted is written by the same transaction, and so an event itself."""
+    deleted is written by the same transaction, and so an event itself. If that is written twice,
+    the events don't tell of the moment in between, and the change may concern its callers."""
     source_column: str = ""
     """Of a junction table's row, the column that names the row whose verdict or content it is
     part of: of one that the transaction wrote, that is an event itself. Else empty."""
     key: WayKey | None = None
     """None if a change may concern every caller."""
 
-    def keys_concerned(self, change: Change) -> frozenset[SqliteValue] | None:
-        """Return the keys of callers whom a change of the table may concern; None is everybody."""
+    def keys_concerned(
+        self, change: Change, *, is_event: bool = False
+    ) -> frozenset[SqliteValue] | None:
+        """Return the keys of callers whom a change of the table may concern; None is everybody.
+
+        ``is_event``: whoever points to a row that is inserted or deleted is one event.
+        """
         match change:
             case Insert(new=new):
-                return _NOBODY if self.is_referenced else self._keys_of(new)
+                return _NOBODY if is_event else self._keys_of(new)
             case Delete(old=old):
-                return _NOBODY if self.is_referenced else self._keys_of(old.row)
+                return _NOBODY if is_event else self._keys_of(old.row)
             case Update(new=new, old=old):
                 if all(self._is_unchanged(name, change) for name in self.column_names):
                     return _NOBODY

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from pgrealtime.auth.principal import AuthRecord
-from pgrealtime.changes import Change, Insert, TableName, Transaction
+from pgrealtime.changes import Change, Insert, Row, TableName, Transaction, Update, WholeRow
 from pgrealtime.hub.evaluation import concerns as concerns_module
 from pgrealtime.hub.evaluation.concerns import Concerns
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
@@ -25,10 +25,10 @@ MEMBERS = TableName("public", "members")
 COLLECTIONS = schema()
 
 
-def member(user: str) -> CallerMember:
+def member(user: str, rule: str = MEMBER) -> CallerMember:
     principal = AuthRecord(collection_id="pbc_users", collection_name="users", id=user)
     request = RuleRequest(principal=principal)
-    bound = RuleCompiler(COLLECTIONS).bind_caller(COLLECTIONS["tasks"], MEMBER, request)
+    bound = RuleCompiler(COLLECTIONS).bind_caller(COLLECTIONS["tasks"], rule, request)
     assert isinstance(bound, BoundPredicate)
     return CallerMember(request, bound.specialization, bound.values)
 
@@ -104,3 +104,18 @@ async def test_a_resync_is_told_once_the_change_is_visible() -> None:
 
     assert before == ["resync start"]
     assert told(sink) == ["resync start", "resync related"]
+
+
+@pytest.mark.parametrize(("times", "is_told"), [(1, False), (2, True)])
+def test_a_new_row_concerns_whoever_points_to_it_only_if_that_is_written_twice(
+    times: int,
+    is_told: bool,  # noqa: FBT001 (a parameter of the test)
+) -> None:
+    """It is an event; but of two events neither may tell that it was hidden again."""
+    concerns = concerns_of(member("ann", "project.status = 'a'"))
+    project = Insert(TableName("public", "projects"), {"id": "p", "status": "a", "lead": None})
+    old: Row = {"id": "t", "project": None}
+    task = Update(TableName("public", "tasks"), {**old, "project": "p"}, WholeRow(old))
+    one = Transaction(Xid(3), LSN(8), 0, (project, *[task] * times), 100)
+
+    assert bool(concerns.find([one], Cursor(LSN(0), 0), Cursor(LSN(8), END_ORDINAL))) == is_told

@@ -190,7 +190,7 @@ def only(rule: str, table: str, *, is_validated: bool = True, pointed_at: str = 
 
 def keys(way: Way, change: Change) -> object:
     """Return the callers concerned: their keys, or everybody."""
-    found = way.keys_concerned(change)
+    found = way.keys_concerned(change, is_event=way.is_referenced)
     return "everybody" if found is None else sorted(map(str, found))
 
 
