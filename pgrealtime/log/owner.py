@@ -6,6 +6,7 @@ take-over costs a moment, and never a row: where to go on is what the log has.
 """
 
 import asyncio
+import math
 import random
 import secrets
 import time
@@ -178,6 +179,7 @@ class Owner:
             return
         self._beats_heard += 1
         self._is_resigned.clear()
+        self._is_outdated.clear()  # that was the earlier owner
         if self._chain is not None and term < self._chain.term:
             return  # the log is read anew
         self._fenced.set()
@@ -237,11 +239,12 @@ class Owner:
                 self._chain, self._hold_until = None, 0.0
         else:
             self._chain, self._hold_until = None, 0.0
-        if was_owner:
-            log.warning("owner.stopped", code=error.error_code, reason=error.message)
-        elif error.error_code != self._reported_code:
-            log.info("owner.waiting", code=error.error_code, reason=error.message)
-        self._reported_code = error.error_code
+        if error.error_code != self._reported_code:
+            self._reported_code = error.error_code
+            if was_owner:
+                log.warning("owner.stopped", code=error.error_code, reason=error.message)
+            else:
+                log.info("owner.waiting", code=error.error_code, reason=error.message)
 
     async def _until_vacant(self) -> int:
         """Return when there is no owner, with the term that is in force then.
@@ -249,15 +252,13 @@ class Owner:
         Counted in ticks: after this process was stopped for a while, what came meanwhile is read
         before the owner counts as silent.
         """
-        needed = (VACANT_SECONDS + random.uniform(0, CHANCE_SECONDS)) / _TICK_SECONDS  # noqa: S311
-        if self._rank() >= _FIRST_CANDIDATES:
-            # Of many replicas not all connect to the database at once.
-            needed += _PATIENCE_SECONDS / _TICK_SECONDS
-        ticks, heard = 0, self._beats_heard
+        ticks, heard, needed = 0, self._beats_heard, math.inf
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             is_silent = heard == self._beats_heard and self._stream.is_connected
             ticks, heard = ticks + 1 if is_silent else 0, self._beats_heard
+            if ticks == 1:
+                needed = self._ticks_of_silence()
             if time.monotonic() < self._patience_until or not self._stream.is_connected:
                 continue
             is_mine = self._chain is not None and time.monotonic() < self._hold_until
@@ -266,14 +267,29 @@ class Owner:
                 self._is_resigned.clear()
                 return self._follower.reading.term
 
+    def _ticks_of_silence(self) -> float:
+        """Return for how many ticks this replica waits for a beat before it takes over."""
+        seconds = VACANT_SECONDS + random.uniform(0, CHANCE_SECONDS)  # noqa: S311
+        if self._rank() >= _FIRST_CANDIDATES:
+            # Of many replicas not all connect to the database at once.
+            seconds += _PATIENCE_SECONDS
+        return seconds / _TICK_SECONDS
+
     async def _watch_timeline(self) -> None:
-        """Take over from an owner that reads on from an old primary after a failover."""
+        """Take over from an owner that reads on from an old primary after a failover.
+
+        A new owner has one interval to store its era; until then the log's is the earlier owner's.
+        """
+        reading, term = self._follower.reading, 0
         while True:
             await asyncio.sleep(_TIMELINE_SECONDS)
+            before, term = term, reading.term
             era = self._intake.era
-            if era is None or self.is_owner:
+            if era is None or self.is_owner or term != before:
                 self._is_outdated.clear()
-            elif await self._database.timeline() > era.system.timeline:
+                continue
+            is_outdated = await self._database.timeline() > era.system.timeline
+            if is_outdated and reading.term == term:
                 self._is_outdated.set()
             else:
                 self._is_outdated.clear()
@@ -297,7 +313,6 @@ class Owner:
             start = slot.confirmed_lsn or LSN(0)
         if self._fenced.is_set():  # paused meanwhile: the walsender is another owner's
             raise _FencedError("another replica has begun a term")
-        await self._database.end_walsender()
         writer = LogWriter(
             self._stream,
             chain,
@@ -309,21 +324,25 @@ class Owner:
             era_bytes=self._era_bytes,
         )
         writer.sequence = self._follower.reading.sequence
-        intake = Intake(writer, writer, max_size=MAX_WAITING_BYTES)
-        reader = await self._make_reader(intake, writer)
-        self._heard_at = time.monotonic()
-        self.reader, self.writer, self._chain, self._hold_until = reader, writer, chain, 0.0
-        self.taken_count += 1
-        ended = time.monotonic()
-        log.info(
-            "owner.taken",
-            term=chain.term,
-            lsn=format_lsn(start),
-            connect_ms=_ms(connected - began),
-            fence_ms=_ms(fenced - connected),
-            end_walsender_ms=_ms(ended - fenced),
-        )
+        # It beats from here on: others wait while a slow database answers at all.
+        self.writer, self._chain, self._hold_until = writer, chain, 0.0
+        self._heard_at = connected
         try:
+            await self._database.end_walsender()
+            self._heard_at = time.monotonic()
+            intake = Intake(writer, writer, max_size=MAX_WAITING_BYTES)
+            reader = await self._make_reader(intake, writer)
+            self.reader, self._heard_at = reader, time.monotonic()
+            self.taken_count += 1
+            self._reported_code = ""
+            log.info(
+                "owner.taken",
+                term=chain.term,
+                lsn=format_lsn(start),
+                connect_ms=_ms(connected - began),
+                fence_ms=_ms(fenced - connected),
+                end_walsender_ms=_ms(self._heard_at - fenced),
+            )
             await run_together(
                 reader.run(),
                 reader.expire_periodically(),
