@@ -45,6 +45,8 @@ class Kind(IntEnum):
 
     REQUEST = 0
     ANSWER = 1
+    REFUSAL = 2
+    """Instead of an answer: the recipient can't give one now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class Envelope:
 
     kind: Kind
     message_id: bytes
-    """Random; an answer has its request's."""
+    """Random; an answer, or a refusal, has its request's."""
     sender: str
     recipient: str
     """Tags."""
@@ -138,7 +140,7 @@ class Opener:
             raise _ignored("malformed")
         head = part[: _HEAD.size]
         version, kind, index, count, _, sent_ms, sender, message_id = _HEAD.unpack(head)
-        if version != _VERSION or kind > Kind.ANSWER or index >= count or not sender.isascii():
+        if version != _VERSION or kind > Kind.REFUSAL or index >= count or not sender.isascii():
             raise _ignored("malformed")
         envelope = Envelope(
             kind=Kind(kind), message_id=message_id, sender=sender.decode(), recipient=self._tag

@@ -8,8 +8,8 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,8 +37,10 @@ SILENCE_SECONDS: Final = 15.0
 GONE_SECONDS: Final = 3.0
 """A process that was not seen for so long has ended, or lost the bus."""
 _RETRY_SECONDS: Final = 0.2
+_STRANGER_HINT: Final = "Somebody else writes to the bus, or a replica has another cluster.secret."
+_OVERLOADED_HINT: Final = "Other processes pass on more calls than this one can carry out."
 _MAX_SERVED_BYTES: Final = 64 * 1024 * 1024
-"""Requests of others that are being answered; further ones are ignored."""
+"""Requests of others that are being answered; further ones are refused."""
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +52,11 @@ class PendingCall:
     answer: asyncio.Future[bytes]
     seen_at: float
     """When that process was there, in monotonic seconds."""
+
+    def succeed(self, answer: bytes) -> None:
+        """End the wait with an answer, unless it has ended."""
+        if not self.answer.done():
+            self.answer.set_result(answer)
 
     def fail(self, error: Exception) -> None:
         """End the wait with an error, unless it has ended."""
@@ -168,46 +175,73 @@ class SealedBus(ABC):
         """Take a part that came; return the code if it is ignored, else nothing."""
         try:
             opened = self._opener.open(part, now_ms=self._now_ms())
-            if opened is None:
-                return ""
-            if opened.envelope.kind is Kind.REQUEST:
-                task = asyncio.create_task(self._serve(opened))
-                self._served.add(task)
-                task.add_done_callback(self._served.discard)
-            elif not (answer := self._calls[opened.envelope.message_id].answer).done():
-                answer.set_result(unpack(opened.content))  # which is short
         except BusError as error:
             self._ignore(error.error_code)
+            return error.error_code
+        if opened is None:
+            return ""
+        if opened.envelope.kind is Kind.REQUEST:
+            task = asyncio.create_task(self._serve(opened))
+            self._served.add(task)
+            task.add_done_callback(self._served.discard)
+            return ""
+        return self._end_call(self._calls[opened.envelope.message_id], opened)
+
+    def _end_call(self, call: PendingCall, opened: Opened) -> str:
+        if opened.envelope.kind is Kind.REFUSAL:
+            call.fail(HolderSilentError("the holder refuses to answer more calls"))
+            return ""
+        try:
+            call.succeed(unpack(opened.content))  # which is short
+        except BusError as error:
+            self._ignore(error.error_code)
+            call.fail(error)
             return error.error_code
         return ""
 
     def _ignore(self, code: str) -> None:
         self._ignored[code] += 1
         if self._ignored[code] == 1:
-            hint = "Somebody else writes to the bus, or a replica has another cluster.secret."
+            hint = _OVERLOADED_HINT if code == "call_refused" else _STRANGER_HINT
             log.warning("bus.message_ignored", code=code, hint=hint)
 
     async def _serve(self, opened: Opened) -> None:
-        content, answer = opened.content, self._answer
+        kind, answer = Kind.REFUSAL, b""
         try:
+            answer = await self._answer_to(opened.content)
+            kind = Kind.ANSWER
+        except BusError as error:
+            self._ignore(error.error_code)
+        envelope = opened.envelope
+        with suppress(HolderSilentError):  # the caller waits no more once its own connection broke
+            await self._send(kind, envelope.message_id, envelope.sender, answer)
+
+    async def _answer_to(self, content: bytes) -> bytes:
+        """Return the answer to a request.
+
+        Raises:
+            BusError: It can't be unpacked, or too much is being answered (``call_refused``).
+        """
+        with self._serving(len(content)):
             if is_compressed(content):
                 data = await asyncio.to_thread(unpack, content)
             else:
                 data = unpack(content)
-        except BusError as error:
-            self._ignore(error.error_code)
-            return
-        if answer is None or self._served_bytes + len(data) > _MAX_SERVED_BYTES:
-            self._ignore("call_refused")
-            return
-        self._served_bytes += len(data)
+        with self._serving(len(data)):
+            if self._answer is None:
+                raise BusError("this process doesn't answer calls yet", code="call_refused")
+            return await self._answer(data)
+
+    @contextmanager
+    def _serving(self, size: int) -> Iterator[None]:
+        """Count the bytes of a request for the duration of the block."""
+        if self._served_bytes + size > _MAX_SERVED_BYTES:
+            raise BusError("too many calls are being answered", code="call_refused")
+        self._served_bytes += size
         try:
-            answered = await answer(data)
+            yield
         finally:
-            self._served_bytes -= len(data)
-        envelope = opened.envelope
-        with suppress(HolderSilentError):  # the caller waits no more once its own connection broke
-            await self._send(Kind.ANSWER, envelope.message_id, envelope.sender, answered)
+            self._served_bytes -= size
 
     def _cancel_served(self) -> None:
         for task in self._served:
