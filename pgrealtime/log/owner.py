@@ -154,8 +154,8 @@ class Owner:
         """Of the last fence of this replica, whether it counts or not."""
         self._fenced = asyncio.Event()
         self._is_resigned = asyncio.Event()
-        self._is_outdated = asyncio.Event()
-        """Set while the log's era is of an earlier timeline than this replica's primary."""
+        self._timeline_seen = 0, 0
+        """The primary's timeline, and the term for which that was asked."""
         self._patience_until = 0.0
         self._hold_until = 0.0
         self._busy_seconds = _BUSY_SECONDS
@@ -179,7 +179,6 @@ class Owner:
             return
         self._beats_heard += 1
         self._is_resigned.clear()
-        self._is_outdated.clear()  # that was the earlier owner
         if self._chain is not None and term < self._chain.term:
             return  # the log is read anew
         self._fenced.set()
@@ -262,7 +261,7 @@ class Owner:
             if time.monotonic() < self._patience_until or not self._stream.is_connected:
                 continue
             is_mine = self._chain is not None and time.monotonic() < self._hold_until
-            is_called = self._is_resigned.is_set() or self._is_outdated.is_set()
+            is_called = self._is_resigned.is_set() or self._is_outdated()
             if ticks >= needed or is_called or is_mine:
                 self._is_resigned.clear()
                 return self._follower.reading.term
@@ -284,15 +283,17 @@ class Owner:
         while True:
             await asyncio.sleep(_TIMELINE_SECONDS)
             before, term = term, reading.term
-            era = self._intake.era
-            if era is None or self.is_owner or term != before:
-                self._is_outdated.clear()
-                continue
-            is_outdated = await self._database.timeline() > era.system.timeline
-            if is_outdated and reading.term == term:
-                self._is_outdated.set()
-            else:
-                self._is_outdated.clear()
+            if self._intake.era is not None and not self.is_owner and term == before:
+                self._timeline_seen = await self._database.timeline(), term
+
+    def _is_outdated(self) -> bool:
+        """Return whether the log's era is of an earlier timeline than this replica's primary."""
+        (timeline, term), era = self._timeline_seen, self._intake.era
+        return (
+            era is not None
+            and term == self._follower.reading.term
+            and timeline > era.system.timeline
+        )
 
     # -- taking over
 

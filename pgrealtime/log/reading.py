@@ -61,7 +61,8 @@ class LogReading:
 
     def __init__(self, *, max_bytes: int) -> None:
         self.void_count = 0
-        self._questioned = 0
+        self._questioned: set[tuple[int, int]] = set()
+        """Terms, with their salts, whose fence was not found."""
         self._max_bytes = max_bytes
         self.restart()
 
@@ -113,10 +114,10 @@ class LogReading:
             self._number = head.number
             self._drop_parts()
             return self._finish(head, payload, Verdict.DAMAGED)
-        if head.term > self.term and sequence > self._questioned:
+        if head.term > self.term and (head.term, head.salt) not in self._questioned:
             # Its fence isn't in what was read, although nothing was skipped. Still so when that was
             # read once more: the server lost the fence, and what follows is void.
-            self._questioned = sequence
+            self._questioned.add((head.term, head.salt))
             return Taken(Verdict.OTHER_LOG, head)
         return self._void(head)
 

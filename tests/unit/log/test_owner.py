@@ -16,7 +16,7 @@ from pgrealtime.feed.frames import EraFrame
 from pgrealtime.feed.intake import Intake
 from pgrealtime.feed.reader import ReplicationReader
 from pgrealtime.log import owner as owner_module
-from pgrealtime.log.beat import VACANT_SECONDS, Beat, decode
+from pgrealtime.log.beat import CHANCE_SECONDS, VACANT_SECONDS, Beat, decode
 from pgrealtime.log.connection import LogNames
 from pgrealtime.log.follower import LogFollower
 from pgrealtime.log.jetstream import LogStream
@@ -62,6 +62,8 @@ class Database:
     is_reached: bool = True
     asked: int = 0
     """How often somebody wanted to take over."""
+    looked: int = 0
+    """How often somebody looked at the timeline."""
     has_ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def slot_position(self) -> SlotPosition:
@@ -74,6 +76,7 @@ class Database:
         await self.has_ended.wait()
 
     async def timeline(self) -> int:
+        self.looked += 1
         return self.primary_timeline
 
     async def is_answering(self, seconds: float) -> bool:
@@ -190,6 +193,49 @@ async def test_a_new_owner_is_not_the_one_that_read_an_old_primary(
         log.say(chain_of(2), None, EraFrame(era(timeline=1), LSN(20)))
         await until(lambda: candidate.database.asked > asked)  # it reads the old one, too
         beating.cancel()
+
+
+async def test_an_owner_that_has_followed_a_failover_is_left_alone_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not only after the next look at the timeline."""
+    monkeypatch.setattr(owner_module, "_TIMELINE_SECONDS", 0.1)
+    monkeypatch.setattr(owner_module, "_RETRY_SECONDS", 0.0)
+    log, first = Nats(), chain_of(1)
+    log.say(first, None, EraFrame(era(timeline=1), LSN(10)), rows(20))
+    candidate = Candidate(log)
+    await candidate.follower.catch_up()
+    candidate.database.is_reached, candidate.database.primary_timeline = False, 2
+    async with candidate.running(), asyncio.TaskGroup() as group:
+
+        async def beat() -> None:
+            while True:
+                candidate.hear()
+                await asyncio.sleep(0.05)
+
+        beating = group.create_task(beat())
+        await until(lambda: candidate.database.asked > 1)
+        monkeypatch.setattr(owner_module, "_TIMELINE_SECONDS", 60.0)
+        looked = candidate.database.looked
+        await until(lambda: candidate.database.looked > looked)
+        log.say(first, EraFrame(era(timeline=2), LSN(30)))
+        await candidate.follower.catch_up()
+        asked = candidate.database.asked
+        await asyncio.sleep(0.3)
+        assert candidate.database.asked == asked
+        beating.cancel()
+
+
+@pytest.mark.parametrize(("rank", "is_among_the_first"), [(0, True), (4, True), (5, False)])
+def test_five_replicas_try_at_once(rank: int, *, is_among_the_first: bool) -> None:
+    """Of many not all connect to the database; the others wait for one of these to be there."""
+    candidate = Candidate(Nats())
+    candidate.rank = rank
+    ticks = [candidate.owner._ticks_of_silence() for _ in range(100)]
+    seconds = [each * owner_module._TICK_SECONDS for each in ticks]
+    first = VACANT_SECONDS if is_among_the_first else VACANT_SECONDS + 1.0
+    assert first <= min(seconds) <= max(seconds) <= first + CHANCE_SECONDS
+    assert len(set(ticks)) > 50
 
 
 async def test_how_long_it_waits_depends_on_the_replicas_that_are_there_then(

@@ -143,6 +143,18 @@ def test_a_term_without_fence_is_another_log_once() -> None:
     assert one.term < two.term
 
 
+def test_each_term_without_fence_is_another_log_once() -> None:
+    """A stream that was replaced may be shorter; one fence that was lost says nothing of others."""
+    reading, verdicts = LogReading(max_bytes=1000), []
+    for sequence, salt in ((900, 1), (3, 2), (3, 1), (3, 2)):
+        reading.restart()
+        reading.take(1, message(chain(1, 0), Kind.FENCE))
+        stray = chain(2, 0, salt=salt)
+        message(stray, Kind.FENCE)
+        verdicts.append(reading.take(sequence, message(stray, Kind.ERA)).verdict)
+    assert verdicts == [*[Verdict.OTHER_LOG] * 2, *[Verdict.VOID] * 2]
+
+
 @pytest.mark.parametrize(
     ("payload", "code"),
     [
