@@ -155,7 +155,7 @@ class LogError(PgRealtimeError):
     """The log between owner and replicas can't be used.
 
     Codes: ``log_unfit`` (the stream has other limits), ``log_foreign`` (it is of another database),
-    ``log_denied`` (a permission is missing), ``log_unreadable``, ``log_newer``.
+    ``log_denied`` (the login, or a permission), ``log_tls``, ``log_unreadable``, ``log_newer``.
     """
 
     code = "log_unfit"

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from nats.aio.client import Client
+from nats.errors import Error as NatsError
 
 from pgrealtime.config.model import LogConfig
 from pgrealtime.errors import LogError
@@ -46,13 +47,49 @@ class LogNames:
         return ".".join(("pgrt", self.name, *words))
 
 
+class _NoTlsError(NatsError):
+    """The server offers no TLS."""
+
+    def __str__(self) -> str:
+        return "nats: the server offers no TLS"
+
+
+class _Client(Client):
+    """A client that logs in only over TLS, if it was told to.
+
+    The library leaves that to the server: one that somebody else runs at the address would be sent
+    the password in plain text.
+    """
+
+    requires_tls = False
+
+    def _connect_command(self) -> bytes:
+        if self.requires_tls and not self._server_info.get("tls_required"):
+            raise _NoTlsError
+        return super()._connect_command()
+
+
+def error_code_of(error: Exception) -> str:
+    """Return the code of what a connection met: ``log_tls``, ``log_denied`` or ``log_away``."""
+    if isinstance(error, ssl.SSLError | _NoTlsError):
+        return "log_tls"
+    text = str(error).lower()
+    refusals = ("authorization violation", "permissions violation", "user authentication")
+    return "log_denied" if any(words in text for words in refusals) else "log_away"
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a connection met in words."""
+    return f"{type(error).__name__}: {error}"[:300]
+
+
 @asynccontextmanager
 async def connect(
     config: LogConfig,
     names: LogNames,
     *,
     client_name: str,
-    on_error: Callable[[str], None] | None = None,
+    on_error: Callable[[Exception], None] | None = None,
     on_disconnected: Callable[[], None] | None = None,
     on_reconnected: Callable[[], None] | None = None,
 ) -> AsyncIterator[Client]:
@@ -67,13 +104,14 @@ async def connect(
     is_closing = False
 
     async def on_any_error(error: Exception) -> None:
-        # While the server is away, each attempt fails in the same way.
-        reason = f"{type(error).__name__}: {error}"[:300]
         if on_error is not None:
-            on_error(reason)
-        elif reason not in reported:
+            on_error(error)
+            return
+        # While the server is away, each attempt fails in the same way.
+        reason = reason_of(error)
+        if reason not in reported:
             reported.add(reason)
-            log.warning("nats.error", reason=reason)
+            log.warning("nats.error", code=error_code_of(error), reason=reason)
 
     async def on_away() -> None:
         if is_closing:
@@ -88,9 +126,13 @@ async def connect(
         if on_reconnected is not None:
             on_reconnected()
 
-    client = Client()
+    servers = [part.strip() for part in config.nats.split(",")]
+    client = _Client()
+    client.requires_tls = config.tls.is_configured or any(
+        server.startswith("tls://") for server in servers
+    )
     await client.connect(
-        servers=[part.strip() for part in config.nats.split(",")],
+        servers=servers,
         name=client_name,
         error_cb=on_any_error,
         disconnected_cb=on_away,
@@ -121,22 +163,37 @@ def _security_options(config: LogConfig) -> dict[str, Any]:
     options: dict[str, Any] = {}
     try:
         if config.credentials_file:
-            text = Path(config.credentials_file).read_text()
-            # A credentials file has a JWT and a seed, each between marks; else it is a seed alone.
-            is_credentials = "BEGIN NATS USER JWT" in text
-            options["user_credentials" if is_credentials else "nkeys_seed"] = (
-                config.credentials_file
-            )
+            options |= _credentials_options(config.credentials_file)
         if config.tls.is_configured:
             context = ssl.create_default_context(cafile=config.tls.ca_file or None)
             if config.tls.cert_file:
                 context.load_cert_chain(config.tls.cert_file, config.tls.key_file or None)
             options["tls"] = context
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        where = "TLS" if isinstance(error, ssl.SSLError) else "log.credentials_file"
         raise LogError(
             "a file of section log can't be read",
-            detail=f"{type(error).__name__}: {getattr(error, 'filename', None) or 'TLS'}.",
+            detail=f"{type(error).__name__}: {getattr(error, 'filename', None) or where}.",
             hint="See log.credentials_file and log.tls.",
             code="log_credentials",
         ) from error
     return options
+
+
+def _credentials_options(file: str) -> dict[str, Any]:
+    """Return the client library's options for a file with a JWT and a seed, or with a seed alone.
+
+    Raises:
+        OSError: The file can't be read.
+        ValueError: It has no such thing. The text says nothing of it.
+    """
+    import nkeys  # noqa: PLC0415 (needed for such a file only)
+
+    before, mark, after = Path(file).read_text().partition("-----BEGIN USER NKEY SEED")
+    is_credentials = "BEGIN NATS USER JWT" in before and bool(mark)
+    seed = after.splitlines()[1:2] if is_credentials else [before.strip()]
+    try:
+        nkeys.from_seed(bytearray("".join(seed).encode()))
+    except (nkeys.NkeysError, ValueError):
+        raise ValueError("no seed") from None
+    return {"user_credentials" if is_credentials else "nkeys_seed": file}

@@ -4,7 +4,7 @@ import asyncio
 
 from pgrealtime.config.model import Config
 from pgrealtime.errors import LogAwayError, LogError
-from pgrealtime.log.connection import LogNames, connect
+from pgrealtime.log.connection import LogNames, connect, error_code_of, reason_of
 from pgrealtime.log.jetstream import LogStream, stream_config
 
 _SECONDS = 5.0
@@ -14,15 +14,15 @@ async def probe_log(config: Config) -> tuple[str, ...]:
     """Return lines about the log: what is there, and the permissions that its user needs.
 
     Raises:
-        LogError: Another program's stream (``log_unfit``), or a permission is missing
-            (``log_denied``).
+        LogError: Another program's stream (``log_unfit``), a login or permission that is refused
+            (``log_denied``), or no TLS as it was asked for (``log_tls``).
         LogAwayError: NATS, or JetStream in it, doesn't answer.
     """
     names, changelog = LogNames(name=config.cluster.name), config.changelog
     limits = stream_config(
         names, config.log, max_age=changelog.max_age, max_bytes=changelog.max_size
     )
-    errors: list[str] = []
+    errors: list[Exception] = []
     try:
         async with (
             asyncio.timeout(_SECONDS),
@@ -44,23 +44,31 @@ async def probe_log(config: Config) -> tuple[str, ...]:
     )
 
 
-def _explain(errors: list[str], names: LogNames, error: Exception) -> LogError:
+def _explain(errors: list[Exception], names: LogNames, error: Exception) -> LogError:
     hint = f"The user of log.nats needs: {names.permissions}"
-    denied = [text for text in errors if "permissions violation" in text.lower()]
-    if denied:
-        return LogError(
-            "NATS refuses what the log needs", detail=denied[-1], hint=hint, code="log_denied"
-        )
-    if any("authorization violation" in text.lower() for text in errors):
-        return LogError(
-            "NATS refuses the login",
-            hint="Check log.nats and log.credentials_file.",
-            code="log_denied",
-        )
+    refused = [(error_code_of(each), reason_of(each)) for each in errors]
+    for code, reason in reversed(refused):
+        if code == "log_tls":
+            return LogError(
+                "there is no TLS connection to NATS as section log asks for it",
+                detail=reason,
+                hint="The server's certificate has to be valid for the host in log.nats, and of an"
+                " authority in log.tls.ca_file, or else of the system's; the server may ask for a"
+                " certificate of this client (log.tls.cert_file).",
+                code=code,
+            )
+        if code == "log_denied" and "permissions" in reason.lower():
+            return LogError("NATS refuses what the log needs", detail=reason, hint=hint, code=code)
+        if code == "log_denied":
+            return LogError(
+                "NATS refuses the login",
+                hint="Check log.nats and log.credentials_file.",
+                code=code,
+            )
     if isinstance(error, LogAwayError):
         return LogAwayError(
             "JetStream doesn't answer",
             detail=error.message,
             hint="Enable it in the servers of log.nats (jetstream {}). " + hint,
         )
-    return LogAwayError("NATS doesn't answer", detail=errors[-1] if errors else "")
+    return LogAwayError("NATS doesn't answer", detail=refused[-1][1] if refused else "")
