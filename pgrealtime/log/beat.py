@@ -1,6 +1,7 @@
 """What owner and replicas say of themselves, over core NATS. Pure.
 
-Each is a msgpack array that begins with the version of the wire.
+Each is a msgpack array that begins with the version of the wire. Later versions only add to its
+end, which earlier ones leave out: they have to hear that there is an owner, whatever it writes.
 """
 
 from typing import TypeVar

@@ -298,7 +298,10 @@ async def strange_owner(nats: NatsServer) -> AsyncIterator[LogStream]:
 async def test_a_later_versions_log_is_left_to_later_versions(
     database_url: str, tmp_path: Path
 ) -> None:
-    """A replica that can't read the log isn't ready, and takes nothing over while it is owned."""
+    """A replica that can't read the log isn't ready, and takes nothing over while it is owned.
+
+    Once nobody owns it any more, as after a roll-back, it goes on by the slot.
+    """
     async with (
         replicas(database_url, tmp_path, count=1, starts=False) as (made, nats),
         strange_owner(nats) as stream,
@@ -310,9 +313,14 @@ async def test_a_later_versions_log_is_left_to_later_versions(
         (replica,) = made.replicas
         await replica.start()
         await until_reason(replica, "log_newer")
+        async with asyncio.timeout(SECONDS):
+            while "owner_away" in await replica.ready():
+                await asyncio.sleep(0.05)
         assert replica.logged("owner.taken") == []
         beating.cancel()
         await asyncio.wait([beating])
+        await until_ready(replica)
+        assert [taken["term"] for taken in replica.logged("owner.taken")] == [2]
 
 
 async def test_a_message_that_does_not_decode_is_a_gap_and_reported(

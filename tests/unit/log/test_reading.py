@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pgrealtime.log.message import HEAD_BYTES, Chain, Kind
+from pgrealtime.log.message import HEAD_BYTES, WIRE_VERSION, Chain, Kind
 from pgrealtime.log.reading import LogReading, Verdict
 from tests.unit.log.log_model import run
 
@@ -171,6 +171,17 @@ def test_a_message_that_cannot_be_read_is_void_and_says_why(payload: bytes, code
     assert taken.verdict is Verdict.VOID
     assert taken.error is not None
     assert taken.error.error_code == code
+
+
+def test_a_message_of_an_earlier_version_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later program reads on where an earlier one has written."""
+    fence, entries = message(owner := chain(1, 0), Kind.FENCE), _entries(owner, b"a")
+    monkeypatch.setattr("pgrealtime.log.message.WIRE_VERSION", WIRE_VERSION + 1)
+    later = message(chain(2, 2), Kind.FENCE)
+    assert (fence[0], later[0]) == (WIRE_VERSION, WIRE_VERSION + 1)
+    assert read_all([fence, *entries, later]) == [
+        *[(Verdict.COUNTS, b""), (Verdict.COUNTS, b"a"), (Verdict.COUNTS, b"")]
+    ]
 
 
 def _entries(of: Chain, *bodies: bytes) -> list[bytes]:
