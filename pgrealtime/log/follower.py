@@ -9,12 +9,14 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from datetime import datetime
 
 import structlog
 
 from pgrealtime.changelog.memory import Gap
+from pgrealtime.changes import TableName
 from pgrealtime.errors import FrameError, LogAwayError, PgRealtimeError
 from pgrealtime.feed.frames import EntriesFrame, EraFrame
 from pgrealtime.feed.intake import Intake
@@ -45,6 +47,7 @@ class LogFollower:
         intake: Of this replica's changelog and hub.
         max_bytes: Of a body in parts.
         own_database: System identifier and name of the database that this replica asks.
+        wanted_tables: Returns the tables of this replica's collections.
         on_fence: Called with each term that begins.
         on_resigned: Called when the owner says that others may take over.
 
@@ -61,6 +64,7 @@ class LogFollower:
         *,
         max_bytes: int,
         own_database: tuple[str, str],
+        wanted_tables: Callable[[], AbstractSet[TableName]] = frozenset,
         on_fence: Callable[[int, int], None] = lambda _term, _salt: None,
         on_resigned: Callable[[], None] = lambda: None,
     ) -> None:
@@ -71,6 +75,8 @@ class LogFollower:
         self._stream = stream
         self._intake = intake
         self._own_database = own_database
+        self._wanted_tables = wanted_tables
+        self._awaits_tables = True
         self._on_fence = on_fence
         self._on_resigned = on_resigned
         self._decoder = FrameDecoder()
@@ -106,6 +112,18 @@ class LogFollower:
         return self._is_up
 
     @property
+    def awaits_tables(self) -> bool:
+        """Whether the log has not had all tables of this replica since it started.
+
+        Until then it serves nobody: changes of them would be missed. Tables that it wants later
+        are awaited before its collections use them.
+        """
+        era = self._intake.era
+        if self._awaits_tables and era is not None:
+            self._awaits_tables = not self._wanted_tables() <= set(era.tables)
+        return self._awaits_tables
+
+    @property
     def beat(self) -> Beat | None:
         """The owner's last valid beat; None if it is too old to show an owner."""
         return self._beat
@@ -134,6 +152,8 @@ class LogFollower:
             reasons.append("owner_away")
         elif not self._is_caught_up:
             reasons.append("catching_up")
+        elif self.awaits_tables:
+            reasons.append("tables_awaited")
         return tuple(reasons)
 
     def hear(self, beat: Beat) -> None:
@@ -209,7 +229,8 @@ class LogFollower:
             is_streaming = is_heard and beat is not None and beat.is_streaming
             if is_streaming:
                 self._streaming_at = now
-            is_up = not self.error_code and (
+            is_served = not self.error_code and not self.awaits_tables
+            is_up = is_served and (
                 is_streaming or (self._is_up and now - self._streaming_at < AWAY_SECONDS)
             )
             if self._intake.era is None or is_up == self._is_up:
@@ -398,7 +419,9 @@ class LogFollower:
 
     def _start(self, frame: EraFrame) -> None:
         self._intake.start_era(frame.era)
-        self._is_up, self._streaming_at = True, time.monotonic()
+        self._is_up, self._streaming_at = not self.awaits_tables, time.monotonic()
+        if not self._is_up:
+            self._intake.lose_stream()
         log.info("log.era", epoch=frame.era.epoch, lsn=format_lsn(frame.start_lsn))
 
     async def _apply_entries(self, frame: EntriesFrame, stored_at: str) -> None:

@@ -171,6 +171,7 @@ class LogFeed:
                 self._intake,
                 max_bytes=2 * changelog.max_size,
                 own_database=await self._own_database(),
+                wanted_tables=lambda: self._wanted.tables.keys(),  # noqa: PLW0108 (replaced by want)
                 on_fence=lambda term, salt: owner.on_fence(term, salt),  # noqa: PLW0108 (made below)
                 on_resigned=lambda: owner.on_resigned(),  # noqa: PLW0108 (made below)
             )
@@ -190,7 +191,11 @@ class LogFeed:
             await client.subscribe(names.subject("node"), cb=self._on_presence)
             await client.subscribe(names.subject("ask"), cb=self._on_question)
             await run_together(
-                follower.run(), owner.run(), self._say_presence(client), self._keep_union()
+                follower.run(),
+                owner.run(),
+                self._say_presence(client),
+                self._keep_union(),
+                self._ask_for_tables(follower),
             )
 
     async def _own_database(self) -> tuple[str, str]:
@@ -451,14 +456,31 @@ class LogFeed:
             if self.owner is not None and self.owner.is_owner:
                 await self._switch(await self._wanted_by_all())
                 return
-            question = TablesQuestion(tuple(wanted.tables), tuple(wanted.record_keys.items()))
-            answer = await self._ask(question, _WANT_SECONDS)
+            answer = await self._ask(self._tables_question(), _WANT_SECONDS)
             answer.raise_error()
             if self.follower is not None:
                 await self.follower.wait_for(answer.sequence, _WANT_SECONDS)
         except PgRealtimeError:
             self._wanted = before
             raise
+
+    async def _ask_for_tables(self, follower: LogFollower) -> None:
+        """Have the owner stream the tables of this replica, which serves nobody before."""
+        reported = ""
+        while follower.awaits_tables:
+            try:
+                (await self._ask(self._tables_question(), _WANT_SECONDS)).raise_error()
+            except LogAwayError:
+                pass
+            except PgRealtimeError as error:
+                if error.message != reported:
+                    reported = error.message
+                    log.error("log.tables_refused", code=error.error_code, reason=error.message)  # noqa: TRY400 (of another replica)
+            await asyncio.sleep(_START_RETRY_SECONDS)
+
+    def _tables_question(self) -> TablesQuestion:
+        wanted = self._wanted
+        return TablesQuestion(tuple(wanted.tables), tuple(wanted.record_keys.items()))
 
     def append_gap(self, reason: str, tables: frozenset[TableName]) -> None:
         """Have the owner append a gap of the tables."""

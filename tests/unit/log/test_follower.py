@@ -15,6 +15,7 @@ from pgrealtime.log.beat import Beat
 from pgrealtime.log.follower import LogFollower
 from pgrealtime.log.jetstream import LogStream, StoredMessage, StreamState
 from pgrealtime.log.message import Chain, Kind
+from pgrealtime.log.tasks import end_tasks
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor, Xid
 from tests.feed_follower import Follower
 
@@ -89,12 +90,16 @@ class Log:
 class Replica:
     """A follower with a changelog of its own."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, *wanted: TableName) -> None:
         self.changelog = Changelog(LSN(0), max_bytes=1 << 20, max_age_seconds=300.0)
         self.hub = Follower(self.changelog, 5.0)
         intake = Intake(self.changelog, self.hub, max_size=1 << 20)
         self.follower = LogFollower(
-            cast(LogStream, log), intake, max_bytes=1 << 20, own_database=("1", "app")
+            cast(LogStream, log),
+            intake,
+            max_bytes=1 << 20,
+            own_database=("1", "app"),
+            wanted_tables=lambda: set(wanted),
         )
 
     def entries(self) -> Sequence[Entry]:
@@ -269,3 +274,27 @@ async def test_somebody_who_waits_for_a_message_goes_on_once_it_was_read() -> No
     assert not await replica.follower.wait_for(3, 0.01)
     await replica.follower.catch_up()
     assert await asyncio.gather(*waiting) == [True, True]
+
+
+async def test_nobody_is_served_before_the_log_has_the_tables() -> None:
+    """Else changes of a table that no other replica has would be missed after a 204."""
+    log, chain = Log(), owner()
+    log.say(chain, None, EraFrame(era(POSTS), LSN(10)), rows(20))
+    replica = Replica(log, POSTS, USERS)
+    follower, said = replica.follower, replica.hub.said
+    await follower.catch_up()
+    assert said == [f"started {era(POSTS).epoch}", "lost"]
+    assert (follower.is_up, follower.awaits_tables) == (False, True)
+
+    (last,) = log.say(chain, EraFrame(era(POSTS, USERS), LSN(20)))
+    await follower.catch_up()
+    follower.hear(beat(chain, last.sequence, 20))
+    watching = asyncio.create_task(follower._watch())
+    both = era(POSTS, USERS).epoch
+    await replica.hub.until(lambda: said[2:] == [f"continued {both}", f"started {both}"])
+    assert (follower.is_up, follower.awaits_tables) == (True, False)
+
+    log.say(chain, EraFrame(era(POSTS), LSN(20)))
+    await follower.catch_up()
+    assert not follower.awaits_tables
+    await end_tasks([watching])
