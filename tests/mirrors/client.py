@@ -131,9 +131,13 @@ class MirrorClient:
             await asyncio.gather(calling, return_exceptions=True)
 
     async def _call(self, call: Request) -> None:
-        # After any other answer the connection is ended.
-        if (await send(call, self.reader.address)).head.status == 204:
-            self._subscribed.set()
+        # After some of the other answers the connection is ended.
+        while True:
+            with suppress(OSError, ProtocolError):
+                if (await send(call, self.reader.address)).head.status == 204:
+                    self._subscribed.set()
+                    return
+            await asyncio.sleep(_RETRY_SECONDS)
 
     # --- the list
 

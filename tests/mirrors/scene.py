@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import aiohttp
 import psycopg
 
 from pgrealtime.config.load import ConfigLocations, ParsedConfig
+from pgrealtime.config.model import Config
 from pgrealtime.service.build import run_service
 from tests.attacks.reading import Reader, configured
 from tests.mirrors.client import FENCE, SECONDS, MirrorClient
@@ -50,7 +51,7 @@ class Scene:
 
     async def reload(self, collections: Mapping[str, Any]) -> None:
         """Apply other collections."""
-        await self.reader.reload(_config(self.url, collections, self.sections))
+        await self.reader.reload(configured_with_fence(self.url, collections, self.sections))
 
     # --- the clients
 
@@ -79,20 +80,25 @@ class Scene:
         async with asyncio.timeout(SECONDS):
             while True:
                 written = sum(resyncs.values())
-                self.fences += 1
-                fence = f"{id(self)}-{self.fences}"
-                await self.write(f"INSERT INTO fence VALUES ('{fence}')")
-                try:
-                    async with asyncio.timeout(_FENCE_SECONDS):
-                        for client in self.clients:
-                            await client.wait_for_fence(fence)
-                except TimeoutError:
-                    continue  # a client was away, and will hear of the next one
+                await self.pass_fence()
                 # One that was written meanwhile may be on its way.
                 waiting = self.reader.service.hub._registry.mirrors_to_resync
                 if not waiting and sum(resyncs.values()) == written:
                     return
                 await asyncio.sleep(0.02)
+
+    async def pass_fence(self) -> None:
+        """Return once every client has what was committed before, and loads nothing."""
+        while True:
+            self.fences += 1
+            fence = f"{id(self)}-{self.fences}"
+            await self.write(f"INSERT INTO fence VALUES ('{fence}')")
+            # One that was away will hear of the next one.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FENCE_SECONDS):
+                    for client in self.clients:
+                        await client.wait_for_fence(fence)
+                    return
 
     async def check(self) -> None:
         """Compare every client's list with what it would load now."""
@@ -102,7 +108,10 @@ class Scene:
             assert client.rows == expected, (client.collection, client.person, client.filter)
 
 
-def _config(url: str, collections: Mapping[str, Any], sections: Mapping[str, Any]) -> Any:
+def configured_with_fence(
+    url: str, collections: Mapping[str, Any], sections: Mapping[str, Any]
+) -> Config:
+    """Return the configuration of the collections and of the fence."""
     return configured(url, {**collections, FENCE: FENCE_COLLECTION}, **sections)
 
 
@@ -117,7 +126,7 @@ async def scene(
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
     ):
         await write.execute((schema + FENCE_SCHEMA).encode())
-        config = _config(url, collections, sections)
+        config = configured_with_fence(url, collections, sections)
         reader = Reader(session, None, write, config)  # type: ignore[arg-type]  # until the start
         made = Scene(url, reader, sections)
         try:

@@ -131,8 +131,12 @@ class History:
             await client.connect()
 
     async def compare(self) -> None:
-        """Compare every list with SQL, and with what the client would load."""
+        """Compare every list once all has come."""
         await self.running.settle()
+        await self.compare_now()
+
+    async def compare_now(self) -> None:
+        """Compare every list with SQL, and with what the client would load."""
         # At once: an empty list with a filter is answered late.
         lists = await asyncio.gather(*(client.fetch_list() for client in self.filters))
         for (client, filter_), new in zip(self.filters.items(), lists, strict=True):
