@@ -317,7 +317,7 @@ KubernetesObject = Secret | ConfigMap | Deployment | PodDisruptionBudget | Clust
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
-    """A container whose image is pgrealtime's, as its orchestrator would start it."""
+    """A container as its orchestrator would start it."""
 
     name: str
     arguments: Sequence[str]
@@ -329,8 +329,10 @@ class Container:
     healthcheck: Sequence[str] = ()
 
 
-def read_compose(path: Path, environ: Mapping[str, str]) -> list[Container]:
-    """Return pgrealtime's containers of a Compose file.
+def read_compose(
+    path: Path, environ: Mapping[str, str], *, image: str = "pgrealtime"
+) -> list[Container]:
+    """Return the containers of an image in a Compose file.
 
     Raises:
         msgspec.ValidationError: A key is unknown, or a value isn't one.
@@ -353,7 +355,7 @@ def read_compose(path: Path, environ: Mapping[str, str]) -> list[Container]:
             healthcheck=service.healthcheck.test if service.healthcheck else (),
         )
         for name, service in services.items()
-        if service.image == "pgrealtime"
+        if service.image == image
     ]
 
 
@@ -367,8 +369,10 @@ def _expand(text: str, environ: Mapping[str, str]) -> str:
     return re.sub(r"\$\{(\w+)(:-|:\?)?\}", value, text)
 
 
-def read_kubernetes(path: Path, secrets: Mapping[str, str], directory: Path) -> list[Container]:
-    """Return pgrealtime's containers of a manifest, whose files are written to ``directory``.
+def read_kubernetes(
+    path: Path, secrets: Mapping[str, str], directory: Path, *, image: str = "pgrealtime"
+) -> list[Container]:
+    """Return the containers of an image in a manifest; their files are written to ``directory``.
 
     Raises:
         msgspec.ValidationError: A key is unknown, or a value isn't one.
@@ -398,7 +402,7 @@ def read_kubernetes(path: Path, secrets: Mapping[str, str], directory: Path) -> 
                         _require(target.port.name in names, target.port.name)
             case _:
                 pass
-    return list(_containers(objects, by_name, secrets, directory))
+    return list(_containers(objects, by_name, secrets, directory, image))
 
 
 _ByName = Mapping[tuple[type, str], Any]
@@ -435,6 +439,7 @@ def _containers(
     by_name: _ByName,
     secrets: Mapping[str, str],
     directory: Path,
+    image: str,
 ) -> Iterator[Container]:
     for one in objects:
         if not isinstance(one, Deployment):
@@ -442,7 +447,7 @@ def _containers(
         spec = one.spec.template.spec
         maps = {volume.name: by_name[ConfigMap, volume.config_map.name] for volume in spec.volumes}
         for container in spec.containers:
-            if container.image != "pgrealtime":
+            if container.image != image:
                 continue
             files = {}
             for mount in container.volume_mounts:

@@ -34,6 +34,8 @@ INSERT INTO users VALUES ('ann', 'ann@example.com');
 """
 ADMIN_TOKEN = "the operator's token"
 NATS_PASSWORD = "a-password-of-nats"
+NATS_IMAGE = "nats:2.10"
+NATS_FILE = "/etc/nats/nats.conf"
 
 
 def secrets_for(url: str) -> dict[str, str]:
@@ -45,6 +47,7 @@ def secrets_for(url: str) -> dict[str, str]:
         "CLUSTER_SECRET": "a cluster's secret of thirty-two bytes",
         "ADMIN_TOKEN": ADMIN_TOKEN,
         "NATS_PASSWORD": NATS_PASSWORD,
+        "NATS_URL": f"nats://pgrealtime:{NATS_PASSWORD}@nats:4222",
     }
 
 
@@ -105,17 +108,28 @@ async def run_healthcheck(container: Started) -> int:
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("sidecar", "compose"), ("sidecar", "kubernetes"), ("replicas", "kubernetes")],
+    [
+        ("sidecar", "compose"),
+        ("sidecar", "kubernetes"),
+        ("replicas", "kubernetes"),
+        ("log", "kubernetes"),
+    ],
 )
 async def test_a_container_serves_what_its_configuration_says(
     form: str, kind: str, database_url: str, tmp_path: Path
 ) -> None:
     secrets, file = secrets_for(database_url), DEPLOY / form / f"{kind}.yaml"
     if kind == "compose":
-        container, *_ = read_compose(file, secrets)
+        (container, *_), nats = read_compose(file, secrets), []
     else:
         (container,) = read_kubernetes(file, secrets, tmp_path)
-    async with writing(database_url) as write, started(container, tmp_path) as running:
+        nats = read_kubernetes(file, secrets, tmp_path, image=NATS_IMAGE)
+    assert len(nats) == (form == "log")
+    async with (
+        writing(database_url) as write,
+        log_for([container], nats, database_url, tmp_path) as changed,
+        started(container, tmp_path, **changed) as running,
+    ):
         await wait_ready(running)
         probes = [(await ask(running.admin, path))[0] for path in container.probe_paths]
         healthy = await run_healthcheck(running) if container.healthcheck else 0
@@ -138,14 +152,14 @@ async def test_a_healthcheck_fails_where_nothing_is_ready() -> None:
     assert await run_healthcheck(Started(container, nowhere, nowhere)) != 0
 
 
-def nats_config(file: Path, directory: Path, address: Address) -> Path:
-    """Return a copy of the file with a port and a folder of the test's own."""
+def nats_config(container: Container, directory: Path, address: Address, monitor: Address) -> Path:
+    """Return a copy of the server's file with ports and a folder of the test's own."""
     changes = {
         "listen: 0.0.0.0:4222": f"listen: {address.host}:{address.port}",
-        "http: 8222": f"http: 127.0.0.1:{free_port()}",
+        "http: 8222": f"http: {monitor.host}:{monitor.port}",
         "store_dir: /data": f'store_dir: "{directory}/nats"',
     }
-    text = file.read_text()
+    text = container.files[NATS_FILE].read_text()
     for line, other in changes.items():
         assert line in text
         text = text.replace(line, other)
@@ -154,39 +168,43 @@ def nats_config(file: Path, directory: Path, address: Address) -> Path:
 
 
 @asynccontextmanager
-async def nats_with(file: Path, directory: Path) -> AsyncIterator[Address]:
-    """Run a NATS server with the file."""
-    address = Address(host="127.0.0.1", port=free_port())
-    config = nats_config(file, directory, address)
+async def nats_with(container: Container, directory: Path) -> AsyncIterator[Started]:
+    """Run a NATS server's container."""
+    address, monitor = (Address(host="127.0.0.1", port=free_port()) for _ in range(2))
+    config = str(nats_config(container, directory, address, monitor))
     process = await ServerProcess.start(
-        [nats_program(), "-c", str(config)],
+        [nats_program(), *(config if text == NATS_FILE else text for text in container.arguments)],
         directory / "nats.log",
-        {"NATS_PASSWORD": NATS_PASSWORD},
+        container.environment,
     )
     try:
-        yield address
+        yield Started(container, address, monitor)
     finally:
         await process.stop()
 
 
 @asynccontextmanager
 async def log_for(
-    containers: list[Container], database_url: str, directory: Path
+    containers: list[Container], nats: list[Container], database_url: str, directory: Path
 ) -> AsyncIterator[dict[str, str]]:
     """Run NATS for containers that have a log; yield what differs in their environments here."""
-    if "NATS_URL" not in containers[0].environment:
+    if not nats:
         yield {}
         return
     slot = f"log_{uuid4().hex[:8]}"
-    async with nats_with(DEPLOY / "log" / "nats.conf", directory) as nats:
+    async with nats_with(nats[0], directory) as running:
         url = containers[0].environment["NATS_URL"]
         try:
             yield {
-                "NATS_URL": url.replace("nats:4222", f"{nats.host}:{nats.port}"),
+                "NATS_URL": url.replace(
+                    "nats:4222", f"{running.address.host}:{running.address.port}"
+                ),
                 "PGREALTIME_REPLICATION__SLOT__NAME": slot,
                 # The server of the tests sets no limit.
                 "PGREALTIME_REPLICATION__SLOT__ALLOW_UNLIMITED_WAL": "true",
             }
+            for path in nats[0].probe_paths:
+                assert (await ask(running.admin, path))[0] == 200
         finally:
             await drop_slot(database_url, slot)
 
@@ -196,11 +214,14 @@ async def test_three_replicas_behind_nginx_are_as_one(
     form: str, database_url: str, tmp_path: Path
 ) -> None:
     """Most calls arrive at another replica than the one that has the connection."""
-    containers = read_compose(DEPLOY / form / "compose.yaml", secrets_for(database_url))
+    file, secrets = DEPLOY / form / "compose.yaml", secrets_for(database_url)
+    containers = read_compose(file, secrets)
+    nats = read_compose(file, secrets, image=NATS_IMAGE)
     assert len(containers) == 3
+    assert len(nats) == (form == "log")
     async with AsyncExitStack() as stack:
         write = await stack.enter_async_context(writing(database_url))
-        changed = await stack.enter_async_context(log_for(containers, database_url, tmp_path))
+        changed = await stack.enter_async_context(log_for(containers, nats, database_url, tmp_path))
         starting = (
             stack.enter_async_context(started(one, tmp_path, **changed)) for one in containers
         )
