@@ -145,12 +145,16 @@ class Reloader:
             return True
 
     async def reload_if_agreed(
-        self, parsed: ParsedConfig, agree: Callable[[], Awaitable[bool]]
+        self,
+        parsed: ParsedConfig,
+        agree: Callable[[], Awaitable[bool]],
+        wait_to_deliver: Callable[[], Awaitable[None]],
     ) -> bool:
         """Apply a configuration if ``agree`` says so; return whether it was applied.
 
         ``agree`` is called when nothing but its answer stands in the way: the stream has the
-        tables. Nothing is logged.
+        tables; ``wait_to_deliver`` between the last change for requests and the first for events.
+        Nothing is logged.
 
         Raises:
             PgRealtimeError: There is a problem; everything is as it was.
@@ -167,7 +171,7 @@ class Reloader:
                 )
             if not await agree():
                 return False
-            await self._apply(applied)
+            await self._apply(applied, wait_to_deliver)
             with suppress(psycopg.Error):  # reported by the next query
                 tables = reachable_tables(applied.collections)
                 await self._parts.pool.configure_row_security(tables.values())
@@ -233,7 +237,9 @@ class Reloader:
 
     # -- applying
 
-    async def _apply(self, applied: AppliedConfig) -> None:
+    async def _apply(
+        self, applied: AppliedConfig, wait_to_deliver: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         """Put a configuration in force.
 
         The order keeps every event correct: first the stream, before anyone can subscribe to a
@@ -251,7 +257,7 @@ class Reloader:
         tables = {*reachable_tables(before.collections), *reachable_tables(applied.collections)}
         for pool in parts.query_pools:
             pool.enable_row_security_for(tables)
-        await self._update_parts(applied)
+        await self._update_parts(applied, wait_to_deliver)
         if applied.streamed_tables != before.streamed_tables:
             # A statement prepared before a column's type changed fails from then on.
             for pool in parts.query_pools:
@@ -265,7 +271,9 @@ class Reloader:
         if applied.streamed_tables != self._streamed_tables:
             await self._try_switch_stream(applied)
 
-    async def _update_parts(self, applied: AppliedConfig) -> None:
+    async def _update_parts(
+        self, applied: AppliedConfig, wait_to_deliver: Callable[[], Awaitable[None]] | None
+    ) -> None:
         auth, collections, parts = applied.config.auth, applied.collections, self._parts
         parts.login_service.replace_settings(auth.login)
         parts.own_records.replace_collections(collections)
@@ -278,6 +286,8 @@ class Reloader:
             logins=applied.logins,
             rule_columns=caller_columns_read_by_rules(collections),
         )
+        if wait_to_deliver is not None:
+            await wait_to_deliver()
         await parts.hub.replace_generation(
             collections,
             parts.authenticator.revalidate_caller,

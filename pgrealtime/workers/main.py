@@ -72,6 +72,7 @@ from pgrealtime.workers.messages import (
     Bytes,
     Call,
     Counts,
+    Deliver,
     Done,
     Failed,
     Hello,
@@ -425,13 +426,19 @@ class Team:
         return prepared
 
     async def _apply(self, prepared: Sequence[WorkerProcess]) -> None:
+        """Put the configuration in force: for the requests of all, then for their events.
+
+        A mirror that is told to load anew may do so at another worker.
+        """
         # Those that start from here on have this configuration.
         outdated = [worker for worker in self.workers if worker not in prepared]
-        outcomes = await asyncio.gather(
-            *(_ask_in_time(worker, Apply(is_accepted=True)) for worker in prepared),
-            return_exceptions=True,
-        )
-        outdated += [w for w, one in zip(prepared, outcomes, strict=True) if one is not None]
+        applied = list(prepared)
+        for message in (Apply(is_accepted=True), Deliver()):
+            outcomes = await asyncio.gather(
+                *(_ask_in_time(worker, message) for worker in applied), return_exceptions=True
+            )
+            outdated += [w for w, one in zip(applied, outcomes, strict=True) if one is not None]
+            applied = [w for w, one in zip(applied, outcomes, strict=True) if one is None]
         for worker in outdated:
             if worker.exit_code is None:
                 # It is starting, hangs or has failed: it begins anew with this configuration.

@@ -44,9 +44,16 @@ class Prepare(Struct, frozen=True, tag=True):
 
 
 class Apply(Struct, frozen=True, tag=True):
-    """Put the prepared configuration in force, or drop it; answered by ``Done`` or ``Failed``."""
+    """Answer requests by the prepared configuration from now on, or drop it.
+
+    Answered by ``Done`` or ``Failed``.
+    """
 
     is_accepted: bool
+
+
+class Deliver(Struct, frozen=True, tag=True):
+    """Deliver events by the configuration of ``Apply``; answered by ``Done`` or ``Failed``."""
 
 
 class ReadCounts(Struct, frozen=True, tag=True):
@@ -177,6 +184,7 @@ Message: TypeAlias = (
     | Answer
     | Prepare
     | Apply
+    | Deliver
     | ReadCounts
     | Look
     | RefreshSchema

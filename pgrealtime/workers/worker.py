@@ -29,6 +29,7 @@ from pgrealtime.workers.messages import (
     Beat,
     Bytes,
     Counts,
+    Deliver,
     Failed,
     Hello,
     Look,
@@ -129,6 +130,8 @@ class _Worker:
         self.link = Link(self._answer)
         self.bus = WorkerBus(self.link)
         self._verdict: asyncio.Future[bool] = loop.create_future()
+        self._answers_requests, self._may_deliver = asyncio.Event(), asyncio.Event()
+        """Steps of the reload: requests are answered by it, and events may be delivered by it."""
         self._reload: asyncio.Task[bool] | None = None
 
     def connect_feed(self, intake: Intake) -> WorkerFeed:
@@ -155,6 +158,8 @@ class _Worker:
                 return self._prepare(config)
             case Apply(is_accepted=is_accepted):
                 return self._apply(is_accepted=is_accepted)
+            case Deliver():
+                return self._deliver()
             case _:
                 raise AssertionError(message)
 
@@ -183,20 +188,36 @@ class _Worker:
         parsed = ParsedConfig(config=Config.model_validate_json(config), locations=locations)
         verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._verdict = verdict
-        is_prepared = asyncio.Event()
+        is_prepared, self._answers_requests, self._may_deliver = (asyncio.Event() for _ in range(3))
 
         async def agree() -> bool:
             is_prepared.set()
             return await verdict
 
-        self._reload = asyncio.create_task(service.reloader.reload_if_agreed(parsed, agree))
-        waiting = asyncio.create_task(is_prepared.wait())
-        await asyncio.wait({self._reload, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        if not is_prepared.is_set():
-            await self._reload  # raises what keeps it from being applied
+        async def wait_to_deliver() -> None:
+            self._answers_requests.set()
+            await self._may_deliver.wait()
+
+        self._reload = asyncio.create_task(
+            service.reloader.reload_if_agreed(parsed, agree, wait_to_deliver)
+        )
+        await self._reload_until(is_prepared)
 
     async def _apply(self, *, is_accepted: bool) -> None:
         if self._reload is not None and not self._verdict.done():
             self._verdict.set_result(is_accepted)
+            await self._reload_until(self._answers_requests)
+
+    async def _deliver(self) -> None:
+        if self._reload is not None:
+            self._may_deliver.set()
+            await self._reload
+
+    async def _reload_until(self, event: asyncio.Event) -> None:
+        """Wait for a step of the reload, or for its end; raise what keeps it from either."""
+        assert self._reload is not None, "it is awaited by those who began it"
+        waiting = asyncio.create_task(event.wait())
+        await asyncio.wait({self._reload, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if not event.is_set():
             await self._reload

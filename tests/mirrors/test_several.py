@@ -15,6 +15,9 @@ from typing import cast
 
 import pytest
 
+from pgrealtime.workers import main
+from pgrealtime.workers.messages import Message, Prepare
+from pgrealtime.workers.process import WorkerProcess
 from tests.conftest import MakeDatabase
 from tests.mirrors import world
 from tests.mirrors.client import SECONDS
@@ -84,3 +87,33 @@ async def test_every_mirror_equals_a_new_list(make_database: MakeDatabase, form:
             counts.update(history.counts)
     print(f"{form}: {dict(counts)}")  # noqa: T201 (what the run is about)
     assert counts["start"] > 0
+
+
+async def test_lists_are_of_the_new_rules_before_mirrors_are_told(
+    make_database: MakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker applies a reload later than the other: it doesn't answer by the old rules then."""
+    ask_in_time = main._ask_in_time
+
+    async def ask(worker: WorkerProcess, message: Message) -> None:
+        if worker.number % 2 and not isinstance(message, Prepare):
+            await asyncio.sleep(1.0)
+        await ask_in_time(worker, message)
+
+    monkeypatch.setattr(main, "_ask_in_time", ask)
+    everything, done = world.RULES[0], world.RULES[3]
+    schema, before = world.SCHEMA, world.collections(everything, everything)
+    async with several("workers", make_database(), schema, before) as running:
+        await running.write(
+            "INSERT INTO tasks SELECT 't' || i, 'ann', 'red', i % 2 = 0, 1 FROM"
+            " generate_series(1, 8) i"
+        )
+        clients = [await running.client("tasks", "ann") for _ in range(8)]
+        await running.reload(world.collections(done, done))
+        async with asyncio.timeout(SECONDS):
+            while not all(client.resyncs["rules"] for client in clients):
+                await asyncio.sleep(0.02)
+        await running.settle()
+        found = [set(client.rows) for client in clients]
+
+    assert found == [{"t1", "t3", "t5", "t7"}] * 8

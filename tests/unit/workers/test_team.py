@@ -19,7 +19,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.service.applied_config import AppliedConfig
 from pgrealtime.workers.link import Answering, Link
 from pgrealtime.workers.main import Team
-from pgrealtime.workers.messages import Apply, Done, Failed, Hello, Message
+from pgrealtime.workers.messages import Apply, Deliver, Done, Failed, Hello, Message
 from pgrealtime.workers.process import WorkerProcess
 from tests.config_values import parse_config
 
@@ -80,8 +80,10 @@ async def test_a_configuration_is_in_force_in_every_worker_or_it_begins_anew() -
     applies, fails, starting, successor = (worker(n) for n in (1, 2, 3, 4))
     of._workers = {one.number: one for one in (applies, fails, starting)}
 
+    heard: list[Message] = []
+
     async def apply(message: Message) -> Message:
-        assert message == Apply(is_accepted=True)
+        heard.append(message)
         of._workers[successor.number] = successor
         return Done()
 
@@ -93,6 +95,7 @@ async def test_a_configuration_is_in_force_in_every_worker_or_it_begins_anew() -
 
     killed = [one.number for one in of.workers if one.exit_code is not None]
     assert killed == [fails.number, starting.number]
+    assert heard == [Apply(is_accepted=True), Deliver()]
 
 
 async def test_a_worker_that_is_killed_while_it_is_being_started_does_not_run(
