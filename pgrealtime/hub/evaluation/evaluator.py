@@ -92,7 +92,8 @@ class SliceEvaluator:
     async def _evaluate(
         self, events: list[Event], budget: FilterBudget, only_groups: Sized[Group] | None
     ) -> SliceResult:
-        if relinked := [event for event in events if event.is_relinked]:
+        relinked = [one for one in events if one.is_relinked] if self._matcher.links else []
+        if relinked:
             self._drop_unreceived(events, relinked)
         lacks_columns = self._partial_row_indexes(events)
         result = SliceResult([], partial_row_indexes=lacks_columns)
