@@ -513,8 +513,11 @@ class Connection(ConnectionOutput):
     def write_heartbeat(self, cursor: Cursor, now: float) -> None:
         """Write PB_CURSOR if the position moved, else an SSE comment."""
         self.last_write_at = now
-        # Before a pending gap is announced the position must not pass it.
-        is_position_sent = self.is_resumable and not self.pending_gap_reason
+        # Before a pending gap is announced the position must not pass it. Amid a change it would go
+        # back behind that of the events that were sent.
+        is_position_sent = (
+            self.is_resumable and not self.pending_gap_reason and not self.is_amid_change()
+        )
         if is_position_sent and self._encode_position(cursor) != self.position:
             self.write_cursor_event(cursor)
         else:

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from pgrealtime.hub.connections.connection import Connection
+from pgrealtime.hub.connections.connection import NO_MESSAGE_KEYS, Connection
+from pgrealtime.hub.connections.output import encode_position
+from pgrealtime.lsn import LSN, Cursor
+from pgrealtime.protocol.frame import HEARTBEAT
 from tests.unit.hub.harness import HubHarness, MemorySink, open_harness
 from tests.virtual_time import run
 
@@ -112,3 +115,23 @@ def test_a_client_that_takes_nothing_is_dropped_during_its_first_call_too() -> N
         assert sink.state == "aborted"
 
     run_scenario(scenario, stall_timeout=2.0)
+
+
+async def test_a_heartbeat_amid_a_change_tells_no_position() -> None:
+    """That of the events that were sent of the change is a later one."""
+    async with open_harness() as harness:
+        connection, sink = harness.connect(position="")
+        await harness.subscribe(connection, "posts/*", "PB_CURSOR")
+        await harness.until_caught_up()
+        at, before = connection.cursor, connection.position
+        amid = Cursor(LSN(at.lsn + 100), 1)
+        connection.record_messages_sent(amid, {(None, 0)})  # type: ignore[arg-type]
+        connection.position = encode_position("abcdef", Cursor(amid.lsn, 0))
+        written = len(sink.data)
+        connection.write_heartbeat(at, 0.0)
+        assert (sink.data[written:], connection.is_amid_change()) == (HEARTBEAT, True)
+        connection.record_messages_sent(amid, NO_MESSAGE_KEYS)
+        connection.write_heartbeat(at, 0.0)
+
+    assert b"event:PB_CURSOR" in sink.data[written:]
+    assert before in sink.data[written:]
