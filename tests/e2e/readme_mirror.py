@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from tests.e2e.sdk import Sdk, module
+from tests.readme import script
 
-_README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 _AROUND = """
 import PocketBase from "pocketbase";
 import { EventSource } from "eventsource";
@@ -36,8 +34,7 @@ async def readme_mirror(
     url: str, token: str = "", *, beginning: str = "const rows"
 ) -> AsyncIterator[Sdk]:
     """Run the README's one script that begins so, for the caller of a token, until subscribed."""
-    (lines,) = re.findall(rf"```js\n({re.escape(beginning)}.*?)```", _README, re.DOTALL)
-    async with module(_AROUND + lines + _THEN, url, token) as client:
+    async with module(_AROUND + script(beginning) + _THEN, url, token) as client:
         await client.wait_for(1, "subscribed")
         yield client
 

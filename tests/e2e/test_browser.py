@@ -18,7 +18,7 @@ from tests.e2e.numbered import OPEN, fresh_seed, repeats, wait_for_number, write
 from tests.e2e.proxy import PREFIX, PROGRAMS, Program, proxy
 from tests.e2e.sdk import Sdk
 from tests.e2e.service import service, token
-from tests.e2e.test_readme import script
+from tests.readme import script
 
 AWAY_SECONDS = 4.0
 """Long enough for an EventSource to retry meanwhile: Chromium waits for three seconds."""

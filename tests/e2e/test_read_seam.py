@@ -22,8 +22,9 @@ from tests.e2e.breaker import breaker
 from tests.e2e.numbered import OPEN, fresh_seed
 from tests.e2e.sdk import Sdk, module
 from tests.e2e.service import Service, service
-from tests.e2e.test_readme import AROUND_SDK, script
+from tests.e2e.test_readme import AROUND_SDK
 from tests.own_server import own_server
+from tests.readme import script
 
 IDS = [f"r{number:02}" for number in range(12)]
 WRITERS = 4

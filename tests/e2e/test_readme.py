@@ -1,9 +1,8 @@
-"""The README's scripts, run unchanged."""
+"""The scripts of the README and of ``docs``, run unchanged."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,8 +12,7 @@ from tests.e2e.numbered import OPEN
 from tests.e2e.readme_mirror import readme_mirror, wait_for_titles
 from tests.e2e.sdk import module
 from tests.e2e.service import service
-
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+from tests.readme import script
 
 AROUND_PLAIN = """
 import { EventSource } from "eventsource";
@@ -42,12 +40,6 @@ THEN_SDK = """
 await pb.collection("posts").subscribe("*", (e) => report({ report: "posts/*", data: e }));
 report({ report: "submitted" });
 """
-
-
-def script(beginning: str) -> str:
-    """Return the README's one script that begins so."""
-    (found,) = re.findall(rf"```js\n(// {re.escape(beginning)}.*?)```", README, re.DOTALL)
-    return str(found)
 
 
 @asynccontextmanager

@@ -24,6 +24,7 @@ from pgrealtime.explain.caller import BearerToken, CallerSpec, NamedUser
 from pgrealtime.explain.explain import Explanation, explain_delivery
 from tests.config_values import parse_config
 from tests.program import Outcome, run_program
+from tests.readme import TEXT
 from tests.topics import topic
 
 _ROOT = Path(__file__).parents[2]
@@ -506,9 +507,8 @@ def test_the_exit_code_distinguishes_delivered_from_not(file: Path) -> None:
     assert (by_token.code, filtered_out.code, optioned.code) == (0, 3, 0)
 
 
-def test_the_transcript_of_the_readme_is_a_real_one(database_url: str) -> None:
-    readme = (_ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"\n\$ pgrealtime explain (.*)\n([^`]*)\n```\n", readme)
+def test_the_transcripts_of_the_readme_are_real_ones(database_url: str) -> None:
+    found = re.findall(r"\n\$ pgrealtime explain (.*)\n([^`]*)\n```\n", TEXT)
     with psycopg.connect(database_url) as connection:
         connection.execute((_ROOT / "sql" / "demo.sql").read_bytes())
     outcomes = []

@@ -1,63 +1,66 @@
-"""What the README points to is there, and the codes it lists are those that the program says."""
+"""What the README and the pages of ``docs`` point to is there, and what they show is valid."""
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
-from pgrealtime import errors
+from pgrealtime.cli.main import main
 from tests.config_values import parse_config
+from tests.readme import PAGES, README, ROOT, TEXT
 
-_ROOT = Path(__file__).parents[2]
-_README = (_ROOT / "README.md").read_text(encoding="utf-8")
-_NOT_FOR_OPERATORS = ("internal", "stream_closed")
-"""Codes of faults within, and of our own stop."""
+_MAX_LINES = 260
+"""A stranger's questions. What only few need is in ``docs``, ``explain-error`` and the annotated
+configuration."""
 
 
-def test_every_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", _README)
-    assert len(links) > 20
-    assert [link for link in links if not (_ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
+    targets = [(page.parent / link.partition("#")[0], link.partition("#")[2]) for link in links]
+
+    assert [path for path, _ in targets if not path.exists()] == []
+    assert [(path, anchor) for path, anchor in targets if anchor not in {"", *_anchors(path)}] == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    if page.suffix != ".md":
+        return set()
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name}" not in README] == []
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= _MAX_LINES
 
 
 def test_the_configuration_it_shows_is_one() -> None:
-    (shown,) = re.findall(r"```yaml\n(.*?)```", _README, re.DOTALL)
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     text = re.sub(r"^ {3}", "", shown, flags=re.MULTILINE)
     environ = {"DATABASE_URL": "postgresql://127.0.0.1/app", "APP_JWT_SECRET": "x" * 32}
 
     assert set(parse_config(yaml.safe_load(text), environ).collections) == {"users", "posts"}
 
 
-def test_every_code_of_setting_up_is_listed() -> None:
-    """Whoever looks an error up finds it."""
-    table = _README.partition("## Errors")[2].partition("## ")[0]
-    listed = set(re.findall(r"`([a-z_]+)`", table))
-    rooms = ("wal", "cli", "explain", "service", "catalog", "postgres", "bus", "demo")
-    said = {code for room in rooms for code in _codes(room)}
+def test_every_command_that_is_named_exists() -> None:
+    named = set(re.findall(r"(?:^ *|`|\$\()pgrealtime ([a-z][a-z-]+)", TEXT, re.MULTILINE))
 
-    assert {code for code in said if not code.startswith(_NOT_FOR_OPERATORS)} - listed == set()
+    assert len(named) > 8
+    assert named - set(main.list_commands(None)) == set()  # type: ignore[arg-type]
 
 
-def _codes(room: str) -> Iterator[str]:
-    paths = sorted((_ROOT / "pgrealtime" / room).rglob("*.py"))
-    assert paths, f"there is no {room}"
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            match node:
-                case ast.keyword(arg="code", value=ast.Constant(value=str(code))):
-                    yield code
-                case ast.Call(func=ast.Name(name), keywords=given) if hasattr(errors, name):
-                    if all(keyword.arg != "code" for keyword in given):
-                        yield from _own_code(getattr(errors, name))
-                case _:
-                    continue
+def test_every_proof_of_a_promise_is_a_test() -> None:
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
 
-
-def _own_code(raised: object) -> Iterator[str]:
-    """Yield the code of a class of errors."""
-    if isinstance(raised, type) and issubclass(raised, errors.PgRealtimeError):
-        yield raised.code
+    assert len(rows) > 15
+    assert [row for row in rows if "](../tests/" not in row] == []
