@@ -12,6 +12,7 @@ from psycopg import AsyncConnection
 from psycopg.sql import Literal
 
 from pgrealtime.catalog.model import Catalog, Table, TableKind
+from pgrealtime.catalog.record_ids import record_key, with_record_key
 from pgrealtime.changes import TableName, quote_identifier, quote_table_name
 from pgrealtime.cli.check.indexes import index_warnings
 from pgrealtime.cli.check.list_indexes import list_index_warnings
@@ -205,7 +206,10 @@ def tables_to_log_whole(catalog: Catalog, collections: Collections) -> Iterator[
     """Yield each table whose deletes don't log what is needed of the old row, and why."""
     for name in streamed_tables(collections):
         owner = next((one for one in collections.values() if one.table.name == name), None)
-        table = catalog.tables[name] if owner is None else owner.table
+        # The collections are built for tables that log whole rows; the catalogue's may not.
+        table = catalog.tables[name]
+        if owner is not None:
+            table = with_record_key(table, record_key(owner.key))
         logged = {*table.replica_identity_columns}
         if not logged:
             yield table, f'deletes of "{name}" don\'t say which row they concern'
