@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "pgrealtime" / "docs").glob("*.md")))
 README, *_ = TEXTS = tuple(page.read_text(encoding="utf-8") for page in PAGES)
 TEXT = "\n".join(TEXTS)
 

@@ -36,7 +36,7 @@ def _anchors(page: Path) -> set[str]:
 
 
 def test_the_readme_leads_to_every_page() -> None:
-    assert [page.name for page in PAGES[1:] if f"](docs/{page.name}" not in README] == []
+    assert [page.name for page in PAGES[1:] if f"](pgrealtime/docs/{page.name}" not in README] == []
 
 
 def test_the_readme_stays_short() -> None:
@@ -59,8 +59,8 @@ def test_every_command_that_is_named_exists() -> None:
 
 
 def test_every_proof_of_a_promise_is_a_test() -> None:
-    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    text = (ROOT / "pgrealtime" / "docs" / "promises.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
 
     assert len(rows) > 15
-    assert [row for row in rows if "](../tests/" not in row] == []
+    assert [row for row in rows if "](../../tests/" not in row] == []
