@@ -233,7 +233,8 @@ def test_a_wrong_command_line_is_a_usage_error(operator: Operator) -> None:
             "collections:\n  keyless:\n    table: keyless\n",
             (
                 ':3: collections.keyless.table: "public.keyless" has no primary key: its updates'
-                ' and deletes name no row (ALTER TABLE "public"."keyless" ADD COLUMN "id" bigint'
+                ' and deletes name no row (id: "*" sends its creates alone)'
+                ' (ALTER TABLE "public"."keyless" ADD COLUMN "id" bigint'
                 " GENERATED ALWAYS AS IDENTITY PRIMARY KEY;)"
             ),
         ),
