@@ -8,6 +8,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from pgrealtime.auth.principal import Caller, account_of
@@ -16,10 +17,12 @@ from pgrealtime.config.model import MirrorsConfig
 from pgrealtime.errors import DatabaseUnreachableError, ReadError
 from pgrealtime.fairness import FairPermits
 from pgrealtime.hub.connections.connection import Subscription
+from pgrealtime.hub.state.callers import may_account_have_changed
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.visibility import VisibilityTracker
-from pgrealtime.lsn import Cursor
+from pgrealtime.lsn import END_ORDINAL, LSN, Cursor
 from pgrealtime.protocol.frame import event_tail
+from pgrealtime.records.fields import parse_fields
 from pgrealtime.rules.language.request import RuleRequest
 from pgrealtime.snapshot import ReadPoint
 
@@ -127,7 +130,32 @@ class MirrorLoads:
         if load is None or (load.covers is not None and load.covers < cursor):
             load = self._loads[key] = self._start(key, subscription, self._reader)
         # Shielded: others may await the same.
-        return await asyncio.shield(load.task)
+        loaded = await asyncio.shield(load.task)
+        if loaded is None or loaded.read_point is None:
+            return loaded
+        is_outdated = await self._may_caller_have_changed(subscription, loaded.read_point)
+        return None if is_outdated else loaded
+
+    async def _may_caller_have_changed(
+        self, subscription: Subscription, read_point: ReadPoint
+    ) -> bool:
+        """Whether the caller's row may have been written between its cursor and a snapshot.
+
+        Rows of the snapshot are for who the caller was at the cursor, and may have been written
+        after it was banned. The list that its client loads by itself is for who it is then.
+        """
+        generation, cursor = self._progress.generation, subscription.connection.cursor
+        account = account_of(subscription.connection.caller)
+        collection = generation.collections.get(account[0]) if account is not None else None
+        if account is None or collection is None or not collection.is_streamed:
+            return False
+        history = generation.row_history
+        before = cursor.lsn if cursor.ordinal == END_ORDINAL else LSN(cursor.lsn - 1)
+        return (
+            not await history.wait_for_lsn(read_point.insert_lsn)
+            or await history.table_history(*collection.id_lookup_column, before) is None
+            or may_account_have_changed(history, collection, account, before)
+        )
 
     def _key(self, subscription: Subscription) -> Hashable:
         """Return what decides rows and bytes; equal keys mean equal lists in one snapshot."""
@@ -144,17 +172,25 @@ class MirrorLoads:
         return self._progress.revision, group, subscription.render_key, account
 
     def _start(self, key: Hashable, subscription: Subscription, reader: ListReader) -> _Load:
+        connection, group = subscription.connection, subscription.group
+        assert group is not None
+        # As they are now: the first to ask may have gone by the time that the list is read.
+        read = partial(
+            self._read, subscription, group.specialization.collection, connection.caller, reader
+        )
+
         async def run() -> LoadedList | None:
             try:
-                async with self._permits.acquire(subscription.connection.network):
+                async with self._permits.acquire(connection.network):
                     load.covers = self._progress.evaluation_target
-                    loaded, delay_seconds = await self._read(subscription, reader, load.covers)
+                    loaded, delay_seconds = await read(load.covers)
                 await asyncio.sleep(delay_seconds)
             except BaseException:
                 if self._loads.get(key) is load:
                     del self._loads[key]
                 raise
             load.ended_at, load.size_bytes = self._clock(), loaded.size_bytes if loaded else 0
+            self._forget_old()
             return loaded
 
         load = _Load(asyncio.create_task(run(), name="mirror load"))
@@ -163,26 +199,30 @@ class MirrorLoads:
         return load
 
     async def _read(
-        self, subscription: Subscription, reader: ListReader, covers: Cursor
+        self,
+        subscription: Subscription,
+        collection: Collection,
+        caller: Caller,
+        reader: ListReader,
+        covers: Cursor,
     ) -> tuple[LoadedList | None, float]:
         """Return the list, and how long it is to be held back."""
-        topic, connection, group = subscription.topic, subscription.connection, subscription.group
-        if group is None:
-            return _NOTHING, 0.0
+        topic, network = subscription.topic, subscription.connection.network
         await self._visibility.wait_for_delivered()
         unseen = self._visibility.unseen_upto(covers)
-        request = RuleRequest(
-            principal=connection.caller.principal, query=topic.query, headers=topic.headers
-        )
+        query = topic.query
+        if (fields := query.get("fields")) and parse_fields(fields):
+            query = {**query, "fields": f"{fields},id"}  # as its events have it
+        request = RuleRequest(principal=caller.principal, query=query, headers=topic.headers)
         try:
             found = await reader.read_set(
-                group.specialization.collection,
+                collection,
                 topic.record_id,
-                connection.caller,
+                caller,
                 request,
                 max_rows=self._limits.rows,
                 max_bytes=self._max_bytes,
-                network=connection.network,
+                network=network,
             )
         except ReadError:
             return None, 0.0  # the client learns why when it loads the list itself

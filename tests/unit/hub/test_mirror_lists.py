@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from pgrealtime.auth.principal import AuthRecord, Caller, account_of
-from pgrealtime.changes import Truncate
+from pgrealtime.changes import Key, Row, Truncate, Update
 from pgrealtime.collections.model import Collection, Collections
 from pgrealtime.config.model import MirrorsConfig
 from pgrealtime.errors import DatabaseUnreachableError, ReadError
@@ -22,6 +22,7 @@ from pgrealtime.snapshot import ReadPoint, parse_read_point
 from tests.topics import topic
 from tests.unit.hub.harness import (
     COLLECTIONS,
+    PEOPLE,
     POSTS,
     HubHarness,
     MemorySink,
@@ -52,6 +53,8 @@ class Lists:
     delays: list[float] = field(default_factory=list)
     """Of the next lists."""
     faults: list[Exception] = field(default_factory=list)
+    fields: list[str | None] = field(default_factory=list)
+    """The option with which it was asked."""
 
     async def read_set(
         self,
@@ -66,6 +69,7 @@ class Lists:
     ) -> Found:
         assert (collection.name, record_id, request.query["load"]) == ("posts", None, "true")
         assert (max_rows, bool(max_bytes), network) == (7, True, "127.0.0.1")
+        self.fields.append(request.query.get("fields"))
         self.asked.append((account_of(caller) or ("", ""))[1])
         if self.gate is not None:
             await self.gate.wait()
@@ -315,6 +319,53 @@ async def test_a_client_that_goes_while_its_list_is_read_takes_nothing_from_othe
 
     assert told(second) == LIST
     assert lists.asked == ["ann"]
+
+
+async def test_a_client_that_goes_before_its_list_is_read_leaves_it_to_others() -> None:
+    """Both places are taken by other lists, so that theirs waits."""
+    lists = Lists(gate=asyncio.Event())
+    async with mirrors(lists) as harness:
+        assert lists.gate is not None
+        for n in "12":
+            query = {"mode": "mirror", "load": "true", "filter": f"id = '{n}'"}
+            await listen(harness, topic("posts/*", **query))
+        await until(lambda: len(lists.asked) == 2)
+        first = await listen(harness, LOADED)
+        second = await listen(harness, LOADED)
+        loads = harness.hub._resyncs.loads
+        await until(lambda: loads._permits.count_waiting("127.0.0.1") == 1)
+        (gone,) = (one for one in harness.hub.connections if one.writer is first)
+        harness.hub.remove_connection(gone)
+        lists.gate.set()
+        await settle(harness)
+
+    assert told(second) == LIST
+
+
+async def test_listed_records_have_the_id_whatever_fields_are_asked_for() -> None:
+    """As those of the events: the client sets and drops rows by it."""
+    lists = Lists()
+    async with mirrors(lists) as harness:
+        await listen(harness, topic("posts/*", mode="mirror", load="true", fields="title"))
+        await settle(harness)
+
+    assert lists.fields == ["title,id"]
+
+
+async def test_a_list_read_after_its_caller_may_have_changed_is_not_sent() -> None:
+    """Somebody banned meanwhile would be sent rows that were written after it."""
+    lists = Lists(gate=asyncio.Event())
+    async with mirrors(lists) as harness:
+        assert lists.gate is not None
+        ann, bob = await listen(harness, LOADED), await listen(harness, LOADED, caller="bob")
+        await until(lambda: bool(lists.asked))
+        banned: Row = {"id": "ann", "name": "banned"}
+        harness.commit(Update(PEOPLE, banned, Key({"id": "ann"})))
+        lists.gate.set()
+        await settle(harness)
+
+    assert told(ann) == ["resync wide"]
+    assert told(bob) == LIST
 
 
 async def test_a_mirror_without_a_collection_it_may_see_has_an_empty_list() -> None:
