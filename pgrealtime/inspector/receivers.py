@@ -16,7 +16,7 @@ from pgrealtime.fairness import YieldTimer
 from pgrealtime.hub.connections.connection import LIVE, Group, Subscription
 from pgrealtime.hub.evaluation.filter_limits import FilterBudget
 from pgrealtime.hub.evaluation.matcher import Matcher
-from pgrealtime.hub.events.event import Event, TruncatedCollection, transaction_events
+from pgrealtime.hub.events.event import Event, TruncatedCollections, transaction_events
 from pgrealtime.hub.hub import Hub
 from pgrealtime.inspector.answers import ReceiverRow, Receivers
 from pgrealtime.inspector.changes import change_row
@@ -97,7 +97,7 @@ def event_of(hub: Hub, transaction: Transaction, ordinal: int) -> list[Event]:
     for event in transaction_events(transaction, generation.collections, ordinal - 1):
         if event.cursor.ordinal > ordinal:
             break
-        if isinstance(event, TruncatedCollection):
+        if isinstance(event, TruncatedCollections):
             raise LookError(
                 "a truncate names no record", detail="Everybody with a topic of it got a gap."
             )

@@ -76,10 +76,13 @@ class Event(Struct, gc=False):
         return self.collection.name, unpadded_id(self.collection, self.record_id)
 
 
-class TruncatedCollection(Struct, frozen=True):
-    """A truncated table. The WAL doesn't say which rows it held, so it is a gap."""
+class TruncatedCollections(Struct, frozen=True):
+    """The collections of a truncated table, or that show what it held.
 
-    collection: Collection
+    The WAL doesn't say which rows these were, so it is a gap.
+    """
+
+    collections: tuple[Collection, ...]
     cursor: Cursor
 
 
@@ -88,7 +91,7 @@ def transaction_events(
     collections: Collections,
     skipped_changes: int = 0,
     links: LinkUpdates | None = None,
-) -> Iterator[Event | TruncatedCollection]:
+) -> Iterator[Event | TruncatedCollections]:
     """Yield the events of a transaction in order, without those of the first changes.
 
     Changes of tables without a collection make no events, except those of junction tables among
@@ -97,14 +100,20 @@ def transaction_events(
     changes = transaction.changes
     link_tables = links.tables if links else ()
     for ordinal in range(skipped_changes + 1, len(changes) + 1):  # a slice of changes may be large
-        change = changes[ordinal - 1]
-        if link_tables and change.table in link_tables:
+        change, cursor = changes[ordinal - 1], Cursor(transaction.end_lsn, ordinal)
+        collection = collections.find_by_table(change.table)
+        has_links = bool(link_tables) and change.table in link_tables
+        if isinstance(change, Truncate):
+            shown = links.collections_of(change.table) if links and has_links else []
+            emptied = [*shown, *([collection] if collection else [])]
+            if emptied:
+                yield TruncatedCollections(tuple({c.name: c for c in emptied}.values()), cursor)
+            continue
+        if has_links:
             assert links is not None
             yield from _link_events(transaction, ordinal, links)
-        collection = collections.find_by_table(change.table)
         if collection is None:
             continue
-        cursor = Cursor(transaction.end_lsn, ordinal)
         key = collection.key.name
         match change:
             case Insert(new=row):
@@ -119,18 +128,11 @@ def transaction_events(
                     yield _row_event(collection, "update", row, cursor, transaction)
             case Delete(old=old):
                 yield _row_event(collection, "delete", old.row, cursor, transaction)
-            case Truncate():
-                yield TruncatedCollection(collection, cursor)
 
 
-def _link_events(
-    transaction: Transaction, ordinal: int, links: LinkUpdates
-) -> Iterator[Event | TruncatedCollection]:
+def _link_events(transaction: Transaction, ordinal: int, links: LinkUpdates) -> Iterator[Event]:
     """Yield the updates of the records that show the links which a junction's change alters."""
-    cursor, change = Cursor(transaction.end_lsn, ordinal), transaction.changes[ordinal - 1]
-    if isinstance(change, Truncate):
-        for collection in links.collections_of(change.table):
-            yield TruncatedCollection(collection, cursor)
+    cursor = Cursor(transaction.end_lsn, ordinal)
     for collection, key in links.records_of(transaction).get(ordinal, ()):
         row: Row = {collection.key.name: key}
         yield Event(
@@ -301,9 +303,9 @@ def split_into_slices(
         builder.begin_transaction(entry)
         skipped = _read_changes(entry, after)
         for event in transaction_events(entry, collections, skipped, links):
-            if isinstance(event, TruncatedCollection):
-                names = frozenset({event.collection.name})
-                tables = frozenset({event.collection.table.name})
+            if isinstance(event, TruncatedCollections):
+                names = frozenset(one.name for one in event.collections)
+                tables = frozenset(one.table.name for one in event.collections)
                 gap = GapNotice(names, "truncate", event.cursor, entry.xid, tables)
                 yield builder.end(gap, event.cursor)
             elif ended := builder.add(event):

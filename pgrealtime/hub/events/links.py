@@ -17,8 +17,9 @@ _Links: TypeAlias = tuple[Collection, Junction]
 LinkedRecords: TypeAlias = Mapping[int, Sequence[tuple[Collection, str]]]
 """By ordinal of the change, from 1, the collection and key of records that are updated with it."""
 
-_CACHED_CHANGES = 200_000
-"""Of the latest transactions, the very latest not counted."""
+_CACHED_CHANGES = 20_000
+"""Of the transactions asked for last, which stay in memory for so long. The very last may have
+more: it is read in many slices."""
 
 
 class LinkUpdates:

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from pgrealtime.catalog.model import Column
-from pgrealtime.changes import RowShape, TableName, Transaction
+from pgrealtime.changes import RowShape, TableName, Transaction, Truncate
 from pgrealtime.collections.model import Collections, Field, FieldKind, Junction, Relation
+from pgrealtime.hub.events.event import TruncatedCollections, transaction_events
+from pgrealtime.hub.events.links import LinkUpdates
 from pgrealtime.hub.events.row_shapes import ShapeChecker
 from pgrealtime.lsn import LSN, Xid
 from tests.unit.hub.harness import (
@@ -210,3 +212,17 @@ async def test_resuming_from_before_rows_of_an_earlier_schema_is_notified_of_a_g
         await sink.wait_for(3)
 
     assert received(sink) == ["schema ['posts']", "3"]
+
+
+def test_a_truncated_junction_is_one_gap_of_all_that_show_its_links() -> None:
+    """A reader that stops behind the change has been told of all."""
+    of_posts = collections()
+    posts = of_posts["posts"]
+    (shown,) = (one for one in posts.fields if one.name == "notes")
+    notes = of_posts["notes"]
+    both = Collections((posts, replace(notes, fields=(*notes.fields, shown))))
+    truncated = Transaction(Xid(7), LSN(32), 0, (Truncate(LINKS),), 100)
+    (event,) = transaction_events(truncated, both, links=LinkUpdates(both))
+
+    assert isinstance(event, TruncatedCollections)
+    assert [one.name for one in event.collections] == ["posts", "notes"]
