@@ -33,10 +33,9 @@ def with_joined_id(table: Table, names: Sequence[str]) -> Table:
     return _with_id_column(table, tuple(names), type_, is_digest=False)
 
 
-def with_digest_id(table: Table) -> Table:
-    """Return the table with an id that is a digest of all that the WAL has of a row."""
-    names = sorted(column.name for column in table.columns if not column.is_generated)
-    return _with_id_column(table, tuple(names), _TEXT, is_digest=True)
+def with_digest_id(table: Table, names: Sequence[str]) -> Table:
+    """Return the table with an id that is a digest of the values of columns."""
+    return _with_id_column(table, tuple(sorted(names)), _TEXT, is_digest=True)
 
 
 def _with_id_column(table: Table, names: tuple[str, ...], type_: Type, *, is_digest: bool) -> Table:
@@ -65,7 +64,9 @@ def with_record_key(table: Table, names: Sequence[str]) -> Table:
     """Return the table with the computed id of ``record_key``, if that is one."""
     if len(names) <= 1 or table.id_column is not None:
         return table
-    return with_digest_id(table) if names[0] == DIGEST else with_joined_id(table, names)
+    if names[0] == DIGEST:
+        return with_digest_id(table, names[1:])
+    return with_joined_id(table, names)
 
 
 def record_key(key: Column) -> tuple[str, ...]:
@@ -129,6 +130,8 @@ def _escaped(column: str, type_: Type) -> str:
     # id; the stream tells it from a domain's, which is kept.
     is_padded = type_.name == "bpchar"
     text = f"{column}::pg_catalog.text" if is_padded else f"pg_catalog.concat({column})"
+    # Its own may not allow to search in it, and those of two parts may differ.
+    text = f'({text} COLLATE pg_catalog."C")'
     for character, escape in ID_ESCAPES:
         text = f"pg_catalog.replace({text}, '{character}', '{escape}')"
     return text
@@ -136,8 +139,8 @@ def _escaped(column: str, type_: Type) -> str:
 
 def _digested(column: str, name: str) -> str:
     literal = "'" + name.replace("'", "''").replace("%", "%%") + "='"
-    text = f"pg_catalog.concat({column})"
-    shown = f"pg_catalog.concat({literal}, pg_catalog.length({text}), ':', {column})"
+    text = f'(pg_catalog.concat({column}) COLLATE pg_catalog."C")'
+    shown = f"pg_catalog.concat({literal}, pg_catalog.length({text}), ':', {text})"
     # "IS NULL" is true of a composite value whose attributes are NULL.
     return f"CASE pg_catalog.num_nulls({column}) WHEN 0 THEN {shown} ELSE '' END"
 

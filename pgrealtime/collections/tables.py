@@ -162,7 +162,10 @@ def _find_key(
         if table.primary_key:
             message = f'"{table.name}" has a primary key'
             return table, ConfigProblem(f"{path}.id", message, "leave id empty")
-        table = with_digest_id(table)
+        if not (shown := _shown_columns(table, config)):
+            message = "it is made of the columns that are shown, and there are none"
+            return table, ConfigProblem(f"{path}.id", message)
+        table = with_digest_id(table, shown)
         assert table.id_column is not None
         return table, table.id_column
     if config.id:
@@ -187,6 +190,21 @@ def _find_key(
     )
     alter = f"ALTER TABLE {quote_table_name(table.name)} {_key_to_add(table)};"
     return table, ConfigProblem(f"{path}.table", message, alter)
+
+
+def _shown_columns(table: Table, config: CollectionConfig) -> list[str]:
+    """Return the columns that everybody sees of a record, without generated ones.
+
+    A digest of hidden values, which everybody sees, would let one try which they are.
+    """
+    fields = config.fields
+    return [
+        column.name
+        for column in table.columns
+        if not column.is_generated
+        and ("*" in fields.include or column.name in fields.include)
+        and fields.rename.get(column.name, column.name) not in fields.hide
+    ]
 
 
 def _key_to_add(table: Table) -> str:

@@ -259,3 +259,30 @@ async def test_the_key_s_index_finds_a_record_by_its_id(database_url: str) -> No
             plan = "\n".join([line for (line,) in await explained.fetchall()])
             assert "cells_pkey" in plan, plan
             assert plan.count("(x = ") == plan.count("(y = ") == 1, plan
+
+
+@pytest.mark.parametrize("collation", ["caseless", '"C"'])
+async def test_a_part_may_have_any_collation(
+    database_url: str, tmp_path: Path, collation: str
+) -> None:
+    """PostgreSQL searches no text under one that isn't deterministic."""
+    schema = f"""
+    CREATE COLLATION caseless (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+    CREATE TABLE words (word text COLLATE caseless, tongue text COLLATE {collation},
+                        PRIMARY KEY (word, tongue));
+    INSERT INTO words VALUES ('a~b', 'en');
+    """
+    open_ = {"list_rule": "", "view_rule": ""}
+    collections = {"words": {"table": "words", **open_}}
+    async with (
+        service(database_url, tmp_path, collections=collections, schema=schema) as running,
+        listener(running.address, "words/*") as words,
+    ):
+        await running.write.execute("INSERT INTO words VALUES ('A~b', 'de')")
+        (created,) = await words.take(1)
+        status, listed = await get(running, "words/records", sort="id")
+        found, one = await get(running, f"words/records/{created.data['record']['id']}")
+
+    assert (status, found) == (200, 200)
+    assert [record["id"] for record in listed["items"]] == ["A!1b~de", "a!1b~en"]
+    assert created.data["record"] == one

@@ -112,6 +112,9 @@ async def test_partitions_are_one_table_and_a_row_without_a_key_has_a_stable_id(
             assert await get(running, f"audit/records/{record['id']}") == record
         by_id = await get(running, "audit/records", filter=f'id = "{created[0]["id"]}"')
         assert by_id["items"] == created[:1]
+        # What isn't shown is no part of it: by an id that has it, it could be guessed.
+        await write.execute("INSERT INTO audit VALUES ('2024-01-01 10:00+02', 'ann', '1', 2)")
+        assert await received(audit, 1) == [("create", created[2]["id"])]
         await write.execute("DELETE FROM audit WHERE n = 1")
         await write.execute("ALTER TABLE audit ADD COLUMN later text")
         await write.execute("INSERT INTO audit (n) VALUES (3)")
