@@ -100,7 +100,11 @@ async def _decide(
             if test.record:
                 _require_values(test, collection, explainer.columns_read(collection))
             is_visible, why_not = await explainer.explain_image(collection, row, "values")
-            if bool(is_visible) is (key == "allow"):
+            if is_visible is None:
+                raise _UndecidableError(
+                    f"{key}.{position}", f"{rule_key} wasn't decided: {why_not}"
+                )
+            if is_visible is (key == "allow"):
                 yield None
                 continue
             may = f"may see {record}" if is_visible else f"may not see {record}"
@@ -145,10 +149,10 @@ async def _find_row(test: RuleTestConfig, collection: Collection, session: Expla
             message = f'"{name}" is read from its junction table, and can\'t be given'
             raise _UndecidableError(f"record.{name}", message, "name a record that exists by id")
         values[column.name] = str(value) if isinstance(value, date) else value
-    columns = [column.name for column in collection.table.columns]
+    columns = [column.name for column in collection.table.columns if not column.id_sources]
     given = await session.text_forms(collection, {name: values.get(name) for name in columns})
     if not isinstance(given, ConditionVerdict):
-        return given
+        return {**given, collection.key.name: given.get(collection.key.name)}
     for name in test.record:
         column = collection.column_of(name)
         assert column is not None

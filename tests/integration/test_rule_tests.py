@@ -175,3 +175,27 @@ async def test_what_a_test_names_must_be_there(operator: Operator) -> None:
         f"{operator.file}:{15 + n}: tests.{n}.{message}"
         for n, message in enumerate(faults.values())
     ]
+
+
+def test_a_record_of_a_table_with_a_composite_key_is_made_up_as_any(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Its id is no column of the table."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "CREATE TABLE items (a int, b text, note text, PRIMARY KEY (a, b));"
+            "ALTER TABLE items REPLICA IDENTITY FULL"
+        )
+    text = """
+version: 1
+database: {url: "${DATABASE_URL}"}
+collections: {items: {table: items, list_rule: note = "x" && a > 1, view_rule: null}}
+tests:
+  - {collection: items, record: {a: 2, b: c, note: x}, allow: [guest], rule: list_rule}
+  - {collection: items, record: {a: 1, b: c, note: x}, deny: [guest]}
+"""
+    file = tmp_path / "pgrealtime.yaml"
+    file.write_text(text, encoding="utf-8")
+    outcome = run_program("check", "-c", str(file), DATABASE_URL=database_url)
+
+    assert (outcome.code, outcome.err) == (0, "")
