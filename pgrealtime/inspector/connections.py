@@ -54,7 +54,7 @@ def _matches(connection: Connection, wanted: str) -> bool:
     return (
         wanted in caller_name(connection.caller).casefold()
         or wanted in connection.address
-        or connection.id.casefold().startswith(wanted)
+        or ref_of(connection.id).casefold().startswith(wanted)
         or any(wanted in name.casefold() for name in connection.subscriptions)
     )
 

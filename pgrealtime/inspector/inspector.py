@@ -38,6 +38,7 @@ from pgrealtime.postgres.pool import QueryPool
 from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.engine.compiler import RuleCompiler
 
+_SECONDS = 10.0
 _DEFAULT_ROWS = 100
 _MAX_TEXT = 500
 """Characters of a search."""
@@ -79,8 +80,11 @@ class Inspector:
         }
         if view not in views:
             raise LookError("there is no such view")
-        async with self._lock:
-            return await views[view](query)
+        try:
+            async with asyncio.timeout(_SECONDS), self._lock:
+                return await views[view](query)
+        except TimeoutError as error:
+            raise LookError("the answer takes too long") from error
 
     @property
     def _collections_in_force(self) -> Collections:
@@ -127,8 +131,11 @@ class Inspector:
         )
 
     def _change(self, query: Query) -> tuple[Transaction, int]:
+        transaction = find_transaction(self.changelog, _lsn(_text(query, "lsn")))
         ordinal = _number(query, "ordinal", default=0)
-        return find_transaction(self.changelog, _lsn(_text(query, "lsn"))), ordinal
+        if not 1 <= ordinal <= len(transaction.changes):
+            raise LookError('the transaction has no change of that "ordinal"')
+        return transaction, ordinal
 
     async def _explain(self, query: Query) -> View:
         collections = self._collections_in_force
@@ -183,7 +190,7 @@ def _number(query: Query, name: str, *, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 10):  # noqa: PLR2004
-        raise LookError(f'"{name}" is a number')
+        raise LookError(f'"{name}" isn\'t a number')
     return int(text)
 
 

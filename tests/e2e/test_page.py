@@ -325,7 +325,13 @@ async def test_refusals_closed_connections_and_gaps_are_told(
             ("nothing", {}, "there is no such view"),
             ("receivers", {"lsn": "nonsense"}, "an LSN looks like 16/B374D848"),
             ("receivers", {"lsn": "0/1", "ordinal": 1}, "the change is not held any more"),
-            ("connections", {"limit": "-1"}, '"limit" is a number'),
+            (
+                "receivers",
+                {"lsn": change["lsn"]},
+                'the transaction has no change of that "ordinal"',
+            ),
+            ("explain", {"lsn": change["lsn"]}, 'the transaction has no change of that "ordinal"'),
+            ("connections", {"limit": "-1"}, '"limit" isn\'t a number'),
             ("connections", {"search": "x" * 501}, '"search" is too long'),
             ("sql", {"collection": "nowhere"}, "there is no such collection"),
         ):
