@@ -5,6 +5,7 @@ user whose row changes, the rule is evaluated on the row alone. A rule that read
 about the login and admits every row here.
 """
 
+import re
 from datetime import UTC, datetime
 
 from pgrealtime.changes import Change, Row, Update
@@ -15,6 +16,8 @@ from pgrealtime.rules.engine.plan import BoundPredicate
 from pgrealtime.rules.engine.row_evaluation import RowEvaluation
 from pgrealtime.rules.language.parameters import MacroValues
 from pgrealtime.rules.language.request import RuleRequest
+
+_TEXT_OR_COMMENT = re.compile(r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | //[^\n]* """, re.VERBOSE)
 
 
 class AdmissionRules:
@@ -70,8 +73,8 @@ class AdmissionRules:
 
 
 def is_about_login(rule: str | None) -> bool:
-    """Whether a rule reads the request of a login."""
-    return "@request." in (rule or "")
+    """Whether a rule reads the request of a login; texts and comments in it don't."""
+    return "@request." in _TEXT_OR_COMMENT.sub("", rule or "")
 
 
 def _bind(
