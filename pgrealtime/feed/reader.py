@@ -91,6 +91,7 @@ class ReplicationReader:
         self._reopening: asyncio.Future[None] | None = None
         """Pending while a durable slot's stream is reopened for other tables."""
         self._reopen_deadline = 0.0
+        self._has_ended = False
         self._failed_after: LSN | None = None
         """What had been read when the durable slot's decoder failed last."""
         self._failure_count = 0
@@ -109,6 +110,15 @@ class ReplicationReader:
         Raises:
             PgRealtimeError: The error isn't ``retryable``.
         """
+        self._has_ended = False
+        try:
+            await self._read_for_ever()
+        finally:
+            self._has_ended = True
+            # Nobody would ever open the stream that a switch waits for.
+            self._end_reopening(_ended_error())
+
+    async def _read_for_ever(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             open_stream = self._open_stream
@@ -193,9 +203,7 @@ class ReplicationReader:
         )
 
     def _on_stream_broken(self, error: PgRealtimeError) -> None:
-        if self._reopening is not None and not self._reopening.done():
-            self._reopening.set_exception(error)
-        self._reopening = None
+        self._end_reopening(error)
         if self.stream is not None:
             self.stream = None
             self._intake.lose_stream()
@@ -203,6 +211,11 @@ class ReplicationReader:
         log.warning(
             "replication.broken", code=error.error_code, reason=error.message, detail=error.detail
         )
+
+    def _end_reopening(self, error: PgRealtimeError) -> None:
+        if self._reopening is not None and not self._reopening.done():
+            self._reopening.set_exception(error)
+        self._reopening = None
 
     def _is_expected_while_reopening(self, error: PgRealtimeError) -> bool:
         """Whether the error says only that the old stream was closed or holds the slot."""
@@ -243,6 +256,8 @@ class ReplicationReader:
 
     async def _reopen(self, open_stream: OpenStream, tables: tuple[TableName, ...]) -> None:
         """Let ``run`` close the stream and open the new one on the same, durable slot."""
+        if self._has_ended:
+            raise _ended_error()
         before = self._open_stream, self._tables
         self._open_stream, self._tables = open_stream, tables
         # Only one stream can read the slot, so the old one ends first. The new one begins with what
@@ -419,3 +434,7 @@ def _end_of_record(insert_lsn: LSN) -> LSN:
     # has no record yet. The stream passes that only with the next record.
     into_page = insert_lsn % _PAGE_BYTES
     return LSN(insert_lsn - into_page) if into_page <= _PAGE_HEADER_BYTES else insert_lsn
+
+
+def _ended_error() -> StreamInterruptedError:
+    return StreamInterruptedError("the stream isn't read any more")

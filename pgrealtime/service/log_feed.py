@@ -56,6 +56,7 @@ _TABLES_SECONDS = 10.0
 _POSITION_SECONDS = 1.0
 _WANT_SECONDS = 20.0
 _GAP_SECONDS = 10.0
+_GAP_RETRY_SECONDS = 60.0
 """For finding an owner that appends a gap."""
 _ASK_RETRY_SECONDS = 0.2
 _ONE_ASK_SECONDS = 1.0
@@ -358,8 +359,18 @@ class LogFeed:
         """Have the owner append a gap of the tables."""
 
         async def ask() -> None:
-            with suppress(LogAwayError):
-                await self._ask(GapQuestion(reason, tuple(sorted(tables))), _GAP_SECONDS)
+            question = GapQuestion(reason, tuple(sorted(tables)))
+            deadline = time.monotonic() + _GAP_RETRY_SECONDS
+            while True:
+                try:
+                    (await self._ask(question, _GAP_SECONDS)).raise_error()
+                except PgRealtimeError as error:
+                    if time.monotonic() >= deadline:
+                        log.error("log.gap_refused", code=error.error_code, reason=error.message)  # noqa: TRY400 (of the owner)
+                        return
+                    await asyncio.sleep(_START_RETRY_SECONDS)
+                else:
+                    return
 
         task = asyncio.create_task(ask())
         self._background.add(task)

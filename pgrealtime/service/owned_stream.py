@@ -4,6 +4,7 @@ Which tables it carries, and what the owner answers to the others. ``service.log
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
 
@@ -77,6 +78,9 @@ class OwnedStream:
         self._appended: Intake | None = None
         """Where the reader appends."""
         self._gaps: dict[tuple[str, frozenset[TableName]], float] = {}
+        """When this owner appended a gap last."""
+        self._switching = asyncio.Lock()
+        """Held from the question what all want to the switch to it."""
 
     @property
     def reader(self) -> ReplicationReader | None:
@@ -90,6 +94,7 @@ class OwnedStream:
             self._union.add(self._intake.era.tables, time.monotonic())
         wanted = self._streamed = await self._wanted_by_all()
         self._appended = intake
+        self._gaps.clear()  # those of an earlier term may not have been stored
         reader = ReplicationReader(
             lambda: self._streams.open(wanted, writer.resume_lsn),
             intake,
@@ -110,9 +115,10 @@ class OwnedStream:
             if self.reader is None:
                 continue
             try:
-                wanted = await self._wanted_by_all()
-                if wanted.tables.keys() != self._streamed.tables.keys():
-                    await self._switch(wanted)
+                async with self._switching:
+                    wanted = await self._wanted_by_all()
+                    if not self._has_same_tables(wanted):
+                        await self._switch(wanted)
             except PgRealtimeError as error:
                 log.warning("log.tables_refused", code=error.error_code, reason=error.message)
 
@@ -122,7 +128,8 @@ class OwnedStream:
         Raises:
             PgRealtimeError: It can't be streamed; the stream is as it was.
         """
-        await self._switch(await self._wanted_by_all())
+        async with self._switching:
+            await self._switch(await self._wanted_by_all())
 
     async def _wanted_by_all(self) -> WantedTables:
         """Return the tables of all replicas, as far as they are there and can be streamed."""
@@ -157,7 +164,7 @@ class OwnedStream:
             return
         tables = list(self._streamed.tables.values())
         if changed := await self._publication.find_tables_with_gap(tables):
-            self._append_gap_once("schema", changed)
+            self._append_gap("schema", changed)
 
     # -- questions
 
@@ -186,20 +193,30 @@ class OwnedStream:
 
     async def _stream_too(self, question: TablesQuestion) -> None:
         self._union.add(question.tables, time.monotonic(), question.record_keys)
-        wanted = await self._wanted_by_all()
-        if missing := set(question.tables) - wanted.tables.keys():
-            raise SetupError(
-                f'table "{min(missing)}" can\'t be streamed',
-                detail="The replica that owns the log doesn't find it, or it has no replica"
-                " identity.",
-                code="table_not_streamable",
-            )
-        if wanted.tables.keys() != self._streamed.tables.keys():
-            await self._switch(wanted)
+        async with self._switching:
+            wanted = await self._wanted_by_all()
+            if missing := set(question.tables) - wanted.tables.keys():
+                raise SetupError(
+                    f'table "{min(missing)}" can\'t be streamed',
+                    detail="The replica that owns the log doesn't find it, or it has no replica"
+                    " identity.",
+                    code="table_not_streamable",
+                )
+            if not self._has_same_tables(wanted):
+                await self._switch(wanted)
+
+    def _has_same_tables(self, wanted: WantedTables) -> bool:
+        streamed = self._streamed
+        are_same_keys = dict(wanted.record_keys) == dict(streamed.record_keys)
+        return wanted.tables.keys() == streamed.tables.keys() and are_same_keys
 
     def _append_gap_once(self, reason: str, tables: frozenset[TableName]) -> None:
-        now = time.monotonic()
-        before = self._gaps.get((reason, tables), -_SAME_GAP_SECONDS)
-        self._gaps[reason, tables] = now
-        if now - before >= _SAME_GAP_SECONDS and self._appended is not None:
+        """Append a gap that each replica asks for, when the first one does."""
+        before = self._gaps.get((reason, tables), -math.inf)
+        if time.monotonic() - before >= _SAME_GAP_SECONDS:
+            self._append_gap(reason, tables)
+
+    def _append_gap(self, reason: str, tables: frozenset[TableName]) -> None:
+        if self._appended is not None:
             self._appended.append_gap(reason, tables)
+            self._gaps[reason, tables] = time.monotonic()

@@ -370,3 +370,22 @@ async def test_other_tables_that_are_wanted_while_a_durable_stream_is_opened() -
         assert closings == 1
 
     assert [word.split()[0] for word in follower.said] == ["started"]
+
+
+async def test_a_switch_ends_with_the_reader_that_would_carry_it_out() -> None:
+    """An owner that is fenced meanwhile: whoever waits holds the lock that reloads need."""
+
+    @asynccontextmanager
+    async def never() -> AsyncIterator[WalStream]:
+        await asyncio.Event().wait()
+        yield cast("WalStream", GivenStream(100))
+
+    async with reading(never, is_durable=True) as (reader, _, _):
+        switch = asyncio.create_task(reader.switch(never, [POSTS]))
+        await asyncio.sleep(0.01)
+        assert not switch.done()
+    async with asyncio.timeout(DEADLINE):
+        with pytest.raises(StreamInterruptedError):
+            await switch
+        with pytest.raises(StreamInterruptedError):
+            await reader.switch(never, [POSTS])
