@@ -154,7 +154,8 @@ async def run_service(
         inspector = Inspector(
             parts.hub,
             parts.changelog,
-            parts.executor,
+            # Of its own: a rule that is slow for an operator's look isn't suspended for clients.
+            QueryExecutor(parts.pool),
             parts.pool,
             config=lambda: reloader.applied.config,
             problems=lambda: reloader.applied.problems,
