@@ -34,9 +34,11 @@ def _columns(test: Test) -> Iterator[tuple[TableName, str]]:
         test.parameter_classes,
         is_caller_row_bound=test.is_caller_row_bound,
     ).condition
-    found = list(condition.find_all(exp.Table))
-    tables = {table.alias: TableName(table.db, table.name) for table in found}
-    assert len(tables) == len(found), "an alias stands for one table"
+    # Subqueries beside each other may have the same alias, for the same table.
+    tables: dict[str, TableName] = {}
+    for table in condition.find_all(exp.Table):
+        name = TableName(table.db, table.name)
+        assert tables.setdefault(table.alias, name) == name, "an alias stands for one table"
     for column in condition.find_all(exp.Column):
         if column.table != ROW_ALIAS and column.table in tables:
             yield tables[column.table], column.name
