@@ -91,6 +91,7 @@ class Hub:
         loads = MirrorLoads(
             progress,
             visibility,
+            registry.callers,
             list_reader,
             settings.mirrors,
             max_bytes=settings.limits.send_buffer,

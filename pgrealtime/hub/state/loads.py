@@ -12,12 +12,13 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from pgrealtime.auth.principal import Caller, account_of
+from pgrealtime.changes import Change, Insert, Update
 from pgrealtime.collections.model import Collection
 from pgrealtime.config.model import MirrorsConfig
 from pgrealtime.errors import DatabaseUnreachableError, ReadError
 from pgrealtime.fairness import FairPermits
-from pgrealtime.hub.connections.connection import Subscription
-from pgrealtime.hub.state.callers import may_account_have_changed
+from pgrealtime.hub.connections.connection import Connection, Subscription
+from pgrealtime.hub.state.callers import CallerTracker
 from pgrealtime.hub.state.progress import DispatchProgress
 from pgrealtime.hub.state.visibility import VisibilityTracker
 from pgrealtime.lsn import END_ORDINAL, LSN, Cursor
@@ -98,6 +99,7 @@ class MirrorLoads:
         self,
         progress: DispatchProgress,
         visibility: VisibilityTracker,
+        callers: CallerTracker,
         reader: ListReader | None,
         limits: MirrorsConfig,
         *,
@@ -106,6 +108,7 @@ class MirrorLoads:
     ) -> None:
         self._progress = progress
         self._visibility = visibility
+        self._callers = callers
         self._reader = reader
         self._limits = limits
         self._max_bytes = max_bytes
@@ -133,29 +136,40 @@ class MirrorLoads:
         loaded = await asyncio.shield(load.task)
         if loaded is None or loaded.read_point is None:
             return loaded
-        is_outdated = await self._may_caller_have_changed(subscription, loaded.read_point)
-        return None if is_outdated else loaded
+        is_another = await self._may_caller_be_another(subscription.connection, loaded.read_point)
+        return None if is_another else loaded
 
-    async def _may_caller_have_changed(
-        self, subscription: Subscription, read_point: ReadPoint
-    ) -> bool:
-        """Whether the caller's row may have been written between its cursor and a snapshot.
+    async def _may_caller_be_another(self, connection: Connection, read_point: ReadPoint) -> bool:
+        """Whether a write between the connection's cursor and a snapshot may change its caller.
 
         Rows of the snapshot are for who the caller was at the cursor, and may have been written
         after it was banned. The list that its client loads by itself is for who it is then.
         """
-        generation, cursor = self._progress.generation, subscription.connection.cursor
-        account = account_of(subscription.connection.caller)
+        generation, cursor, caller = self._progress.generation, connection.cursor, connection.caller
+        account = account_of(caller)
         collection = generation.collections.get(account[0]) if account is not None else None
         if account is None or collection is None or not collection.is_streamed:
             return False
-        history = generation.row_history
         before = cursor.lsn if cursor.ordinal == END_ORDINAL else LSN(cursor.lsn - 1)
-        return (
-            not await history.wait_for_lsn(read_point.insert_lsn)
-            or await history.table_history(*collection.id_lookup_column, before) is None
-            or may_account_have_changed(history, collection, account, before)
-        )
+        if not await generation.row_history.wait_for_lsn(read_point.insert_lsn):
+            return True
+        history = await generation.row_history.table_history(*collection.id_lookup_column, before)
+        if history is None:
+            return True
+        if collection.key.type.base.name == "bpchar":
+            return history.has_writes(before)  # rows hold the id padded, the account without
+        writes = history.writes(account[1], before)
+        return any(self._changes_caller(caller, collection, write.change) for write in writes)
+
+    def _changes_caller(
+        self, caller: Caller, collection: Collection, change: Change | None
+    ) -> bool:
+        match change:
+            case Insert(new=row) | Update(new=row):
+                after = self._callers.caller_from_row(caller, collection, row, change)
+                return after != caller
+            case _:
+                return True
 
     def _key(self, subscription: Subscription) -> Hashable:
         """Return what decides rows and bytes; equal keys mean equal lists in one snapshot."""
