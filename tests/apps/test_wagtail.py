@@ -29,8 +29,9 @@ from tests.conformance.http_client import Address, Request, send
 from tests.conformance.pgrealtime_server import command
 from tests.conformance.process import ServerProcess, free_port
 from tests.e2e.listener import Listener, listener
-from tests.e2e.service import SECRET, token
+from tests.e2e.service import environ_of, token
 from tests.integration.test_init import unlocked
+from tests.program import run_program
 from tests.topics import topic
 
 OPERATIONS = int(os.environ.get("PGREALTIME_TEST_OPERATIONS", "500"))
@@ -139,17 +140,12 @@ async def test_listeners_have_what_wagtail_s_tables_have(database_url: str, tmp_
     await asyncio.to_thread(wagtail, database_url, "migrate")
     file = tmp_path / "pgrealtime.yaml"
     address = Address(host="127.0.0.1", port=free_port())
-    environment = {
-        "DATABASE_URL": database_url,
-        "APP_JWT_SECRET": SECRET,
-        "LOGIN_SECRET": SECRET,
-        "PGREALTIME_CONFIG": str(file),
-        "PGREALTIME_SERVER__HOST": address.host,
-        "PORT": str(address.port),
-    }
-    await asyncio.to_thread(pgrealtime, "init", environment)
+    environment = environ_of(database_url, file, address)
+    made = await asyncio.to_thread(run_program, "init", cwd=tmp_path, **environment)
+    assert made.code == 0, made.err
     file.write_text(with_superusers(unlocked(file.read_text(encoding="utf-8"))), encoding="utf-8")
-    await asyncio.to_thread(pgrealtime, "check", environment)
+    checked = await asyncio.to_thread(run_program, "check", cwd=tmp_path, **environment)
+    assert checked.code == 0, checked.err
     collections = yaml.safe_load(file.read_text(encoding="utf-8"))["collections"]
     process = await ServerProcess.start([command(), "run"], tmp_path / "log", environment)
     try:
@@ -198,15 +194,3 @@ async def compare(database_url: str, collections: Mapping[str, Any], address: Ad
 
 def with_superusers(text: str) -> str:
     return re.sub(r"(issuers: \[\{)", r"\1superuser_when: {role: admin}, ", text)
-
-
-def pgrealtime(name: str, environment: Mapping[str, str]) -> None:
-    done = subprocess.run(
-        [command(), name],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -55,6 +55,18 @@ def token(user: str, *, lifetime: float = 3600.0, **claims: object) -> str:
     return jwt.encode(made, SECRET, algorithm="HS256")
 
 
+def environ_of(database_url: str, config: Path, address: Address) -> dict[str, str]:
+    """Return the variables with which the program runs by a file that ``init`` wrote."""
+    return {
+        "DATABASE_URL": database_url,
+        "APP_JWT_SECRET": SECRET,
+        "LOGIN_SECRET": SECRET,
+        "PGREALTIME_CONFIG": str(config),
+        "PGREALTIME_SERVER__HOST": address.host,
+        "PORT": str(address.port),
+    }
+
+
 class Service:
     """A running pgrealtime; ``write`` is an application's connection to the database."""
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
 from pathlib import Path
 
 import psycopg
@@ -13,8 +11,9 @@ from tests.conformance.http_client import Address
 from tests.conformance.pgrealtime_server import command
 from tests.conformance.process import ServerProcess, free_port
 from tests.e2e.listener import listener
-from tests.e2e.service import SECRET, token
+from tests.e2e.service import environ_of, token
 from tests.integration.test_init import unlocked
+from tests.program import run_program
 
 SCHEMA = """
 CREATE TABLE users (id text PRIMARY KEY, email text, password_hash text);
@@ -33,14 +32,7 @@ async def test_a_new_user_receives_the_first_event(database_url: str, tmp_path: 
     """With the suggestions unchanged Ann receives her post and not Bob's."""
     file = tmp_path / "pgrealtime.yaml"
     address = Address(host="127.0.0.1", port=free_port())
-    environment = {
-        "DATABASE_URL": database_url,
-        "APP_JWT_SECRET": SECRET,
-        "LOGIN_SECRET": SECRET,
-        "PGREALTIME_CONFIG": str(file),
-        "PGREALTIME_SERVER__HOST": address.host,
-        "PORT": str(address.port),
-    }
+    environment = environ_of(database_url, file, address)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as write:
         await write.execute(SCHEMA.encode())
         await _run("init", environment)
@@ -62,13 +54,5 @@ async def test_a_new_user_receives_the_first_event(database_url: str, tmp_path: 
 
 
 async def _run(name: str, environment: dict[str, str]) -> None:
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [command(), name],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr
+    outcome = await asyncio.to_thread(run_program, name, cwd=None, **environment)
+    assert outcome.code == 0, outcome.err
