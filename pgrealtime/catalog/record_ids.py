@@ -1,6 +1,6 @@
 """Ids of records that no column holds: of a primary key of several columns, of a table without any.
 
-Such a table gets one more column, computed of others. The stream's rows have it
+Such a table gets one more column, computed from others. The stream's rows have it
 (``wal.assembler``), and so have the rows that statements read: ``id_expression`` is its SQL.
 ``changes.join_id`` and ``changes.digest_id`` compute the same.
 """

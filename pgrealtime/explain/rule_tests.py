@@ -28,7 +28,7 @@ from pgrealtime.spelling import did_you_mean
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleTestResults:
-    """What the tests gave."""
+    """The results of all tests."""
 
     decisions: int
     """How many: one for each record, rule and caller."""
@@ -180,7 +180,7 @@ def _require_values(
 
 
 class _Callers:
-    """Finds callers, each once."""
+    """Finds the callers that tests name, and keeps them."""
 
     def __init__(self, config: Config, collections: Collections, pool: QueryPool) -> None:
         self._config = config

@@ -39,6 +39,7 @@ from pgrealtime.rule_queries.executor import QueryExecutor
 from pgrealtime.rules.engine.compiler import RuleCompiler
 
 _SECONDS = 10.0
+"""Of one look, with the wait for the one before it."""
 _DEFAULT_ROWS = 100
 _MAX_TEXT = 500
 """Characters of a search."""

@@ -56,8 +56,9 @@ _TABLES_SECONDS = 10.0
 _POSITION_SECONDS = 1.0
 _WANT_SECONDS = 20.0
 _GAP_SECONDS = 10.0
-_GAP_RETRY_SECONDS = 60.0
 """For finding an owner that appends a gap."""
+_GAP_RETRY_SECONDS = 60.0
+"""For how long one that refuses is asked again, or none is found."""
 _ASK_RETRY_SECONDS = 0.2
 _ONE_ASK_SECONDS = 1.0
 

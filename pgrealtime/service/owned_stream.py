@@ -34,8 +34,11 @@ from pgrealtime.service.streams import StreamOpener
 log = structlog.get_logger(__name__)
 
 _UNION_SECONDS = 5.0
+"""Between two looks at what tables the replicas want."""
 _STORED_SECONDS = 1.0
+"""For the log to acknowledge what an answer is about."""
 _SAME_GAP_SECONDS = 5.0
+"""In which all replicas ask for a gap that each of them has noticed."""
 
 
 class OwnedStream:

@@ -14,6 +14,7 @@ from pgrealtime.changes import Change, Delete, Insert, Row, TableName, Transacti
 from pgrealtime.collections.model import Collection, Collections, Junction
 
 _Links: TypeAlias = tuple[Collection, Junction]
+"""A relation through a junction table, and the collection whose records show its ids."""
 LinkedRecords: TypeAlias = Mapping[int, Sequence[tuple[Collection, str]]]
 """By ordinal of the change, from 1, the collection and key of records that are updated with it."""
 

@@ -1,7 +1,7 @@
-"""Loads lists for the clients of mirrors that asked for it, in the place of each client's request.
+"""Reads the lists that are sent to mirrors with ``load: true``; called by ``hub.state.resyncs``.
 
-Subscriptions that show the same rows in the same bytes share a query: those that come before it
-begins, and those whose connections were not delivered more than its snapshot sees.
+Subscriptions to which the same rows are shown in the same bytes share a query: those that ask
+before it begins, and later those whose connections have received nothing that its snapshot lacks.
 """
 
 import asyncio

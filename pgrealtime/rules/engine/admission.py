@@ -37,7 +37,7 @@ class AdmissionRules:
         return collection.name in self._predicates
 
     def predicate_of(self, collection: Collection) -> BoundPredicate | None:
-        """Return what a row must satisfy; None if nobody is admitted. It has a rule."""
+        """Return what a row of a collection with a rule must satisfy; None if it admits nobody."""
         return self._predicates[collection.name]
 
     def columns_of(self, collection: Collection) -> tuple[str, ...]:
